@@ -7,20 +7,122 @@
     4. sparse_decode        query, those blocks ->  attention output and the next history row
     5. copy_blocks          host memory         ->  device slots, only the blocks that are not there yet
 
-Each section gives the mathematics, a PyTorch reference that can be checked by eye, and a launcher: the function that the
-rest of the project calls. Reference and launcher share shapes and meaning; `backend` says which code runs.
+Each section gives the mathematics, a PyTorch reference that can be checked by eye, the Triton kernel, and a launcher:
+the function that the rest of the project calls. They share shapes and meaning; `backend` says which code runs.
 
-Shapes: Hq query heads, Hk KV heads, G = Hq / Hk queries to a KV head, D head dimension, T tokens in the cache, b tokens to
-a block, N = ceil(T / b) blocks. A cache is (Hk, capacity, b, D) with capacity >= N blocks; what lies behind token T is
-never read. `heads` stands for selection heads: Hk of them when a group selects together, Hq when each query does.
+Shapes: Hq query heads, Hk KV heads, G = Hq / Hk queries to a KV head, D head dimension, T tokens in the cache, b tokens
+to a block, N = ceil(T / b) blocks. A cache is (Hk, capacity, b, D) with capacity >= N blocks; what lies behind token T
+is never read. `heads` stands for selection heads: Hk of them when a group selects together, Hq when each query does.
 
-Source: Yang et al., AttentionPredictor, NeurIPS 2025, arXiv 2502.04077. The incremental prediction is this project's own.
+`python kernels.py` compiles every kernel for GPUs that need not be there, and prints what became of it.
+
+Source: Yang et al., AttentionPredictor, NeurIPS 2025, arXiv 2502.04077. The incremental prediction is this project's.
 """
+
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the torch backend does without
+    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
+
 POOL_CHUNK_TOKENS = 1024  # keys whose logits the reference pooling holds at once
+LOG2_E = tl.constexpr(math.log2(math.e))  # kernels take exponentials and logarithms to base 2, as the hardware does
+LOWEST = tl.constexpr(-3.0e38)  # a running maximum starts here: finite, so that LOWEST - LOWEST is no NaN
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# How a kernel is launched.   Every kernel goes through `_launch`. Inside `recorded_launches` it notes the launch
+# instead of making it, so launchers can be called on meta tensors of any size, and what is compiled ahead of time at
+# the end of this file is by construction what a decode step launches.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Launch:
+    kernel: Callable
+    grid: tuple
+    arguments: tuple  # the runtime arguments, in the kernel's order
+    constants: dict  # its tl.constexpr arguments
+    num_warps: int
+    num_stages: int
+    cost: "Cost"
+
+
+@dataclass
+class Cost:
+    """What a launch reads and writes in bytes, and multiplies; and the least that its hot path could do with."""
+
+    bytes_moved: int
+    multiply_adds: int = 0
+    least_bytes: int = 0  # 0 for a helper kernel: the least of a path stands at its main kernel
+    least_multiply_adds: int = 0
+
+
+_recording: list[Launch] | None = None
+
+
+@contextmanager
+def recorded_launches():
+    """The list of launches that the launchers called inside would make; none is made."""
+    global _recording
+    outer, _recording = _recording, []
+    try:
+        yield _recording
+    finally:
+        _recording = outer
+
+
+def _launch(kernel, grid, *arguments, cost, num_warps=4, num_stages=1, **constants):
+    """`cost` is a function of nothing that returns the launch's `Cost`; it is called only when recording."""
+    if _recording is not None:
+        _recording.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages, cost()))
+    else:
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+def _jit(*varying):
+    """`triton.jit`, if there is Triton. `varying` names integers that change every step: no recompiling for those."""
+    return triton.jit(do_not_specialize=varying) if triton else lambda kernel: kernel
+
+
+def _interpreted():
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+def _use_triton(backend, device):
+    """Whether the kernel is to run, not the reference; an error where it cannot."""
+    if backend not in ("triton", "torch"):
+        raise ValueError(f'backend must be "triton" or "torch", not {backend!r}')
+    if backend == "torch":
+        return False
+    if triton is None:
+        raise RuntimeError('backend="triton" needs Triton (pip install triton); backend="torch" does without')
+    if device.type == "cpu" and not _interpreted():
+        raise RuntimeError('backend="triton" needs a GPU, or its interpreter: set TRITON_INTERPRET=1')
+    return True
+
+
+@cache
+def _n_multiprocessors(device):
+    """Processors to keep busy: the GPU's own number; an H200's when recording; few for the sequential interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 4
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -64,17 +166,20 @@ def pool_history(q, k_cache, n_tokens, backend="torch"):
     _check_cache(q, k_cache, n_tokens)
     if not 1 <= q.shape[1] <= n_tokens:
         raise ValueError(f"rows must lie in 1 ... n_tokens = {n_tokens}, not {q.shape[1]}")
-    return pool_history_reference(q, k_cache, n_tokens)
+    if not _use_triton(backend, q.device):
+        return pool_history_reference(q, k_cache, n_tokens)
+    raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # 2. Convolutional prediction.   score = conv3(mean over rows(relu(conv2(relu(conv1(image))))))
 #
 # The last row of convolution is linear and per cell, so it may go before the mean: with
-#     p[r, n] = sum over c of w3[c] * relu(conv2)[c, r, n]        the score is        b3 + (1/H) * sum over r of p[r, n].
-# p[r, n] looks two rows and two columns around it. Rows 2 ... H-3 of the window therefore see no vertical padding, and keep
-# their p while the window slides: a step has to compute only rows 0 and 1, whose upper padding has come nearer, and rows
-# H-3 ... H-1. When the middle grows by a column, the two columns before it lose their right padding: three columns.
+#     p[r, n] = sum over c of w3[c] * relu(conv2)[c, r, n]      the score is      b3 + (1/H) * sum over r of p[r, n].
+# p[r, n] looks two rows and two columns around it. Rows 2 ... H-3 of the window therefore see no vertical padding, and
+# keep their p while the window slides: a step has to compute only rows 0 and 1, whose upper padding has come nearer,
+# and rows H-3 ... H-1. When the middle grows by a column, the two columns before it lose their right padding: three
+# columns.
 #
 # The history is a ring of H rows: row r of the window (0 the oldest) lies in slot (newest + 1 + r) mod H. The
 # contributions p live in a ring of the same shape and slots.
@@ -99,8 +204,8 @@ def predict_reference(history, newest, start, end, weights):
 def contributions_reference(strip, weights, left, right, top, bottom):
     """p of the inner cells of a strip of the image.
 
-    strip  (heads, rows, columns); each flag says whether that side is the image's own edge, hence zero-padded. A side that
-           is not gives two rows or columns of the strip for context.
+    strip  (heads, rows, columns); each flag says whether that side is the image's own edge, hence zero-padded. A side
+           that is not gives two rows or columns of the strip for context.
     """
     pad = (int(left), int(right), int(top), int(bottom))
     x = F.relu(F.conv2d(F.pad(strip[:, None], pad), weights["conv1.weight"], weights["conv1.bias"]))
@@ -131,15 +236,17 @@ def predict(history, newest, start, end, weights, backend="torch"):
     returns  scores (heads, end - start) float32
     """
     _check_window(history, newest, start, end)
-    return predict_reference(history, newest, start, end, weights)
+    if not _use_triton(backend, history.device):
+        return predict_reference(history, newest, start, end, weights)
+    raise NotImplementedError
 
 
 def predict_incremental(history, contributions, newest, start, end, valid_end, weights, backend="torch"):
     """The scores of `predict`, from the contributions that the previous steps left: five rows a step.
 
-    contributions  (heads, H, capacity) float32 ring, updated in place. Must come from the call of the step before, with the
-                   same start and one row pushed since; columns from valid_end on (that call's `end`) are new. A first call
-                   passes valid_end = start, and computes everything.
+    contributions  (heads, H, capacity) float32 ring, updated in place. Must come from the call of the step before, with
+                   the same start and one row pushed since; columns from valid_end on (that call's `end`) are new. A
+                   first call passes valid_end = start, and computes everything.
     The rest is as in `predict`. Raises ValueError for H < 5, where no row is free of padding.
     """
     _check_window(history, newest, start, end)
@@ -149,7 +256,9 @@ def predict_incremental(history, contributions, newest, start, end, valid_end, w
         raise ValueError(f"incremental prediction needs history_len >= 5, not {history.shape[1]}")
     if not start <= valid_end <= end:
         raise ValueError(f"valid_end must lie in start ... end = {start} ... {end}, not {valid_end}")
-    return predict_incremental_reference(history, contributions, newest, start, end, valid_end, weights)
+    if not _use_triton(backend, history.device):
+        return predict_incremental_reference(history, contributions, newest, start, end, valid_end, weights)
+    raise NotImplementedError
 
 
 def predict_multiply_adds(heads, history_len, start, end, valid_end=None):
@@ -186,7 +295,9 @@ def select_blocks(scores, k, backend="torch"):
     """
     if scores.ndim != 2 or not 1 <= k <= scores.shape[1]:
         raise ValueError(f"k must lie in 1 ... n and scores be (heads, n), not k = {k}, {tuple(scores.shape)}")
-    return select_blocks_reference(scores, k)
+    if not _use_triton(backend, scores.device):
+        return select_blocks_reference(scores, k)
+    raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -228,10 +339,10 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
 
     q        (Hq, D), rotated
     k_cache  (Hk, capacity, b, D), v_cache alike
-    blocks   (heads, A) int32: each head's blocks, ascending, the last of them N - 1 (the current token's). heads = Hk: the
-             group shares the list; heads = Hq: one list a query. None: every block, dense attention.
-    row      (heads, capacity) float32 or None: overwritten with each attended block's largest probability, averaged over
-             the queries that share the list; zero elsewhere. May be a strided view, such as a slot of the history ring.
+    blocks   (heads, A) int32: each head's blocks, ascending, the last of them N - 1 (the current token's). heads = Hk:
+             the group shares the list; heads = Hq: one list a query. None: every block, dense attention.
+    row      (heads, capacity) float32 or None: overwritten with each attended block's largest probability, averaged
+             over the queries that share the list; zero elsewhere. May be a strided view, such as a slot of the ring.
     returns  out (Hq, D) in q's dtype, and the log-sum-exp of the attended scaled logits (Hq,) float32
     """
     _check_cache(q, k_cache, n_tokens)
@@ -239,7 +350,9 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
         raise ValueError(f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must agree")
     if blocks is not None and blocks.shape[0] not in (k_cache.shape[0], q.shape[0]):
         raise ValueError(f"blocks must list Hk = {k_cache.shape[0]} or Hq = {q.shape[0]} heads, not {blocks.shape[0]}")
-    return sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row)
+    if not _use_triton(backend, q.device):
+        return sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row)
+    raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -250,7 +363,8 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
 def copy_blocks_reference(source, destination, source_index, destination_index):
     """See `copy_blocks`."""
     wanted = source_index >= 0
-    destination[destination_index[wanted].long()] = source[source_index[wanted].long()].to(destination.device)
+    rows = source[source_index[wanted].long().to(source.device)]
+    destination[destination_index[wanted].long()] = rows.to(destination.device)
 
 
 def copy_blocks(source, destination, source_index, destination_index, backend="torch"):
@@ -263,7 +377,9 @@ def copy_blocks(source, destination, source_index, destination_index, backend="t
     """
     if source.dtype != destination.dtype or source.shape[1:] != destination.shape[1:]:
         raise ValueError("source and destination must agree in dtype and in the size of a block")
-    copy_blocks_reference(source, destination, source_index, destination_index)
+    if not _use_triton(backend, destination.device):
+        return copy_blocks_reference(source, destination, source_index, destination_index)
+    raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -285,3 +401,135 @@ def _check_window(history, newest, start, end):
         raise ValueError(f"newest must be a slot of the ring, 0 ... {history_len - 1}, not {newest}")
     if not 0 <= start < end <= capacity:
         raise ValueError(f"the window {start} ... {end} must not be empty, nor leave the {capacity} columns")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Ahead of time.   `python kernels.py [target ...]` compiles every kernel for GPUs that need not be there, exactly as a
+# decode step of the models below would launch it, and prints what the compilers made of it.
+# --------------------------------------------------------------------------------------------------------------------
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def decode_launches(n_heads, n_kv_heads, head_dim, n_tokens, block_size=16, budget=1024, history_len=64):
+    """Every launch of prefill's pooling and of a decode step, for a bf16 model of this shape (METHOD's defaults)."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n_blocks = -(-n_tokens // block_size)
+    q = empty(n_heads, history_len, head_dim, dtype=torch.bfloat16)
+    k_cache = v_cache = empty(n_kv_heads, n_blocks, block_size, head_dim, dtype=torch.bfloat16)
+    history = empty(n_kv_heads, history_len, n_blocks)
+    blocks = empty(n_kv_heads, budget // block_size, dtype=torch.int32)
+    copied = empty(n_kv_heads * budget // block_size, dtype=torch.int32)
+    slots = empty(copied.shape[0], 2 * block_size * head_dim, dtype=torch.bfloat16)
+    host = empty(n_kv_heads * n_blocks, 2 * block_size * head_dim, dtype=torch.bfloat16)
+    with recorded_launches() as launches:
+        pool_history(q, k_cache, n_tokens, backend="triton")
+        pool_history(q[:, -1:], k_cache, n_tokens, backend="triton")
+        sparse_decode(q[:, 0], k_cache, v_cache, blocks, n_tokens, history[:, 0], backend="triton")
+        sparse_decode(q[:, 0], k_cache, v_cache, None, n_tokens, backend="triton")
+        copy_blocks(host, slots, copied, copied, backend="triton")
+    return launches
+
+
+MODELS = {
+    "Llama-3.1-8B 8K": dict(n_heads=32, n_kv_heads=8, head_dim=128, n_tokens=8192),
+    "Llama-3.1-8B 32K": dict(n_heads=32, n_kv_heads=8, head_dim=128, n_tokens=32768),
+    "Llama-3.1-8B 128K": dict(n_heads=32, n_kv_heads=8, head_dim=128, n_tokens=131072),
+    "SmolLM2-135M 4K": dict(n_heads=9, n_kv_heads=3, head_dim=64, n_tokens=4096),
+}
+
+
+def _specialized(launch):
+    """Signature, constants and attributes with which Triton compiles: it folds ones and notes multiples of 16."""
+    signature, constants, attributes = {}, {}, {}
+    arguments = dict(zip(launch.kernel.arg_names, launch.arguments), **launch.constants)
+    for place, parameter in enumerate(launch.kernel.params):
+        value = arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{TYPE_NAMES[value.dtype]}"
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[parameter.name], aligned = "constexpr", value, False
+        elif isinstance(value, float):
+            signature[parameter.name], aligned = "fp32", False
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        if aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _resources(compiled, backend):
+    """Registers a thread, bytes spilled a thread, bytes of shared memory a program."""
+    if backend == "hip":
+        registers, spills = (
+            int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"])[1])
+            for name in ("vgpr_count", "vgpr_spill_count")
+        )
+        return registers, 4 * spills, compiled.metadata.shared
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local, compiled.metadata.shared
+
+
+def ahead_of_time(targets=tuple(TARGETS), models=tuple(MODELS)):
+    """Compiles each distinct launch of the models once a target; yields (model, Launch, target, resources) rows."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    known = {}
+    for model in models:
+        for launch in decode_launches(**MODELS[model]):
+            source = ASTSource(launch.kernel, *_specialized(launch))
+            options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
+            for target in targets:
+                key = (source.hash(), *options.values(), target)
+                if key not in known:
+                    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+                    known[key] = _resources(compiled, TARGETS[target][0])
+                yield model, launch, target, known[key]
+
+
+def main(targets):
+    if unknown := set(targets) - set(TARGETS):
+        sys.exit(f"kernels.py: unknown target {', '.join(unknown)}; known: {', '.join(TARGETS)}")
+    if triton is None or _interpreted():
+        sys.exit("kernels.py: compiling needs Triton, and TRITON_INTERPRET unset")
+    print(
+        "| kernel, grid | model, tokens | target | registers | spilled | shared | MB (x least) | M mul-adds (x least) |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for model, launch, target, resources in ahead_of_time(targets or tuple(TARGETS)):
+        cost = launch.cost
+        moved = _against(cost.bytes_moved, cost.least_bytes)
+        multiplied = _against(cost.multiply_adds, cost.least_multiply_adds)
+        cells = f"{launch.kernel.__name__} {launch.grid}", model, target, *resources, moved, multiplied
+        print("|", " | ".join(map(str, cells)), "|")
+
+
+def _against(amount, least):
+    return f"{amount / 1e6:.3f} ({amount / least:.2f})" if least else f"{amount / 1e6:.3f} (-)"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
