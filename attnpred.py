@@ -1,0 +1,527 @@
+"""AttentionPredictor: decode a Llama while reading only the KV blocks that a tiny convolution expects the next token to need.
+
+    python attnpred.py --prompt "Why is the sky blue?"
+
+Reading order: `Config` (the method's parameters), `Predictor` (the network), `SparseDecoder` (what one sequence keeps between
+tokens, and the method's five steps: prefill, predict, select, attend, calibrate), `generate`, the command line. The arithmetic
+is in kernels.py, the language model in model.py.
+
+Source: Yang et al., AttentionPredictor: Temporal Patterns Matter for KV Cache Compression, NeurIPS 2025, arXiv 2502.04077.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import pickle
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import kernels
+from model import Llama, ModelError, TextStream, causal_attention, load_model
+from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
+
+DEFAULT_PREDICTOR = pathlib.Path(__file__).parent / "weights" / "predictor.safetensors"
+
+
+class InputError(Exception):
+    """Something that the user gave cannot be used; the message says, in one line, what is wrong and what would do."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parameters and predictor
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """The method's parameters, in tokens unless said otherwise. Raises InputError where they contradict each other."""
+
+    block_size: int = 16  # b: tokens to a block
+    history_len: int = 64  # H: rows of pooled attention kept
+    sink_tokens: int = 64  # S: first tokens, always attended
+    local_tokens: int = 64  # R: last tokens, always attended
+    budget: int = 1024  # B: tokens attended per head and step, sink and local counted in
+    calibration_interval: int = 5  # M: every M-th step the true row enters the history
+    dense_layers: int = 2  # the first layers, always dense
+    select_heads: str = "kv"  # "kv": a group of queries selects together; "q": each query head for itself
+    stagger_calibration: bool = False  # calibrate layer l when (step + l) mod M = 0, so that no token pays for all layers
+
+    def __post_init__(self):
+        b = self.block_size
+        if not (8 <= b <= 64 and b & (b - 1) == 0):
+            raise InputError(f"block size {b} is not supported: 8, 16, 32 or 64 would do")
+        for name in ("sink_tokens", "local_tokens", "budget"):
+            value = getattr(self, name)
+            if value < 0 or value % b:
+                raise InputError(f"{name} = {value} is not a multiple of the block size: {max(0, value) // b * b + b} would do")
+        if self.local_tokens < b:
+            raise InputError(f"local_tokens = {self.local_tokens} must hold at least one block: {b} would do")
+        if self.budget < self.sink_tokens + self.local_tokens:
+            raise InputError(
+                f"budget = {self.budget} is below sink_tokens + local_tokens, which are always attended: "
+                f"at least {self.sink_tokens + self.local_tokens} would do"
+            )
+        if self.history_len < 5:
+            raise InputError(f"history_len = {self.history_len} is too short for the convolution: at least 5 would do")
+        if self.calibration_interval < 1:
+            raise InputError(f"calibration_interval = {self.calibration_interval} must be at least 1")
+        if self.dense_layers < 0:
+            raise InputError(f"dense_layers = {self.dense_layers} must not be negative")
+        if self.select_heads not in ("kv", "q"):
+            raise InputError(f"select_heads = {self.select_heads!r} is not known: kv or q would do")
+
+    @property
+    def topk_blocks(self) -> int:
+        """K: blocks chosen from the middle."""
+        return (self.budget - self.sink_tokens - self.local_tokens) // self.block_size
+
+    def n_blocks(self, n_tokens: int) -> int:
+        """N: blocks in a cache of n_tokens, the last one perhaps partial."""
+        return -(-n_tokens // self.block_size)
+
+    def middle(self, n_tokens: int) -> tuple[int, int]:
+        """The blocks [start, end) between sink and local window. end <= start when there are none.
+
+        The local window is block-aligned: the last R / b full blocks, and the partial one behind them.
+        """
+        return self.sink_tokens // self.block_size, (n_tokens - self.local_tokens) // self.block_size
+
+
+class Predictor(nn.Module):
+    """The shared convolution, 4,833 parameters: an image of pooled attention rows -> one score a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv3 = nn.Conv1d(32, 1, 1)
+
+    def forward(self, image):  # (heads, H, n) -> (heads, n)
+        x = F.relu(self.conv1(image[:, None]))  # (heads, 16, H, n)
+        x = F.relu(self.conv2(x))  # (heads, 32, H, n)
+        return self.conv3(x.mean(2))[:, 0]  # (heads, n)
+
+
+def load_predictor(path) -> Predictor:
+    """A predictor from a .safetensors file, or from a pickled state dict such as the authors publish (read as data only).
+
+    Raises InputError for a file that is missing, unreadable, or holds other keys or shapes, NaN or infinity.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"predictor {path} does not exist: give a .safetensors file or a pickled state dict")
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"predictor {path} cannot be read ({reason}): is it whole, and a plain state dict?") from None
+    predictor = Predictor()
+    wanted = {name: tuple(tensor.shape) for name, tensor in predictor.state_dict().items()}
+    if not isinstance(state, dict) or set(state) != set(wanted):
+        found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise InputError(f"predictor {path} holds other keys ({found}): {', '.join(wanted)} would do")
+    for name, shape in wanted.items():
+        if not isinstance(state[name], torch.Tensor) or tuple(state[name].shape) != shape:
+            raise InputError(f"predictor {path}: {name} has another shape than {shape}")
+        if not state[name].isfinite().all():
+            raise InputError(f"predictor {path}: {name} holds NaN or infinity; train or fetch it again")
+    predictor.load_state_dict(state)
+    return predictor.requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The state of one sequence
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come."""
+
+    def __init__(self, n_layers, n_kv_heads, head_dim, capacity_tokens, block_size, dtype, device):
+        capacity = -(-capacity_tokens // block_size)
+        shape = (n_layers, n_kv_heads, capacity, block_size, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (L, Hk, capacity, b, D)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)  # (L, Hk, capacity, b, D)
+
+    def write(self, layer, k, v, start):
+        """Store k, v (Hk, T, D) as the tokens start ... start + T - 1 of a layer."""
+        end = start + k.shape[1]
+        self.k[layer].flatten(1, 2)[:, start:end] = k
+        self.v[layer].flatten(1, 2)[:, start:end] = v
+
+
+@dataclass
+class Stats:
+    """What decoding cost and how well it went: exact counters, wall-clock seconds, and recovery."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    kv_bytes: int = 0  # K and V read by attention, over all decoded tokens
+    calibration_bytes: int = 0  # K read once more by calibration
+    dense_kv_bytes: int = 0  # what dense attention would have read
+    predict_seconds: float = 0.0
+    predict_multiply_adds: int = 0
+    full_multiply_adds: int = 0  # had the whole image been convolved at each step
+    recovery: list = field(default_factory=list)  # (heads,) tensors: share of true attention, on calibration steps
+
+
+class SparseDecoder:
+    """One sequence being decoded: cache, attention history, prediction and selection, for all layers.
+
+    `prefill` and `decode_one_token` drive it; its two attention methods are what the model calls in each layer. Layers from
+    `dense_layers` on are sparse and have a history; their tensors are indexed by layer - dense_layers.
+    """
+
+    def __init__(self, config: Config, model: Llama, predictor: Predictor, capacity_tokens: int, backend: str = "torch"):
+        c, m = config, model.config
+        device = model.embed.device
+        self.config, self.backend = c, backend
+        self.heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
+        self.weights = {name: w.to(device) for name, w in predictor.state_dict().items()}
+        self.cache = KVCache(m.n_layers, m.n_kv_heads, m.head_dim, capacity_tokens, c.block_size, model.embed.dtype, device)
+        sparse_layers = max(0, m.n_layers - c.dense_layers)
+        ring = (sparse_layers, self.heads, c.history_len, c.n_blocks(capacity_tokens))
+        self.history = torch.zeros(ring, device=device)  # (L', heads, H, capacity): ring of pooled attention rows
+        self.contributions = torch.zeros(ring, device=device)  # (L', heads, H, capacity): see kernels.predict_incremental
+        self.newest = c.history_len - 1  # the ring slot of the last row
+        self.predicted_end = 0  # end of the middle at the last prediction
+        self.blocks = None  # (L', heads, A) int32: what the next token attends to; None: everything
+        self.n_tokens = 0
+        self.step = 0  # decode steps since prefill
+        self.stats = Stats()
+
+    def prefill_attention(self, layer, q, k, v):
+        """Dense causal attention over the prompt; leaves K and V in the cache and the last H rows in the history.
+
+        q (Hq, T, D), k and v (Hk, T, D) -> (Hq, T, D)
+        """
+        self.cache.write(layer, k, v, 0)
+        if layer >= self.config.dense_layers:
+            rows = min(self.config.history_len, self.n_tokens)  # a shorter prompt leaves zero rows at the old end
+            pooled, _ = kernels.pool_history(q[:, -rows:], self.cache.k[layer], self.n_tokens, self.backend)  # (Hq, rows, N)
+            image = self.history[layer - self.config.dense_layers, :, -rows:, : pooled.shape[-1]]
+            image.copy_(self.group_mean(pooled))  # (heads, rows, N)
+        return causal_attention(layer, q, k, v)
+
+    def decode_attention(self, layer, q, k, v):
+        """Attention of one token over its selected blocks; the row that it leaves, or the true one, enters the history.
+
+        q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)
+        """
+        c, k_cache, v_cache = self.config, self.cache.k[layer], self.cache.v[layer]
+        self.cache.write(layer, k, v, self.n_tokens - 1)
+        if layer < c.dense_layers:
+            self.count_reads(None, False)
+            return kernels.sparse_decode(q[:, 0], k_cache, v_cache, None, self.n_tokens, None, self.backend)[0][:, None]
+        blocks = self.blocks_for(layer, q)  # (heads, A)
+        row = self.history[layer - c.dense_layers, :, (self.newest + 1) % c.history_len]  # (heads, capacity)
+        out, lse = kernels.sparse_decode(q[:, 0], k_cache, v_cache, blocks, self.n_tokens, row, self.backend)
+        turn = self.step + layer if c.stagger_calibration else self.step
+        calibrate = blocks is not None and turn % c.calibration_interval == 0
+        if calibrate:
+            pooled, true_lse = kernels.pool_history(q, k_cache, self.n_tokens, self.backend)  # (Hq, 1, N), (Hq, 1)
+            row[:, : pooled.shape[-1]] = self.group_mean(pooled)[:, 0]  # (heads, N)
+            self.stats.recovery.append(torch.exp(lse - true_lse[:, 0]))  # (Hq,)
+        self.count_reads(blocks, calibrate)
+        return out[:, None]
+
+    def blocks_for(self, layer, q):
+        """The blocks (heads, A) that a sparse layer attends to for query q (Hq, 1, D); None: all. A prediction needs no q."""
+        return None if self.blocks is None else self.blocks[layer - self.config.dense_layers]
+
+    def group_mean(self, pooled):
+        """(Hq, rows, N) -> (heads, rows, N): with "kv" selection a group's queries share the mean of their rows."""
+        return pooled.unflatten(0, (self.heads, -1)).mean(1)
+
+    def predict_next(self):
+        """Predict and select, for all sparse layers at once, the blocks that the next token will attend to."""
+        c, n_tokens = self.config, self.n_tokens + 1
+        start, end = c.middle(n_tokens)
+        if end - start <= c.topk_blocks or not len(self.history):
+            self.blocks = None
+            return
+        if c.topk_blocks:
+            scores = self.score_blocks(start, end)  # (L' * heads, n)
+            chosen = kernels.select_blocks(scores, c.topk_blocks, self.backend) + start  # (L' * heads, K)
+        else:
+            chosen = torch.empty(self.history[:, :, 0, 0].numel(), 0, dtype=torch.int32, device=self.history.device)
+        sink = torch.arange(start, dtype=torch.int32, device=chosen.device).expand(len(chosen), -1)
+        local = torch.arange(end, c.n_blocks(n_tokens), dtype=torch.int32, device=chosen.device).expand(len(chosen), -1)
+        self.blocks = torch.cat([sink, chosen, local], 1).view(len(self.history), self.heads, -1)  # (L', heads, A)
+
+    def score_blocks(self, start, end):
+        """Predicted scores of the middle blocks [start, end): (L' * heads, end - start)."""
+        history, contributions = self.history.flatten(0, 1), self.contributions.flatten(0, 1)  # (L' * heads, H, capacity)
+        valid_end = max(start, self.predicted_end)
+        scores = kernels.predict_incremental(
+            history, contributions, self.newest, start, end, valid_end, self.weights, self.backend
+        )
+        self.predicted_end = end
+        if self.step:  # the first prediction, of the whole image, belongs to prefill
+            shape = len(history), self.config.history_len, start, end
+            self.stats.predict_multiply_adds += kernels.predict_multiply_adds(*shape, valid_end)
+            self.stats.full_multiply_adds += kernels.predict_multiply_adds(*shape)
+        return scores
+
+    def count_reads(self, blocks, calibrate):
+        """Count the cache bytes that one layer's attention reads for one token."""
+        n_kv_heads, head_dim = self.cache.k.shape[1], self.cache.k.shape[-1]
+        key_bytes = head_dim * self.cache.k.element_size()
+        dense = 2 * n_kv_heads * self.n_tokens * key_bytes
+        padding = self.config.n_blocks(self.n_tokens) * self.config.block_size - self.n_tokens
+        attended = dense if blocks is None else 2 * len(blocks) * (blocks.shape[1] * self.config.block_size - padding) * key_bytes
+        self.stats.kv_bytes += attended
+        self.stats.dense_kv_bytes += dense
+        self.stats.calibration_bytes += n_kv_heads * self.n_tokens * key_bytes if calibrate else 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Decoding
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def seconds(device) -> float:
+    """Wall-clock time once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed_predict(model: Llama, decoder: SparseDecoder):
+    began = seconds(model.embed.device)
+    decoder.predict_next()
+    decoder.stats.predict_seconds += seconds(model.embed.device) - began
+
+
+@torch.inference_mode()
+def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch.Tensor:
+    """Run the prompt, tokens (T,), and predict for the first new token. Returns the next token's logits (vocab,)."""
+    began = seconds(model.embed.device)
+    decoder.n_tokens = len(tokens)
+    logits = model(tokens, torch.arange(len(tokens), device=tokens.device), decoder.prefill_attention)  # (vocab,)
+    decoder.predict_next()
+    decoder.stats.prefill_tokens += len(tokens)
+    decoder.stats.prefill_seconds += seconds(model.embed.device) - began
+    return logits
+
+
+@torch.inference_mode()
+def decode_one_token(model: Llama, decoder: SparseDecoder, token: torch.Tensor) -> torch.Tensor:
+    """Append token (1,), attend sparsely, and predict for the token after it. Returns the next token's logits (vocab,)."""
+    began = seconds(model.embed.device)
+    decoder.n_tokens += 1
+    decoder.step += 1
+    position = torch.tensor([decoder.n_tokens - 1], device=token.device)
+    logits = model(token, position, decoder.decode_attention)  # (vocab,)
+    decoder.newest = (decoder.newest + 1) % decoder.config.history_len
+    timed_predict(model, decoder)
+    decoder.stats.decode_tokens += 1
+    decoder.stats.decode_seconds += seconds(model.embed.device) - began
+    return logits
+
+
+def sample(logits, temperature=0.0, top_p=1.0, generator=None):
+    """The next token (1,) from logits (vocab,): greedy at temperature 0, else from the smallest set of probability top_p."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    p, token = torch.softmax(logits / temperature, -1).sort(descending=True)  # (vocab,), (vocab,)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the most probable token always stays
+    return token[torch.multinomial(p, 1, generator=generator)]
+
+
+def generate(
+    model: Llama, decoder: SparseDecoder, tokens: list[int], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0
+) -> Iterator[int]:
+    """Yield up to max_new_tokens tokens that continue `tokens`, ending before an end-of-sequence token."""
+    generator = torch.Generator(model.embed.device).manual_seed(seed)
+    logits = prefill(model, decoder, torch.tensor(tokens, device=model.embed.device))
+    for i in range(max_new_tokens):
+        token = sample(logits, temperature, top_p, generator)  # (1,)
+        if token.item() in model.config.eos_token_ids:
+            return
+        yield token.item()
+        if i + 1 < max_new_tokens:
+            logits = decode_one_token(model, decoder, token)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def format_stats(stats: Stats, config: Config, n_tokens: int) -> str:
+    """The counters as a few lines for people."""
+    steps = max(1, stats.decode_tokens)
+    read = stats.kv_bytes + stats.calibration_bytes
+    lines = [
+        f"prefill    {stats.prefill_tokens:,} tokens, {stats.prefill_tokens / max(stats.prefill_seconds, 1e-9):,.0f} tokens/s",
+        f"decode     {stats.decode_tokens:,} tokens, {stats.decode_tokens / max(stats.decode_seconds, 1e-9):,.1f} tokens/s",
+    ]
+    if stats.decode_tokens:
+        lines.append(
+            f"KV read    {read / steps / 1e6:,.2f} MB a token ({stats.kv_bytes / steps / 1e6:,.2f} attention + "
+            f"{stats.calibration_bytes / steps / 1e6:,.2f} calibration), dense {stats.dense_kv_bytes / steps / 1e6:,.2f} MB: "
+            f"{stats.dense_kv_bytes / max(read, 1):.1f}x compression"
+        )
+    if stats.recovery:
+        recovery = torch.stack(stats.recovery).mean().item()
+        lines.append(f"recovery   {recovery:.3f} of the true attention, mean over {len(stats.recovery)} calibrated layer steps")
+    if stats.predict_multiply_adds:
+        lines.append(
+            f"predictor  {stats.predict_multiply_adds / steps / 1e6:,.0f} M multiply-adds a token "
+            f"({stats.full_multiply_adds / stats.predict_multiply_adds:.1f}x fewer than recomputing), "
+            f"{1e3 * stats.predict_seconds / steps:.1f} ms, {stats.predict_seconds / max(stats.decode_seconds, 1e-9):.0%} of decoding"
+        )
+    else:
+        lines.append(f"predictor  not needed: {n_tokens:,} tokens are within the budget of {config.budget:,}, or all layers are dense")
+    return "\n".join(lines)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the options)")
+
+
+def parse_args(argv):
+    parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="the text to answer")
+    source.add_argument("--prompt-file", help="read the text from this file; - for standard input")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="stop after so many tokens")
+    parser.add_argument("--stats", action="store_true", help="end with speed, bytes read, recovery and predictor cost")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help=f"Hugging Face folder or hub id of a Llama (default: {DEFAULT_LLM}, fetched once)")
+    group.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the trained convolution: safetensors or state dict")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    group.add_argument("--backend", default="auto", choices=["auto", "torch", "triton"], help="auto: triton on a GPU, else torch")
+
+    group = parser.add_argument_group("method (see the README)")
+    group.add_argument("--dense", action="store_true", help="attend to everything in every layer")
+    defaults = Config()
+    for name in ("block_size", "history_len", "sink_tokens", "local_tokens", "budget", "calibration_interval", "dense_layers"):
+        group.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(defaults, name), help=HELP[name])
+    group.add_argument("--select-heads", default=defaults.select_heads, choices=["kv", "q"], help=HELP["select_heads"])
+    group.add_argument("--stagger-calibration", action="store_true", help=HELP["stagger_calibration"])
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
+    group.add_argument("--top-p", type=float, default=1.0, help="sample from the most probable tokens of this total probability")
+    group.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+HELP = {
+    "block_size": "tokens to a block",
+    "history_len": "rows of pooled attention kept",
+    "sink_tokens": "first tokens, always attended",
+    "local_tokens": "last tokens, always attended",
+    "budget": "tokens attended per head and step, sink and local counted in",
+    "calibration_interval": "every so many steps the true attention row enters the history",
+    "dense_layers": "first layers, always dense",
+    "select_heads": "kv: the queries that share a KV head select together; q: each for itself",
+    "stagger_calibration": "spread calibration over steps by layer",
+}
+
+
+def read_prompt(args) -> str:
+    if args.prompt_file is None:
+        text = args.prompt
+    elif args.prompt_file == "-":
+        text = sys.stdin.buffer.read()
+    else:
+        try:
+            text = pathlib.Path(args.prompt_file).read_bytes()
+        except OSError as error:
+            raise InputError(f"prompt file {args.prompt_file} cannot be read: {error.strerror}") from None
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"the prompt is not UTF-8 text (byte {error.start}): convert it first") from None
+    if not text.strip():
+        raise InputError("the prompt is empty: give it some text")
+    return text
+
+
+def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
+    """Device, dtype and backend from the command line's names."""
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"device {name} is not available: cpu would do") from None
+    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
+    backend = args.backend if args.backend != "auto" else "triton" if device.type == "cuda" else "torch"
+    if backend == "triton" and device.type == "cpu" and not kernels.interpreted():
+        raise InputError("backend triton needs a GPU, or TRITON_INTERPRET=1 in the environment to run in the interpreter")
+    return device, dtype, backend
+
+
+def check_limits(args):
+    if args.max_new_tokens < 1:
+        raise InputError(f"max-new-tokens {args.max_new_tokens} must be at least 1")
+    if not (0 <= args.temperature < float("inf")):
+        raise InputError(f"temperature {args.temperature} must be a number from 0 up")
+    if not 0 < args.top_p <= 1:
+        raise InputError(f"top-p {args.top_p} must lie above 0 and at most at 1")
+
+
+def run(args):
+    """Answer the prompt on standard output; statistics go to standard error."""
+    check_limits(args)
+    names = [f.name for f in dataclasses.fields(Config)]
+    config = Config(**{name: getattr(args, name) for name in names})
+    text = read_prompt(args)
+    device, dtype, backend = choose_device(args)
+    predictor = load_predictor(args.predictor)
+    model, tokenizer = load_model(args.model or str(fetch_default_llm()), dtype, device)
+    if args.dense:
+        config = dataclasses.replace(config, dense_layers=model.config.n_layers)
+    if not args.raw:
+        text = tokenizer.chat([{"role": "user", "content": text}]) if tokenizer.has_chat_template else text
+    tokens = tokenizer.encode(text)
+    room = model.config.context_len - len(tokens)
+    if room < 1:
+        raise InputError(f"the prompt has {len(tokens):,} tokens, the model's context {model.config.context_len:,}: shorten it")
+    max_new_tokens = min(args.max_new_tokens, room)
+    decoder = SparseDecoder(config, model, predictor, len(tokens) + max_new_tokens, backend)
+    stream = TextStream(tokenizer)
+    try:
+        for token in generate(model, decoder, tokens, max_new_tokens, args.temperature, args.top_p, args.seed):
+            print(stream.push(token), end="", flush=True)
+    finally:
+        print(stream.flush(), flush=True)
+        if args.stats:
+            print(format_stats(decoder.stats, config, decoder.n_tokens), file=sys.stderr)
+
+
+def main(argv=None) -> int:
+    try:
+        run(parse_args(argv))
+    except (InputError, ModelError) as error:
+        print(f"attnpred: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
