@@ -41,6 +41,9 @@ except ImportError:  # the torch backend does without
     triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
 
 POOL_CHUNK_TOKENS = 1024  # keys whose logits the reference pooling holds at once
+PROGRAMS_PER_MULTIPROCESSOR = 2  # that the splits of a KV cache aim at
+TILE_BYTES = 16384  # of K or of V that a program loads at once; several such loads are in flight
+COPY_PROGRAMS = 16  # a copy occupies so many multiprocessors, no more
 LOG2_E = tl.constexpr(math.log2(math.e))  # kernels take exponentials and logarithms to base 2, as the hardware does
 LOWEST = tl.constexpr(-3.0e38)  # a running maximum starts here: finite, so that LOWEST - LOWEST is no NaN
 
@@ -117,6 +120,18 @@ def _use_triton(backend, device):
     return True
 
 
+def _operand(dtype):
+    """What tl.dot multiplies: the inputs' own dtype, but float32 in the interpreter, which has no bfloat16 products."""
+    if _interpreted():
+        return tl.float32
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def _power_of_two(n):
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 @cache
 def _n_multiprocessors(device):
     """Processors to keep busy: the GPU's own number; an H200's when recording; few for the sequential interpreter."""
@@ -156,6 +171,91 @@ def pool_history_reference(q, k_cache, n_tokens):
     return pooled.flatten(0, 1), lse.flatten(0, 1)
 
 
+@_jit()
+def _merged_lse(parts, splits, MAX_SPLITS: tl.constexpr):
+    """Base-2 log-sum-exp over the `splits` partial ones behind each of the pointers `parts` (rows,)."""
+    split = tl.arange(0, MAX_SPLITS)[None, :]
+    part = tl.load(parts[:, None] + split, mask=split < splits, other=float("-inf"))  # (rows, MAX_SPLITS)
+    top = tl.max(part, 1)  # (rows,)
+    return top + tl.log2(tl.sum(tl.exp2(part - top[:, None]), 1))
+
+
+# Grid: (row tiles, splits, Hk). The G * rows queries of a KV head are one matrix, cut into tiles of TILE_ROWS; the keys
+# are cut into `splits` runs of tiles of TILE_BLOCKS blocks, so that a single query, too, occupies the whole machine.
+# Traffic: K once per row tile (tiles run side by side and share it in L2), the block maxima written once.
+@_jit("n_tokens", "n_blocks", "splits")
+def _pool_kernel(
+    q, k, block_max, partial_lse,
+    n_tokens, n_blocks, splits, rows, group_rows, scale,
+    q_head, q_row, k_head, k_block, k_token,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_PAD: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_ROWS: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    split, kv_head = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    m = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)  # (TILE_ROWS,) row of the group's query matrix
+    d = tl.arange(0, HEAD_PAD)
+    token = tl.arange(0, TILE_BLOCKS * BLOCK_PAD)  # (TILE,) of a tile
+    place, slot = token // BLOCK_PAD, token % BLOCK_PAD  # block in the tile, token in the block
+    in_group, in_head = m < group_rows, d < HEAD_DIM
+
+    q += (kv_head * GROUP + m // rows) * q_head + (m % rows) * q_row  # (TILE_ROWS,)
+    q_tile = tl.load(q[:, None] + d[None, :], mask=in_group[:, None] & in_head[None, :], other=0.0).to(OPERAND)
+    position = n_tokens - rows + m % rows  # (TILE_ROWS,) the last key that each row may see
+    row = kv_head * group_rows + m  # (TILE_ROWS,) of the outputs
+    k += kv_head * k_head
+    top = tl.full((TILE_ROWS,), LOWEST, tl.float32)
+    total = tl.zeros((TILE_ROWS,), tl.float32)
+
+    n_tiles = tl.cdiv(n_blocks, TILE_BLOCKS)
+    for tile in range(split * n_tiles // splits, (split + 1) * n_tiles // splits):
+        first = tile * TILE_BLOCKS
+        key = (first + place) * BLOCK_SIZE + slot  # (TILE,)
+        there = (key < n_tokens) & (slot < BLOCK_SIZE)
+        offset = first.to(tl.int64) * k_block + place * k_block + slot * k_token
+        k_tile = tl.load(k + offset[None, :] + d[:, None], mask=there[None, :] & in_head[:, None], other=0.0)
+        logits = tl.dot(q_tile, k_tile.to(OPERAND), input_precision="ieee") * scale  # (TILE_ROWS, TILE)
+        seen = (key[None, :] <= position[:, None]) & (slot < BLOCK_SIZE)[None, :]
+        logits = tl.where(seen, logits, float("-inf"))
+        best = tl.max(tl.reshape(logits, (TILE_ROWS, TILE_BLOCKS, BLOCK_PAD)), 2)  # (TILE_ROWS, TILE_BLOCKS)
+        block = first + tl.arange(0, TILE_BLOCKS)
+        inside = in_group[:, None] & (block < n_blocks)[None, :]
+        tl.store(block_max + row[:, None] * n_blocks + block[None, :], best, mask=inside)
+        higher = tl.maximum(top, tl.max(best, 1))
+        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
+        top = higher
+    tl.store(partial_lse + row * splits + split, top + tl.log2(total), mask=in_group)
+
+
+# Grid: (row tiles, column tiles). Turns block maxima into probabilities where they lie: one read, one write.
+@_jit("n_rows", "n_blocks", "splits")
+def _pool_normalize_kernel(
+    block_max, partial_lse, lse, n_rows, n_blocks, splits,
+    MAX_SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    merged = _merged_lse(partial_lse + tl.minimum(row, n_rows - 1) * splits, splits, MAX_SPLITS)  # (TILE_ROWS,)
+    if tl.program_id(1) == 0:
+        tl.store(lse + row, merged / LOG2_E, mask=row < n_rows)
+    pointer = block_max + row[:, None] * n_blocks + column[None, :]  # (TILE_ROWS, TILE_COLUMNS)
+    inside = (row < n_rows)[:, None] & (column < n_blocks)[None, :]
+    tl.store(pointer, tl.exp2(tl.load(pointer, mask=inside, other=0.0) - merged[:, None]), mask=inside)
+
+
+def _tiles(head_dim, block_size, element_size):
+    """Padded head, padded block, and the number of blocks that make a tile of about `TILE_BYTES` of K or V."""
+    head_pad, block_pad = max(16, _power_of_two(head_dim)), _power_of_two(block_size)
+    tokens = max(32, min(128, TILE_BYTES // (head_pad * element_size)))
+    return head_pad, block_pad, max(1, tokens // block_pad)
+
+
+def _splits(device, programs, n_tiles):
+    """Into how many runs `n_tiles` tiles are cut if `programs` share each run; the power of two that bounds it."""
+    wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * _n_multiprocessors(device) // programs)
+    return min(wanted, n_tiles), _power_of_two(wanted)
+
+
 def pool_history(q, k_cache, n_tokens, backend="torch"):
     """Block-max-pooled causal attention probabilities of the last `rows` queries (METHOD: prefill and calibration).
 
@@ -168,7 +268,45 @@ def pool_history(q, k_cache, n_tokens, backend="torch"):
         raise ValueError(f"rows must lie in 1 ... n_tokens = {n_tokens}, not {q.shape[1]}")
     if not _use_triton(backend, q.device):
         return pool_history_reference(q, k_cache, n_tokens)
-    raise NotImplementedError
+    _check_layout(q, k_cache)
+    n_heads, rows, head_dim = q.shape
+    n_kv_heads, _, block_size, _ = k_cache.shape
+    group = n_heads // n_kv_heads
+    n_blocks = -(-n_tokens // block_size)
+    size = q.element_size()
+    head_pad, block_pad, tile_blocks = _tiles(head_dim, block_size, size)
+    tile_rows = max(16, min(64 if size == 2 else 16, _power_of_two(group * rows)))
+    row_tiles = -(-group * rows // tile_rows)
+    n_tiles = -(-n_blocks // tile_blocks)
+    splits, max_splits = _splits(q.device, row_tiles * n_kv_heads, n_tiles)
+    pooled = q.new_empty((n_heads, rows, n_blocks), dtype=torch.float32)  # block maxima first, then probabilities
+    lse = q.new_empty((n_heads, rows), dtype=torch.float32)
+    partial_lse = q.new_empty((n_heads, rows, splits), dtype=torch.float32)
+
+    def cost():
+        k_bytes = n_kv_heads * n_tokens * head_dim * size
+        outside = q.numel() * size + 4 * pooled.numel()
+        computed = n_kv_heads * row_tiles * tile_rows * n_tiles * tile_blocks * block_pad * head_pad
+        return Cost(row_tiles * k_bytes + outside, computed, k_bytes + outside, n_heads * rows * n_tokens * head_dim)
+
+    _launch(
+        _pool_kernel, (row_tiles, splits, n_kv_heads),
+        q, k_cache, pooled, partial_lse,
+        n_tokens, n_blocks, splits, rows, group * rows, head_dim**-0.5 * math.log2(math.e),
+        *q.stride()[:2], *k_cache.stride()[:3],
+        GROUP=group, HEAD_DIM=head_dim, HEAD_PAD=head_pad,
+        BLOCK_SIZE=block_size, BLOCK_PAD=block_pad, TILE_BLOCKS=tile_blocks, TILE_ROWS=tile_rows,
+        OPERAND=_operand(q.dtype),
+        num_warps=4, num_stages=3, cost=cost,
+    )  # fmt: skip
+    n_rows = n_heads * rows
+    _launch(
+        _pool_normalize_kernel, (-(-n_rows // 16), -(-n_blocks // 128)),
+        pooled, partial_lse, lse, n_rows, n_blocks, splits,
+        MAX_SPLITS=max_splits, TILE_ROWS=16, TILE_COLUMNS=128,
+        cost=lambda: Cost(8 * pooled.numel()),
+    )  # fmt: skip
+    return pooled, lse
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -334,6 +472,112 @@ def sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row=None):
     return (p @ v).view(n_heads, head_dim).to(q.dtype), lse.view(n_heads)
 
 
+# Grid: (splits, heads). A program walks its run of the head's block list in tiles of TILE_BLOCKS whole blocks, gathered
+# through the table (None: the identity), with a running softmax; the GROUP queries that share the list are the rows of
+# one tl.dot, padded to 16. It leaves its normalised output, its log-sum-exp and each block's largest logit, and blanks
+# its share of the history row, into which the merge then scatters. Traffic: K and V of the listed blocks once.
+@_jit("n_tokens", "n_listed", "splits", "capacity", "table_head")
+def _decode_kernel(
+    q, k, v, blocks, row, partial_out, partial_lse, block_max,
+    n_tokens, n_listed, splits, capacity, kv_sharing, scale,
+    q_head, k_head, k_block, k_token, v_head, v_block, v_token, table_head, row_head,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_PAD: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_BLANK: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    split, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    g = tl.arange(0, GROUP_PAD)  # (GROUP_PAD,) query of the group
+    d = tl.arange(0, HEAD_PAD)
+    token = tl.arange(0, TILE_BLOCKS * BLOCK_PAD)  # (TILE,) of a tile
+    slot = token % BLOCK_PAD  # (TILE,) token in its block
+    in_group, in_head = g < GROUP, d < HEAD_DIM
+    if row is not None:
+        blank = tl.arange(0, TILE_BLANK)
+        for tile in range(split, tl.cdiv(capacity, TILE_BLANK), splits):
+            column = tile * TILE_BLANK + blank
+            tl.store(row + head * row_head + column, tl.zeros((TILE_BLANK,), tl.float32), mask=column < capacity)
+
+    query = head * GROUP + g  # (GROUP_PAD,)
+    q += query[:, None] * q_head + d[None, :]  # (GROUP_PAD, HEAD_PAD)
+    q_tile = tl.load(q, mask=in_group[:, None] & in_head[None, :], other=0.0).to(OPERAND)
+    k += head // kv_sharing * k_head
+    v += head // kv_sharing * v_head
+    top = tl.full((GROUP_PAD,), LOWEST, tl.float32)
+    total = tl.zeros((GROUP_PAD,), tl.float32)
+    out = tl.zeros((GROUP_PAD, HEAD_PAD), tl.float32)
+
+    n_tiles = tl.cdiv(n_listed, TILE_BLOCKS)
+    for tile in range(split * n_tiles // splits, (split + 1) * n_tiles // splits):
+        place = tile * TILE_BLOCKS + token // BLOCK_PAD  # (TILE,) in the list
+        listed = place < n_listed
+        if blocks is not None:
+            block = tl.load(blocks + head * table_head + place, mask=listed, other=0).to(tl.int64)  # (TILE,)
+        else:
+            block = place.to(tl.int64)
+        there = listed & (slot < BLOCK_SIZE) & (block * BLOCK_SIZE + slot < n_tokens)
+        k_offset, v_offset = block * k_block + slot * k_token, block * v_block + slot * v_token
+        k_tile = tl.load(k + k_offset[None, :] + d[:, None], mask=there[None, :] & in_head[:, None], other=0.0)
+        logits = tl.dot(q_tile, k_tile.to(OPERAND), input_precision="ieee") * scale  # (GROUP_PAD, TILE)
+        logits = tl.where(there[None, :], logits, float("-inf"))
+        best = tl.max(tl.reshape(logits, (GROUP_PAD, TILE_BLOCKS, BLOCK_PAD)), 2)  # (GROUP_PAD, TILE_BLOCKS)
+        if row is not None:
+            at = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
+            inside = in_group[:, None] & (at < n_listed)[None, :]
+            tl.store(block_max + query[:, None] * n_listed + at[None, :], best, mask=inside)
+        higher = tl.maximum(top, tl.max(best, 1))  # (GROUP_PAD,)
+        p = tl.exp2(logits - higher[:, None])  # (GROUP_PAD, TILE)
+        rescale = tl.exp2(top - higher)
+        total = total * rescale + tl.sum(p, 1)
+        v_tile = tl.load(v + v_offset[:, None] + d[None, :], mask=there[:, None] & in_head[None, :], other=0.0)
+        p = p.to(v_tile.dtype).to(OPERAND)
+        out = tl.dot(p, v_tile.to(OPERAND), out * rescale[:, None], input_precision="ieee")
+        top = higher
+    part = query * splits + split  # (GROUP_PAD,)
+    tl.store(partial_lse + part, top + tl.log2(total), mask=in_group)
+    partial_out += part[:, None] * HEAD_DIM + d[None, :]  # (GROUP_PAD, HEAD_PAD)
+    tl.store(partial_out, out / total[:, None], mask=in_group[:, None] & in_head[None, :])
+
+
+# Grid: (GROUP + tiles of the list, heads). A head's first GROUP programs combine one query's splits each, weighted by
+# their log-sum-exp; the others turn a tile of block maxima into probabilities, average them over the group, and scatter
+# them. Traffic: the partial results, a few percent of the KV read.
+@_jit("n_listed", "splits", "table_head")
+def _merge_kernel(
+    partial_out, partial_lse, block_max, blocks, out, lse, row,
+    n_listed, splits, table_head, row_head,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr, TILE_LIST: tl.constexpr,
+):  # fmt: skip
+    part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if part < GROUP:
+        query = head * GROUP + part
+        parts = partial_lse + query * splits
+        merged = tl.sum(_merged_lse(parts + tl.arange(0, 1), splits, MAX_SPLITS), 0)  # of one row: a scalar
+        tl.store(lse + query, merged / LOG2_E)
+        d = tl.arange(0, HEAD_PAD)
+        in_head = d < HEAD_DIM
+        mixed = tl.zeros((HEAD_PAD,), tl.float32)
+        for first in range(0, splits, TILE_SPLITS):
+            split = first + tl.arange(0, TILE_SPLITS)
+            exists = split < splits
+            weight = tl.exp2(tl.load(parts + split, mask=exists, other=float("-inf")) - merged)  # (TILE_SPLITS,)
+            some = partial_out + (query * splits + split)[:, None] * HEAD_DIM + d[None, :]  # (TILE_SPLITS, HEAD_PAD)
+            mixed += tl.sum(tl.load(some, mask=exists[:, None] & in_head[None, :], other=0.0) * weight[:, None], 0)
+        tl.store(out + query * HEAD_DIM + d, mixed.to(out.dtype.element_ty), mask=in_head)
+    elif row is not None:
+        g = tl.arange(0, GROUP_PAD)
+        queries = head * GROUP + tl.minimum(g, GROUP - 1)  # (GROUP_PAD,)
+        lses = _merged_lse(partial_lse + queries * splits, splits, MAX_SPLITS)  # (GROUP_PAD,)
+        place = (part - GROUP) * TILE_LIST + tl.arange(0, TILE_LIST)  # (TILE_LIST,) in the list
+        listed = place < n_listed
+        best = block_max + queries[:, None] * n_listed + place[None, :]  # (GROUP_PAD, TILE_LIST)
+        best = tl.load(best, mask=(g < GROUP)[:, None] & listed[None, :], other=float("-inf"))
+        p = tl.sum(tl.exp2(best - lses[:, None]), 0) / GROUP  # (TILE_LIST,)
+        if blocks is not None:
+            place = tl.load(blocks + head * table_head + place, mask=listed, other=0)
+        tl.store(row + head * row_head + place, p, mask=listed)
+
+
 def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torch"):
     """Attention of one token over the listed blocks only, and the history row that it leaves (METHOD: attend).
 
@@ -350,9 +594,54 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
         raise ValueError(f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must agree")
     if blocks is not None and blocks.shape[0] not in (k_cache.shape[0], q.shape[0]):
         raise ValueError(f"blocks must list Hk = {k_cache.shape[0]} or Hq = {q.shape[0]} heads, not {blocks.shape[0]}")
+    if row is not None and (row.dtype != torch.float32 or row.stride(1) != 1):
+        raise ValueError("row must be float32, and contiguous along the blocks")
     if not _use_triton(backend, q.device):
         return sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row)
-    raise NotImplementedError
+    _check_layout(q, k_cache, v_cache)
+    n_heads, head_dim = q.shape
+    n_kv_heads, _, block_size, _ = k_cache.shape
+    heads, n_listed = (n_kv_heads, -(-n_tokens // block_size)) if blocks is None else blocks.shape
+    group = n_heads // heads
+    size = q.element_size()
+    head_pad, block_pad, tile_blocks = _tiles(head_dim, block_size, size)
+    group_pad = max(16, _power_of_two(group))
+    n_tiles = -(-n_listed // tile_blocks)
+    splits, max_splits = _splits(q.device, heads, n_tiles)
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(n_heads, dtype=torch.float32)
+    partial_out = q.new_empty((n_heads, splits, head_dim), dtype=torch.float32)
+    partial_lse = q.new_empty((n_heads, splits), dtype=torch.float32)
+    block_max = None if row is None else q.new_empty((n_heads, n_listed), dtype=torch.float32)
+    capacity, row_head = (0, 0) if row is None else (row.shape[1], row.stride(0))
+    table_head = 0 if blocks is None else blocks.stride(0)
+    row_bytes = 0 if row is None else 4 * row.numel()
+    partial_bytes = 4 * (partial_out.numel() + partial_lse.numel() + (0 if row is None else block_max.numel()))
+
+    def cost():
+        tokens = min(n_listed * block_size, n_tokens)
+        least = 2 * heads * tokens * head_dim * size + 2 * q.numel() * size + row_bytes
+        computed = 2 * heads * n_tiles * tile_blocks * block_pad * group_pad * head_pad
+        return Cost(least + partial_bytes, computed, least, 2 * n_heads * tokens * head_dim)
+
+    shape = dict(GROUP=group, HEAD_DIM=head_dim, HEAD_PAD=head_pad)
+    _launch(
+        _decode_kernel, (splits, heads),
+        q, k_cache, v_cache, blocks, row, partial_out, partial_lse, block_max,
+        n_tokens, n_listed, splits, capacity, heads // n_kv_heads, head_dim**-0.5 * math.log2(math.e),
+        q.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], table_head, row_head,
+        **shape, GROUP_PAD=group_pad, BLOCK_SIZE=block_size, BLOCK_PAD=block_pad, TILE_BLOCKS=tile_blocks,
+        TILE_BLANK=1024, OPERAND=_operand(q.dtype), num_warps=4, num_stages=3 if blocks is None else 4, cost=cost,
+    )  # fmt: skip
+    tile_list = 128
+    _launch(
+        _merge_kernel, (group if row is None else group - (-n_listed // tile_list), heads),
+        partial_out, partial_lse, block_max, blocks, out, lse, row,
+        n_listed, splits, table_head, row_head,
+        **shape, GROUP_PAD=_power_of_two(group), MAX_SPLITS=max_splits,
+        TILE_SPLITS=min(max_splits, 4096 // head_pad), TILE_LIST=tile_list,
+        num_warps=4, cost=lambda: Cost(partial_bytes + q.numel() * size),
+    )  # fmt: skip
+    return out, lse
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -367,6 +656,37 @@ def copy_blocks_reference(source, destination, source_index, destination_index):
     destination[destination_index[wanted].long()] = rows.to(destination.device)
 
 
+# Grid: COPY_PROGRAMS, few, so that most of the machine stays free for the compute that it runs beside. Each program
+# numbers the wanted rows and takes every COPY_PROGRAMS-th tile of them: however few are wanted, all share the work. A
+# tile is TILE lanes of 8 bytes (fewer where a row's length or alignment asks for it), moved as bits whatever the dtype.
+# Traffic: the wanted rows, read once over the bus and written once; the index lists once a program.
+@_jit("n")
+def _copy_kernel(
+    source, destination, source_index, destination_index, n, source_row, destination_row,
+    LANES: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    TILES: tl.constexpr = (LANES + TILE - 1) // TILE  # to a row
+    place, lane = tl.arange(0, CHUNK), tl.arange(0, TILE)
+    before = 0  # rows wanted in the chunks before
+    for first in range(0, n, CHUNK):
+        here = first + place < n
+        index = tl.load(source_index + first + place, mask=here, other=-1)  # (CHUNK,)
+        slot = tl.load(destination_index + first + place, mask=here, other=0)
+        wanted = (index >= 0).to(tl.int32)
+        number = tl.where(wanted == 1, tl.cumsum(wanted) - 1, -1)  # (CHUNK,) among the wanted of this chunk
+        count = tl.sum(wanted)
+        start = (program + programs - before * TILES % programs) % programs
+        for tile in tl.range(start, count * TILES, programs, num_stages=STAGES):
+            mine = number == tile // TILES  # (CHUNK,) true at one place
+            come = tl.sum(tl.where(mine, index, 0)).to(tl.int64)
+            go = tl.sum(tl.where(mine, slot, 0)).to(tl.int64)
+            at = tile % TILES * TILE + lane  # (TILE,)
+            bits = tl.load(source + come * source_row + at, mask=at < LANES)
+            tl.store(destination + go * destination_row + at, bits, mask=at < LANES)
+        before += count
+
+
 def copy_blocks(source, destination, source_index, destination_index, backend="torch"):
     """Gather blocks of (pinned host) memory into device slots (METHOD: cross-token prefetch).
 
@@ -379,7 +699,23 @@ def copy_blocks(source, destination, source_index, destination_index, backend="t
         raise ValueError("source and destination must agree in dtype and in the size of a block")
     if not _use_triton(backend, destination.device):
         return copy_blocks_reference(source, destination, source_index, destination_index)
-    raise NotImplementedError
+    if source.stride(1) != 1 or destination.stride(1) != 1:
+        raise ValueError("a block must be contiguous, in source and in destination")
+    size = source.element_size()
+    aligned = math.gcd(8, source.shape[1] * size)
+    for rows in (source, destination):
+        aligned = math.gcd(aligned, rows.stride(0) * size, rows.data_ptr())
+    lane = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[aligned]
+    source, destination = source.view(lane), destination.view(lane)
+    lanes = source.shape[1]
+    moved = 2 * source_index.numel() * lanes * aligned
+    _launch(
+        _copy_kernel, (COPY_PROGRAMS,),
+        source, destination, source_index, destination_index,
+        source_index.numel(), source.stride(0), destination.stride(0),
+        LANES=lanes, TILE=min(1024, _power_of_two(lanes)), CHUNK=1024, STAGES=3,
+        num_warps=4, cost=lambda: Cost(moved + 8 * COPY_PROGRAMS * source_index.numel(), 0, moved),
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -393,6 +729,17 @@ def _check_cache(q, k_cache, n_tokens):
         raise ValueError(f"q {tuple(q.shape)} does not fit a cache of {n_kv_heads} KV heads and head_dim {head_dim}")
     if not 1 <= n_tokens <= capacity * block_size:
         raise ValueError(f"n_tokens must lie in 1 ... {capacity * block_size} (the cache's capacity), not {n_tokens}")
+
+
+def _check_layout(q, *caches):
+    """What the kernels ask for beyond the references."""
+    for cached in caches:
+        if cached.dtype != q.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"q and cache must share float32, float16 or bfloat16, not {q.dtype} and {cached.dtype}")
+        if cached.stride(3) != 1 or q.stride(-1) != 1:
+            raise ValueError("q and cache must be contiguous along head_dim")
+        if cached.shape[2] > 128 or cached.shape[3] > 256:
+            raise ValueError(f"block_size must be at most 128 and head_dim 256, not {tuple(cached.shape[2:])}")
 
 
 def _check_window(history, newest, start, end):
