@@ -366,6 +366,196 @@ def predict_incremental_reference(history, contributions, newest, start, end, va
     return contributions[:, :, start:end].mean(1) + weights["conv3.bias"]  # (heads, n)
 
 
+# The kernels. A tile is a strip of columns, and walks down the window. Both convolutions are matrix products on tensor
+# cores: a cell's 3 x 3 patch (9 of 16 places) times conv1's (16, 16), then conv1's 16 channels times (16, 32), once for
+# each of conv2's 9 taps. conv1's row is added to the three rows of conv2 that look at it, so of conv2 three rows are held,
+# of conv1 one, and nothing but history and p touches global memory. conv1's output outside the image is zero, as
+# conv2's padding demands, and not what conv1 would make of padding.
+
+W2_LOW, W1, W1_LOW = tl.constexpr(4608), tl.constexpr(9216), tl.constexpr(9472)  # places in the packed weights
+B1, B2, W3, B3 = tl.constexpr(9728), tl.constexpr(9744), tl.constexpr(9776), tl.constexpr(9808)
+INTERIOR_ROWS = 8  # rows that a program of `_interior_kernel` computes: few, as one tile's walk is the step's delay
+
+_packed = ([], [], None)  # the weights last packed, their versions, and what became of them
+
+
+def _tf32_parts(x):
+    """x = high + low, high being exact in tf32's 10 bits of mantissa."""
+    high = (x.contiguous().view(torch.int32) & -8192).view(torch.float32)
+    return high, x - high
+
+
+def _pack_weights(weights):
+    """The predictor as one vector: conv2 (3, 3, 16, 32) and conv1 (16 taps, 16), each in tf32 parts; b1; b2; w3; b3.
+
+    Packed anew only when the weights are others, or have been written to.
+    """
+    global _packed
+    tensors = [weights[f"conv{i}.{kind}"] for i in (1, 2, 3) for kind in ("weight", "bias")]
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    if len(_packed[0]) != 6 or any(a is not b for a, b in zip(tensors, _packed[0])) or versions != _packed[1]:
+        w1, b1, w2, b2, w3, b3 = (tensor.detach() for tensor in tensors)
+        w1 = F.pad(w1.reshape(16, 9).T, (0, 0, 0, 7))  # (16 taps, 16)
+        parts = *_tf32_parts(w2.permute(2, 3, 1, 0)), *_tf32_parts(w1), b1, b2, w3, b3
+        packed = torch.cat([part.flatten() for part in parts])  # (9809,)
+        if packed.is_cuda:
+            torch.cuda.synchronize(packed.device)  # later calls may come on other streams
+        _packed = (tensors, versions, packed)
+    return _packed[2]
+
+
+@_jit()
+def _dot_parts(x_high, x_low, w_high, w_low, acc):
+    """acc + x @ w to float32's accuracy from three tf32 products; low @ low is below it."""
+    acc = tl.dot(x_low, w_high, acc, input_precision="tf32")
+    acc = tl.dot(x_high, w_low, acc, input_precision="tf32")
+    return tl.dot(x_high, w_high, acc, input_precision="tf32")
+
+
+@_jit()
+def _split(x):
+    """`_tf32_parts`."""
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@_jit()
+def _bias_rows(weights, BLOCK: tl.constexpr):
+    """conv2's row before any tap is added."""
+    b2 = tl.load(weights + B2 + tl.arange(0, 32))  # (32,)
+    return tl.zeros([BLOCK, 32], tl.float32) + b2[None, :]  # (BLOCK, 32)
+
+
+@_jit()
+def _convolve_row(row, above, here, history, row_stride, weights, column, newest, start, end, H):
+    """Adds conv1's row `row` to conv2's rows row - 1, row, row + 1; the first of them is then complete."""
+    tap = tl.arange(0, 16)[None, :]  # (1, 16), a patch's places, those from 9 on empty
+    c1 = tl.arange(0, 16)
+    c2 = tl.arange(0, 32)
+    w1 = weights + W1 + c1[:, None] * 16 + c1[None, :]  # (16 taps, 16)
+    w1_high, w1_low = tl.load(w1), tl.load(w1 + (W1_LOW - W1))
+    b1 = tl.load(weights + B1 + c1)[None, :]  # (1, 16)
+    tap_row = row - 1 + tap // 3  # (1, 16)
+    slot = newest + 1 + tap_row
+    slot = tl.where(slot >= H, slot - H, slot)  # rows outside the window are masked
+    in_window = (tap < 9) & (tap_row >= 0) & (tap_row < H)
+    below = _bias_rows(weights, column.shape[0])  # (BLOCK, 32)
+    for dx in range(3):  # a loop that stays one: unrolled, conv2's weights would fill the registers
+        x_column = column[:, None] + (dx - 1)  # (BLOCK, 1), where this tap of conv2 looks
+        tap_column = x_column - 1 + tap % 3  # (BLOCK, 16)
+        in_image = in_window & (tap_column >= start) & (tap_column < end)
+        patch = tl.load(history + slot * row_stride + tap_column, in_image, 0.0)  # (BLOCK, 16)
+        high, low = _split(patch)
+        x = tl.maximum(_dot_parts(high, low, w1_high, w1_low, tl.zeros_like(patch)) + b1, 0.0)  # (BLOCK, 16)
+        high, low = _split(tl.where((x_column >= start) & (x_column < end), x, 0.0))
+        w2 = weights + dx * 512 + c1[:, None] * 32 + c2[None, :]  # (16, 32), tap (0, dx); a row of taps is 1536
+        above = _dot_parts(high, low, tl.load(w2 + 3072), tl.load(w2 + (W2_LOW + 3072)), above)
+        here = _dot_parts(high, low, tl.load(w2 + 1536), tl.load(w2 + (W2_LOW + 1536)), here)
+        below = _dot_parts(high, low, tl.load(w2), tl.load(w2 + W2_LOW), below)
+    return above, here, below
+
+
+@_jit()
+def _contribution(conv2_row, weights):
+    """p of a complete row of conv2."""
+    w3 = tl.load(weights + W3 + tl.arange(0, 32))  # (32,)
+    return tl.sum(tl.maximum(conv2_row, 0.0) * w3[None, :], 1)  # (BLOCK,)
+
+
+# Grid: (heads, tiles of BLOCK columns). A program reads its columns of the history once from memory, with two more on
+# either side (nine times in all, from the cache), and writes BLOCK scores. The weights, 39 KB, stay in the caches.
+@_jit("newest", "start", "end")
+def _predict_kernel(history, scores, weights, head_stride, row_stride, newest, start, end, H, BLOCK: tl.constexpr):
+    head = tl.program_id(0)
+    column = start + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    history += head.to(tl.int64) * head_stride
+    total = tl.zeros([BLOCK], tl.float32)
+    above = _bias_rows(weights, BLOCK)  # (BLOCK, 32)
+    here = above
+    for row in range(H):
+        done, above, here = _convolve_row(
+            row, above, here, history, row_stride, weights, column, newest, start, end, H
+        )
+        total += tl.where(row > 0, _contribution(done, weights), 0.0)
+    total += _contribution(above, weights)  # row H - 1: all zero below it
+    score = total / H + tl.load(weights + B3)
+    tl.store(scores + head * (end - start) + column - start, score, column < end)
+
+
+# Grid: (heads, tiles of BLOCK stale columns, chunks of ROWS interior rows), on the steps on which the middle grows.
+# Rewrites p of rows 2 ... H-4 there; `_edge_rows_kernel` computes the other five rows everywhere.
+@_jit("newest", "start", "first", "end")
+def _interior_kernel(
+    history, contributions, weights, head_stride, row_stride, p_head_stride, p_row_stride,
+    newest, start, first, end, H, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    column = first + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    top = 2 + tl.program_id(2) * ROWS
+    bottom = tl.minimum(top + ROWS, H - 3)
+    history += head * head_stride
+    contributions += head * p_head_stride
+    above = _bias_rows(weights, BLOCK)  # (BLOCK, 32)
+    here = above
+    for row in range(top - 1, bottom + 1):
+        done, above, here = _convolve_row(
+            row, above, here, history, row_stride, weights, column, newest, start, end, H
+        )
+        slot = (newest + row) % H  # of row - 1, which is complete; the first two lack what lies above the chunk
+        tl.store(contributions + slot * p_row_stride + column, _contribution(done, weights), (column < end) & (row > top))
+
+
+# Grid: (heads, tiles of BLOCK columns). A program reads the H - 5 rows of p that still hold, and 4 + 5 rows of history;
+# writes p of the five rows at the edges, and BLOCK scores. What it writes it keeps in registers for the mean.
+@_jit("newest", "start", "end")
+def _edge_rows_kernel(
+    history, contributions, scores, weights, head_stride, row_stride, p_head_stride, p_row_stride,
+    newest, start, end, H, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    column = start + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    inside = column < end
+    history += head.to(tl.int64) * head_stride
+    contributions += head.to(tl.int64) * p_head_stride
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(2, H - 3, 16):
+        row = first + tl.arange(0, 16)[:, None]  # (16, 1)
+        kept = contributions + ((newest + 1 + row) % H) * p_row_stride + column[None, :]  # (16, BLOCK)
+        total += tl.sum(tl.load(kept, (row < H - 3) & inside[None, :], 0.0), 0)
+    blank = _bias_rows(weights, BLOCK)  # (BLOCK, 32)
+    above, here = blank, blank
+    for row in tl.static_range(3):  # completes rows 0 and 1 of the window
+        done, above, here = _convolve_row(
+            row, above, here, history, row_stride, weights, column, newest, start, end, H
+        )
+        if row >= 1:
+            p = _contribution(done, weights)  # (BLOCK,)
+            total += p
+            tl.store(contributions + ((newest + row) % H) * p_row_stride + column, p, inside)
+    above, here = blank, blank
+    for i in tl.static_range(5):  # completes rows H-3, H-2 and, with nothing below it, H-1
+        row = H - 4 + i
+        if i < 4:
+            done, above, here = _convolve_row(
+                row, above, here, history, row_stride, weights, column, newest, start, end, H
+            )
+        else:
+            done = above
+        if i >= 2:
+            p = _contribution(done, weights)  # (BLOCK,)
+            total += p
+            tl.store(contributions + ((newest + row) % H) * p_row_stride + column, p, inside)
+    tl.store(scores + head * (end - start) + column - start, total / H + tl.load(weights + B3), inside)
+
+
+_ROW_MULTIPLY_ADDS = 3 * (3 * 16 * 16 + 9 * 16 * 32)  # a cell of `_convolve_row`: three tf32 products each
+
+
+def _column_tile(heads, columns, device):
+    """Wide tiles waste less on their borders and weights; narrow ones occupy a GPU when there are few columns."""
+    return 128 if heads * -(-columns // 128) >= _n_multiprocessors(device) else 64
+
+
 def predict(history, newest, start, end, weights, backend="torch"):
     """Scores of the middle blocks for the next token, the whole network computed (METHOD: predict).
 
@@ -376,7 +566,26 @@ def predict(history, newest, start, end, weights, backend="torch"):
     _check_window(history, newest, start, end)
     if not _use_triton(backend, history.device):
         return predict_reference(history, newest, start, end, weights)
-    raise NotImplementedError
+    heads, history_len, _ = history.shape
+    n = end - start
+    tile = _column_tile(heads, n, history.device)
+    grid = heads, -(-n // tile)
+    scores = history.new_empty(heads, n)
+
+    def cost():
+        columns, read = heads * grid[1] * tile, heads * (n + 4 * grid[1])
+        return Cost(
+            bytes_moved=4 * (read * history_len + scores.numel()),
+            multiply_adds=columns * history_len * _ROW_MULTIPLY_ADDS,
+            least_bytes=4 * (heads * n * history_len + scores.numel()),
+            least_multiply_adds=predict_multiply_adds(heads, history_len, start, end),
+        )
+
+    _launch(
+        _predict_kernel, grid, history, scores, _pack_weights(weights), *history.stride()[:2], newest, start, end,
+        history_len, cost=cost, BLOCK=tile,
+    )  # fmt: skip
+    return scores
 
 
 def predict_incremental(history, contributions, newest, start, end, valid_end, weights, backend="torch"):
@@ -396,7 +605,44 @@ def predict_incremental(history, contributions, newest, start, end, valid_end, w
         raise ValueError(f"valid_end must lie in start ... end = {start} ... {end}, not {valid_end}")
     if not _use_triton(backend, history.device):
         return predict_incremental_reference(history, contributions, newest, start, end, valid_end, weights)
-    raise NotImplementedError
+    heads, history_len, _ = history.shape
+    packed = _pack_weights(weights)
+    strides = *history.stride()[:2], *contributions.stride()[:2]
+    if valid_end < end and history_len > 5:
+        first = max(start, valid_end - 2)
+        tile = _column_tile(heads, end - first, history.device)
+        grid = heads, -(-(end - first) // tile), -(-(history_len - 5) // INTERIOR_ROWS)
+
+        def interior_cost():
+            rows = history_len - 5 + 2 * grid[2]  # of conv1
+            return Cost(
+                bytes_moved=4 * heads * (end - first) * (rows + history_len - 5),
+                multiply_adds=heads * grid[1] * tile * rows * _ROW_MULTIPLY_ADDS,
+            )
+
+        _launch(
+            _interior_kernel, grid, history, contributions, packed, *strides, newest, start, first, end,
+            history_len, cost=interior_cost, ROWS=INTERIOR_ROWS, BLOCK=tile,
+        )  # fmt: skip
+    n = end - start
+    tile = _column_tile(heads, n, history.device)
+    grid = heads, -(-n // tile)
+    scores = history.new_empty(heads, n)
+
+    def cost():
+        least = 4 * heads * n * (history_len + 10)  # H - 5 rows of p and 9 of history read, 5 of p and a score written
+        return Cost(
+            bytes_moved=least + 4 * heads * grid[1] * 4 * 9,
+            multiply_adds=heads * grid[1] * tile * 3 * (7 * 3 * 16 * 16 + 39 * 16 * 32),  # 13 of 15 x 3 taps are not blank
+            least_bytes=least,
+            least_multiply_adds=predict_multiply_adds(heads, history_len, start, end, end),
+        )
+
+    _launch(
+        _edge_rows_kernel, grid, history, contributions, scores, packed, *strides, newest, start, end, history_len,
+        cost=cost, BLOCK=tile,
+    )  # fmt: skip
+    return scores
 
 
 def predict_multiply_adds(heads, history_len, start, end, valid_end=None):
@@ -425,6 +671,55 @@ def select_blocks_reference(scores, k):
     return best.sort(dim=-1).values.int()
 
 
+# Radix selection: as an integer that sorts like the score, the k-th largest key is found digit by digit, high digits
+# first: a histogram of the digit over the keys that agree with the digits found so far tells in which bin the k-th lies.
+# Four passes of 8 bits; a fifth writes the indices of all larger keys, and of the first few equal ones, as it meets them.
+
+SELECT_TILE = 8192  # scores that a program holds at once
+
+
+@_jit()
+def _sortable(scores, index, n):
+    """Keys that sort as unsigned integers like the scores: NaN as -inf, -0 as +0, places behind n masked by the caller."""
+    x = tl.load(scores + index, index < n, 0.0)  # (BLOCK,)
+    x = tl.where(x != x, float("-inf"), tl.where(x == 0.0, 0.0, x))
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)  # (BLOCK,)
+
+
+# Grid: (heads,). A program walks its head's scores five times in tiles of BLOCK, from the cache after the first.
+@_jit("n", "stride")
+def _select_kernel(scores, blocks, stride, n, k, BLOCK: tl.constexpr):
+    head = tl.program_id(0)
+    scores += head.to(tl.int64) * stride
+    digit = tl.arange(0, 256)
+    wanted = k  # how many of the keys that agree with `threshold` so far are among the k best
+    threshold = tl.full([], 0, tl.uint32)
+    for shift in tl.static_range(24, -1, -8):
+        counts = tl.zeros([256], tl.int32)
+        for first in range(0, n, BLOCK):
+            index = first + tl.arange(0, BLOCK)  # (BLOCK,)
+            key = _sortable(scores, index, n)
+            agrees = index < n
+            if shift < 24:
+                agrees &= (key >> (shift + 8)) == (threshold >> (shift + 8))
+            counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, agrees)  # (256,)
+        at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts  # (256,), keys with this digit or a higher one
+        found = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1  # the highest digit with enough keys
+        wanted -= tl.sum(tl.where(digit > found, counts, 0), 0)
+        threshold |= found.to(tl.uint32) << shift
+    written = 0
+    for first in range(0, n, BLOCK):
+        index = first + tl.arange(0, BLOCK)  # (BLOCK,)
+        key = _sortable(scores, index, n)
+        equal = ((key == threshold) & (index < n)).to(tl.int32)
+        take = ((key > threshold) & (index < n)) | ((equal > 0) & (tl.cumsum(equal, 0) <= wanted))
+        place = written + tl.cumsum(take.to(tl.int32), 0) - 1  # (BLOCK,)
+        tl.store(blocks + head * k + place, index, take)
+        wanted -= tl.sum(equal, 0)
+        written += tl.sum(take.to(tl.int32), 0)
+
+
 def select_blocks(scores, k, backend="torch"):
     """Indices of the k best blocks of each head, ascending (METHOD: select).
 
@@ -435,7 +730,17 @@ def select_blocks(scores, k, backend="torch"):
         raise ValueError(f"k must lie in 1 ... n and scores be (heads, n), not k = {k}, {tuple(scores.shape)}")
     if not _use_triton(backend, scores.device):
         return select_blocks_reference(scores, k)
-    raise NotImplementedError
+    heads, n = scores.shape
+    if scores.stride(1) != 1:
+        raise ValueError(f"a head's scores must lie side by side, not {scores.stride(1)} apart")
+    blocks = torch.empty(heads, k, dtype=torch.int32, device=scores.device)
+    tile = max(256, min(_power_of_two(n), SELECT_TILE))
+    moved = 4 * (scores.numel() + blocks.numel())
+    _launch(
+        _select_kernel, (heads,), scores, blocks, scores.stride(0), n, k,
+        BLOCK=tile, num_warps=max(4, tile // 512), cost=lambda: Cost(moved, 0, moved),
+    )  # fmt: skip
+    return blocks
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -457,7 +762,9 @@ def sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row=None):
     else:
         heads = blocks.shape[0]
         kv_head = torch.arange(heads, device=q.device) * n_kv_heads // heads  # the KV head that a selection head reads
-        k, v = k_cache[kv_head[:, None], blocks], v_cache[kv_head[:, None], blocks]  # (heads, A, b, D)
+        place = (kv_head[:, None] * k_cache.shape[1] + blocks).flatten()  # (heads * A,): rows of the cache's blocks
+        k = k_cache.flatten(0, 1).index_select(0, place).unflatten(0, (heads, -1))  # (heads, A, b, D)
+        v = v_cache.flatten(0, 1).index_select(0, place).unflatten(0, (heads, -1))  # (heads, A, b, D)
     padding = n_blocks * block_size - n_tokens  # places behind the last token, in the last block of every list
     length = k.shape[1] * block_size - padding
     k, v = k.flatten(1, 2)[:, :length].to(dtype), v.flatten(1, 2)[:, :length].to(dtype)  # (heads, length, D)
@@ -507,13 +814,18 @@ def _decode_kernel(
     out = tl.zeros((GROUP_PAD, HEAD_PAD), tl.float32)
 
     n_tiles = tl.cdiv(n_listed, TILE_BLOCKS)
-    for tile in range(split * n_tiles // splits, (split + 1) * n_tiles // splits):
-        place = tile * TILE_BLOCKS + token // BLOCK_PAD  # (TILE,) in the list
+    first, last = split * n_tiles // splits, (split + 1) * n_tiles // splits
+    place = first * TILE_BLOCKS + token // BLOCK_PAD  # (TILE,) in the list
+    if blocks is not None:  # looked up a tile ahead, lest the loads of K and V wait for their addresses
+        blocks += head * table_head
+        ahead = tl.load(blocks + place, mask=place < n_listed, other=0)  # (TILE,)
+    for tile in range(first, last):
         listed = place < n_listed
+        block = place.to(tl.int64)  # (TILE,)
+        place += TILE_BLOCKS
         if blocks is not None:
-            block = tl.load(blocks + head * table_head + place, mask=listed, other=0).to(tl.int64)  # (TILE,)
-        else:
-            block = place.to(tl.int64)
+            block = ahead.to(tl.int64)
+            ahead = tl.load(blocks + place, mask=place < n_listed, other=0)
         there = listed & (slot < BLOCK_SIZE) & (block * BLOCK_SIZE + slot < n_tokens)
         k_offset, v_offset = block * k_block + slot * k_token, block * v_block + slot * v_token
         k_tile = tl.load(k + k_offset[None, :] + d[:, None], mask=there[None, :] & in_head[:, None], other=0.0)
@@ -630,7 +942,7 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
         n_tokens, n_listed, splits, capacity, heads // n_kv_heads, head_dim**-0.5 * math.log2(math.e),
         q.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], table_head, row_head,
         **shape, GROUP_PAD=group_pad, BLOCK_SIZE=block_size, BLOCK_PAD=block_pad, TILE_BLOCKS=tile_blocks,
-        TILE_BLANK=1024, OPERAND=_operand(q.dtype), num_warps=4, num_stages=3 if blocks is None else 4, cost=cost,
+        TILE_BLANK=1024, OPERAND=_operand(q.dtype), num_warps=4, num_stages=3, cost=cost,
     )  # fmt: skip
     tile_list = 128
     _launch(
