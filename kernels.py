@@ -95,7 +95,12 @@ def _launch(kernel, grid, *arguments, cost, num_warps=4, num_stages=1, **constan
     if _recording is not None:
         _recording.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages, cost()))
     else:
-        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](*arguments, **constants, **_options(num_warps, num_stages, hip=torch.version.hip is not None))
+
+
+def _options(num_warps, num_stages, hip):
+    """Compiler options: AMD's 64 KB of local memory hold fewer tiles in flight."""
+    return dict(num_warps=num_warps, num_stages=min(num_stages, 2) if hip else num_stages)
 
 
 def _jit(*varying):
@@ -244,10 +249,11 @@ def _pool_normalize_kernel(
 
 
 def _tiles(head_dim, block_size, element_size):
-    """Padded head, padded block, and the number of blocks that make a tile of about `TILE_BYTES` of K or V."""
+    """Padded head, padded block, the number of blocks in a tile of K or V, and how many stages its loads may take."""
     head_pad, block_pad = max(16, _power_of_two(head_dim)), _power_of_two(block_size)
-    tokens = max(32, min(128, TILE_BYTES // (head_pad * element_size)))
-    return head_pad, block_pad, max(1, tokens // block_pad)
+    tokens = max(32, block_pad, min(128, TILE_BYTES // (head_pad * element_size)))
+    stages = 3 if tokens * head_pad * element_size <= TILE_BYTES else 2  # what fits into shared memory
+    return head_pad, block_pad, tokens // block_pad, stages
 
 
 def _splits(device, programs, n_tiles):
@@ -274,7 +280,7 @@ def pool_history(q, k_cache, n_tokens, backend="torch"):
     group = n_heads // n_kv_heads
     n_blocks = -(-n_tokens // block_size)
     size = q.element_size()
-    head_pad, block_pad, tile_blocks = _tiles(head_dim, block_size, size)
+    head_pad, block_pad, tile_blocks, stages = _tiles(head_dim, block_size, size)
     tile_rows = max(16, min(64 if size == 2 else 16, _power_of_two(group * rows)))
     row_tiles = -(-group * rows // tile_rows)
     n_tiles = -(-n_blocks // tile_blocks)
@@ -297,7 +303,7 @@ def pool_history(q, k_cache, n_tokens, backend="torch"):
         GROUP=group, HEAD_DIM=head_dim, HEAD_PAD=head_pad,
         BLOCK_SIZE=block_size, BLOCK_PAD=block_pad, TILE_BLOCKS=tile_blocks, TILE_ROWS=tile_rows,
         OPERAND=_operand(q.dtype),
-        num_warps=4, num_stages=3, cost=cost,
+        num_warps=4, num_stages=stages, cost=cost,
     )  # fmt: skip
     n_rows = n_heads * rows
     _launch(
@@ -368,9 +374,9 @@ def predict_incremental_reference(history, contributions, newest, start, end, va
 
 # The kernels. A tile is a strip of columns, and walks down the window. Both convolutions are matrix products on tensor
 # cores: a cell's 3 x 3 patch (9 of 16 places) times conv1's (16, 16), then conv1's 16 channels times (16, 32), once for
-# each of conv2's 9 taps. conv1's row is added to the three rows of conv2 that look at it, so of conv2 three rows are held,
-# of conv1 one, and nothing but history and p touches global memory. conv1's output outside the image is zero, as
-# conv2's padding demands, and not what conv1 would make of padding.
+# each of conv2's 9 taps. conv1's row is added to the three rows of conv2 that look at it: three rows of conv2 are held
+# and one of conv1, and nothing but history, p and scores touches global memory. conv1's output outside the image is
+# zero, as conv2's padding demands, and not what conv1 would make of padding.
 
 W2_LOW, W1, W1_LOW = tl.constexpr(4608), tl.constexpr(9216), tl.constexpr(9472)  # places in the packed weights
 B1, B2, W3, B3 = tl.constexpr(9728), tl.constexpr(9744), tl.constexpr(9776), tl.constexpr(9808)
@@ -473,9 +479,7 @@ def _predict_kernel(history, scores, weights, head_stride, row_stride, newest, s
     above = _bias_rows(weights, BLOCK)  # (BLOCK, 32)
     here = above
     for row in range(H):
-        done, above, here = _convolve_row(
-            row, above, here, history, row_stride, weights, column, newest, start, end, H
-        )
+        done, above, here = _convolve_row(row, above, here, history, row_stride, weights, column, newest, start, end, H)
         total += tl.where(row > 0, _contribution(done, weights), 0.0)
     total += _contribution(above, weights)  # row H - 1: all zero below it
     score = total / H + tl.load(weights + B3)
@@ -498,11 +502,10 @@ def _interior_kernel(
     above = _bias_rows(weights, BLOCK)  # (BLOCK, 32)
     here = above
     for row in range(top - 1, bottom + 1):
-        done, above, here = _convolve_row(
-            row, above, here, history, row_stride, weights, column, newest, start, end, H
-        )
-        slot = (newest + row) % H  # of row - 1, which is complete; the first two lack what lies above the chunk
-        tl.store(contributions + slot * p_row_stride + column, _contribution(done, weights), (column < end) & (row > top))
+        done, above, here = _convolve_row(row, above, here, history, row_stride, weights, column, newest, start, end, H)
+        if row > top:  # row - 1 is complete; the first two lack what lies above the chunk
+            slot = (newest + row) % H
+            tl.store(contributions + slot * p_row_stride + column, _contribution(done, weights), column < end)
 
 
 # Grid: (heads, tiles of BLOCK columns). A program reads the H - 5 rows of p that still hold, and 4 + 5 rows of history;
@@ -525,9 +528,7 @@ def _edge_rows_kernel(
     blank = _bias_rows(weights, BLOCK)  # (BLOCK, 32)
     above, here = blank, blank
     for row in tl.static_range(3):  # completes rows 0 and 1 of the window
-        done, above, here = _convolve_row(
-            row, above, here, history, row_stride, weights, column, newest, start, end, H
-        )
+        done, above, here = _convolve_row(row, above, here, history, row_stride, weights, column, newest, start, end, H)
         if row >= 1:
             p = _contribution(done, weights)  # (BLOCK,)
             total += p
@@ -631,9 +632,10 @@ def predict_incremental(history, contributions, newest, start, end, valid_end, w
 
     def cost():
         least = 4 * heads * n * (history_len + 10)  # H - 5 rows of p and 9 of history read, 5 of p and a score written
+        cell = 3 * (7 * 3 * 16 * 16 + (5 * 9 - 2 * 3) * 16 * 32)  # 7 rows of conv1; of conv2 5, less taps on padding
         return Cost(
             bytes_moved=least + 4 * heads * grid[1] * 4 * 9,
-            multiply_adds=heads * grid[1] * tile * 3 * (7 * 3 * 16 * 16 + 39 * 16 * 32),  # 13 of 15 x 3 taps are not blank
+            multiply_adds=heads * grid[1] * tile * cell,
             least_bytes=least,
             least_multiply_adds=predict_multiply_adds(heads, history_len, start, end, end),
         )
@@ -672,15 +674,15 @@ def select_blocks_reference(scores, k):
 
 
 # Radix selection: as an integer that sorts like the score, the k-th largest key is found digit by digit, high digits
-# first: a histogram of the digit over the keys that agree with the digits found so far tells in which bin the k-th lies.
-# Four passes of 8 bits; a fifth writes the indices of all larger keys, and of the first few equal ones, as it meets them.
+# first: a histogram of the digit over the keys that agree with the digits found so far tells in which bin it lies. Four
+# passes of 8 bits; a fifth writes the indices of all larger keys, and of the first few equal ones, as it meets them.
 
 SELECT_TILE = 8192  # scores that a program holds at once
 
 
 @_jit()
 def _sortable(scores, index, n):
-    """Keys that sort as unsigned integers like the scores: NaN as -inf, -0 as +0, places behind n masked by the caller."""
+    """Keys that sort, as unsigned integers, like the scores: NaN as -inf, -0 as +0. Places behind n: to be masked."""
     x = tl.load(scores + index, index < n, 0.0)  # (BLOCK,)
     x = tl.where(x != x, float("-inf"), tl.where(x == 0.0, 0.0, x))
     bits = x.to(tl.int32, bitcast=True)
@@ -898,7 +900,8 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
     blocks   (heads, A) int32: each head's blocks, ascending, the last of them N - 1 (the current token's). heads = Hk:
              the group shares the list; heads = Hq: one list a query. None: every block, dense attention.
     row      (heads, capacity) float32 or None: overwritten with each attended block's largest probability, averaged
-             over the queries that share the list; zero elsewhere. May be a strided view, such as a slot of the ring.
+             over the queries that share the row; zero elsewhere. May be a strided view, such as a slot of the ring.
+             Where blocks is None, heads may be either.
     returns  out (Hq, D) in q's dtype, and the log-sum-exp of the attended scaled logits (Hq,) float32
     """
     _check_cache(q, k_cache, n_tokens)
@@ -906,6 +909,11 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
         raise ValueError(f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must agree")
     if blocks is not None and blocks.shape[0] not in (k_cache.shape[0], q.shape[0]):
         raise ValueError(f"blocks must list Hk = {k_cache.shape[0]} or Hq = {q.shape[0]} heads, not {blocks.shape[0]}")
+    if row is not None and blocks is None and row.shape[0] != k_cache.shape[0]:  # a row for each query, not for each group
+        everything = torch.arange(-(-n_tokens // k_cache.shape[2]), dtype=torch.int32, device=q.device)
+        blocks = everything.expand(q.shape[0], -1).contiguous()  # (Hq, N)
+    if row is not None and row.shape[0] != (k_cache if blocks is None else blocks).shape[0]:
+        raise ValueError(f"row has {row.shape[0]} heads, the block lists another number")
     if row is not None and (row.dtype != torch.float32 or row.stride(1) != 1):
         raise ValueError("row must be float32, and contiguous along the blocks")
     if not _use_triton(backend, q.device):
@@ -916,7 +924,7 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
     heads, n_listed = (n_kv_heads, -(-n_tokens // block_size)) if blocks is None else blocks.shape
     group = n_heads // heads
     size = q.element_size()
-    head_pad, block_pad, tile_blocks = _tiles(head_dim, block_size, size)
+    head_pad, block_pad, tile_blocks, stages = _tiles(head_dim, block_size, size)
     group_pad = max(16, _power_of_two(group))
     n_tiles = -(-n_listed // tile_blocks)
     splits, max_splits = _splits(q.device, heads, n_tiles)
@@ -942,7 +950,7 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
         n_tokens, n_listed, splits, capacity, heads // n_kv_heads, head_dim**-0.5 * math.log2(math.e),
         q.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], table_head, row_head,
         **shape, GROUP_PAD=group_pad, BLOCK_SIZE=block_size, BLOCK_PAD=block_pad, TILE_BLOCKS=tile_blocks,
-        TILE_BLANK=1024, OPERAND=_operand(q.dtype), num_warps=4, num_stages=3, cost=cost,
+        TILE_BLANK=1024, OPERAND=_operand(q.dtype), num_warps=4, num_stages=stages, cost=cost,
     )  # fmt: skip
     tile_list = 128
     _launch(
@@ -1092,6 +1100,11 @@ def decode_launches(n_heads, n_kv_heads, head_dim, n_tokens, block_size=16, budg
     q = empty(n_heads, history_len, head_dim, dtype=torch.bfloat16)
     k_cache = v_cache = empty(n_kv_heads, n_blocks, block_size, head_dim, dtype=torch.bfloat16)
     history = empty(n_kv_heads, history_len, n_blocks)
+    shapes = (16, 1, 3, 3), (16,), (32, 16, 3, 3), (32,), (1, 32, 1), (1,)
+    names = (f"conv{i}.{kind}" for i in (1, 2, 3) for kind in ("weight", "bias"))
+    weights = {name: empty(*shape) for name, shape in zip(names, shapes)}
+    start, end = 64 // block_size, n_blocks - 64 // block_size  # between sink and local window
+    topk = (budget - 128) // block_size
     blocks = empty(n_kv_heads, budget // block_size, dtype=torch.int32)
     copied = empty(n_kv_heads * budget // block_size, dtype=torch.int32)
     slots = empty(copied.shape[0], 2 * block_size * head_dim, dtype=torch.bfloat16)
@@ -1099,6 +1112,10 @@ def decode_launches(n_heads, n_kv_heads, head_dim, n_tokens, block_size=16, budg
     with recorded_launches() as launches:
         pool_history(q, k_cache, n_tokens, backend="triton")
         pool_history(q[:, -1:], k_cache, n_tokens, backend="triton")
+        predict(history, 0, start, end, weights, backend="triton")
+        predict_incremental(history, history, 0, start, end, end - 1, weights, backend="triton")
+        scores = predict_incremental(history, history, 0, start, end, end, weights, backend="triton")
+        select_blocks(scores, min(topk, end - start), backend="triton")
         sparse_decode(q[:, 0], k_cache, v_cache, blocks, n_tokens, history[:, 0], backend="triton")
         sparse_decode(q[:, 0], k_cache, v_cache, None, n_tokens, backend="triton")
         copy_blocks(host, slots, copied, copied, backend="triton")
@@ -1160,8 +1177,8 @@ def ahead_of_time(targets=tuple(TARGETS), models=tuple(MODELS)):
     for model in models:
         for launch in decode_launches(**MODELS[model]):
             source = ASTSource(launch.kernel, *_specialized(launch))
-            options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
             for target in targets:
+                options = _options(launch.num_warps, launch.num_stages, hip=TARGETS[target][0] == "hip")
                 key = (source.hash(), *options.values(), target)
                 if key not in known:
                     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
