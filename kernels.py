@@ -909,7 +909,9 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
         raise ValueError(f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must agree")
     if blocks is not None and blocks.shape[0] not in (k_cache.shape[0], q.shape[0]):
         raise ValueError(f"blocks must list Hk = {k_cache.shape[0]} or Hq = {q.shape[0]} heads, not {blocks.shape[0]}")
-    if row is not None and blocks is None and row.shape[0] != k_cache.shape[0]:  # a row for each query, not for each group
+    if (
+        row is not None and blocks is None and row.shape[0] != k_cache.shape[0]
+    ):  # a row for each query, not for each group
         everything = torch.arange(-(-n_tokens // k_cache.shape[2]), dtype=torch.int32, device=q.device)
         blocks = everything.expand(q.shape[0], -1).contiguous()  # (Hq, N)
     if row is not None and row.shape[0] != (k_cache if blocks is None else blocks).shape[0]:
