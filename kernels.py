@@ -480,7 +480,8 @@ def _predict_kernel(history, scores, weights, head_stride, row_stride, newest, s
     here = above
     for row in range(H):
         done, above, here = _convolve_row(row, above, here, history, row_stride, weights, column, newest, start, end, H)
-        total += tl.where(row > 0, _contribution(done, weights), 0.0)
+        if row > 0:
+            total += _contribution(done, weights)
     total += _contribution(above, weights)  # row H - 1: all zero below it
     score = total / H + tl.load(weights + B3)
     tl.store(scores + head * (end - start) + column - start, score, column < end)
@@ -677,7 +678,7 @@ def select_blocks_reference(scores, k):
 # first: a histogram of the digit over the keys that agree with the digits found so far tells in which bin it lies. Four
 # passes of 8 bits; a fifth writes the indices of all larger keys, and of the first few equal ones, as it meets them.
 
-SELECT_TILE = 8192  # scores that a program holds at once
+SELECT_TILE = 4096  # scores that a program holds at once
 
 
 @_jit()
@@ -740,7 +741,7 @@ def select_blocks(scores, k, backend="torch"):
     moved = 4 * (scores.numel() + blocks.numel())
     _launch(
         _select_kernel, (heads,), scores, blocks, scores.stride(0), n, k,
-        BLOCK=tile, num_warps=max(4, tile // 512), cost=lambda: Cost(moved, 0, moved),
+        BLOCK=tile, num_warps=max(4, tile // 256), cost=lambda: Cost(moved, 0, moved),
     )  # fmt: skip
     return blocks
 
