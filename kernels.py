@@ -382,7 +382,7 @@ W2_LOW, W1, W1_LOW = tl.constexpr(4608), tl.constexpr(9216), tl.constexpr(9472) 
 B1, B2, W3, B3 = tl.constexpr(9728), tl.constexpr(9744), tl.constexpr(9776), tl.constexpr(9808)
 INTERIOR_ROWS = 8  # rows that a program of `_interior_kernel` computes: few, as one tile's walk is the step's delay
 
-_packed = ([], [], None)  # the weights last packed, their versions, and what became of them
+_packed = ([], [], None)  # the weights last packed, their stamps, and what became of them
 
 
 def _tf32_parts(x):
@@ -398,15 +398,17 @@ def _pack_weights(weights):
     """
     global _packed
     tensors = [weights[f"conv{i}.{kind}"] for i in (1, 2, 3) for kind in ("weight", "bias")]
-    versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-    if len(_packed[0]) != 6 or any(a is not b for a, b in zip(tensors, _packed[0])) or versions != _packed[1]:
+    stamps = [(t.device, t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    if stamps != _packed[1]:  # the tensors are held, so no others can come to lie at their addresses
+        if any(tensor.dtype != torch.float32 for tensor in tensors):
+            raise ValueError(f"the predictor must be float32, not {[tensor.dtype for tensor in tensors]}")
         w1, b1, w2, b2, w3, b3 = (tensor.detach() for tensor in tensors)
         w1 = F.pad(w1.reshape(16, 9).T, (0, 0, 0, 7))  # (16 taps, 16)
         parts = *_tf32_parts(w2.permute(2, 3, 1, 0)), *_tf32_parts(w1), b1, b2, w3, b3
         packed = torch.cat([part.flatten() for part in parts])  # (9809,)
         if packed.is_cuda:
             torch.cuda.synchronize(packed.device)  # later calls may come on other streams
-        _packed = (tensors, versions, packed)
+        _packed = (tensors, stamps, packed)
     return _packed[2]
 
 
@@ -568,6 +570,7 @@ def predict(history, newest, start, end, weights, backend="torch"):
     _check_window(history, newest, start, end)
     if not _use_triton(backend, history.device):
         return predict_reference(history, newest, start, end, weights)
+    _check_ring(history)
     heads, history_len, _ = history.shape
     n = end - start
     tile = _column_tile(heads, n, history.device)
@@ -607,6 +610,8 @@ def predict_incremental(history, contributions, newest, start, end, valid_end, w
         raise ValueError(f"valid_end must lie in start ... end = {start} ... {end}, not {valid_end}")
     if not _use_triton(backend, history.device):
         return predict_incremental_reference(history, contributions, newest, start, end, valid_end, weights)
+    _check_ring(history)
+    _check_ring(contributions)
     heads, history_len, _ = history.shape
     packed = _pack_weights(weights)
     strides = *history.stride()[:2], *contributions.stride()[:2]
@@ -734,8 +739,8 @@ def select_blocks(scores, k, backend="torch"):
     if not _use_triton(backend, scores.device):
         return select_blocks_reference(scores, k)
     heads, n = scores.shape
-    if scores.stride(1) != 1:
-        raise ValueError(f"a head's scores must lie side by side, not {scores.stride(1)} apart")
+    if scores.dtype != torch.float32 or scores.stride(1) != 1:
+        raise ValueError(f"a head's scores must be float32 and lie side by side, not {scores.dtype}, {scores.stride()}")
     blocks = torch.empty(heads, k, dtype=torch.int32, device=scores.device)
     tile = max(256, min(_power_of_two(n), SELECT_TILE))
     moved = 4 * (scores.numel() + blocks.numel())
@@ -1063,6 +1068,11 @@ def _check_layout(q, *caches):
             raise ValueError("q and cache must be contiguous along head_dim")
         if cached.shape[2] > 128 or cached.shape[3] > 256:
             raise ValueError(f"block_size must be at most 128 and head_dim 256, not {tuple(cached.shape[2:])}")
+
+
+def _check_ring(ring):
+    if ring.dtype != torch.float32 or ring.stride(2) != 1:
+        raise ValueError(f"a ring's rows must be float32 and lie side by side, not {ring.dtype}, {ring.stride()}")
 
 
 def _check_window(history, newest, start, end):

@@ -5,6 +5,7 @@ is computed in float64 from the same inputs, and is itself held against a naive 
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,8 +23,10 @@ if DEVICE == "cpu":
 
 import hypothesis.strategies as st  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule  # noqa: E402
 
 import kernels  # noqa: E402
+from attnpred import load_predictor  # noqa: E402
 
 NATIVE = DEVICE == "cuda"
 settings.register_profile(
@@ -184,6 +187,322 @@ def test_pool_history_of_a_whole_window():
     expected = kernels.pool_history_reference(q.double(), k.double(), 133)
     assert_close(actual[0], expected[0])
     assert_close(actual[1], expected[1], scale=10)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 2. Convolutional prediction
+# --------------------------------------------------------------------------------------------------------------------
+
+
+PREDICTIONS = 200 if NATIVE else 14  # examples: the interpreter takes a second or two for one
+torch.backends.cudnn.allow_tf32 = False  # the references in float32 are to be so
+
+
+@dataclass
+class Window:
+    """A ring of history, every column outside the window NaN, and a predictor."""
+
+    history: torch.Tensor  # (heads, H, capacity)
+    newest: int
+    start: int
+    end: int
+    weights: dict
+
+    def double(self):
+        """History, place and weights for a reference in float64."""
+        weights = {name: tensor.double() for name, tensor in self.weights.items()}
+        return self.history.double(), self.newest, self.start, self.end, weights
+
+    def scale(self):
+        """The largest score, were nothing ever cancelled or cut off."""
+        history, *place, weights = self.double()
+        return float(kernels.predict_reference(history.abs(), *place, {k: v.abs() for k, v in weights.items()}).max())
+
+
+def draw_weights(generator):
+    """A predictor whose layers all matter: neither dead nor linear."""
+    shapes = {"conv1": (16, 1, 3, 3), "conv2": (32, 16, 3, 3), "conv3": (1, 32, 1)}
+    weights = {}
+    for layer, shape in shapes.items():
+        weights[f"{layer}.weight"] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+        weights[f"{layer}.bias"] = torch.randn(shape[0], generator=generator) / 4
+    return {name: tensor.to(DEVICE) for name, tensor in weights.items()}
+
+
+def draw_rows(generator, kind, *shape):
+    """Pooled attention as it comes: all blocks, a few of them, or something no softmax gives."""
+    rows = torch.rand(shape, generator=generator)
+    if kind == "sparse":
+        rows *= torch.rand(shape, generator=generator) < 0.1
+    return rows * {"sparse": 1.0, "dense": 1.0, "tiny": 1e-6, "huge": 1e6}[kind]
+
+
+TILE_EDGES = st.sampled_from([1, 2, 3, 4, 5, 63, 64, 65, 66, 127, 128, 129])
+KINDS = st.sampled_from(["sparse", "dense", "tiny", "huge"])
+
+
+@st.composite
+def windows(draw, min_rows=1):
+    heads, history_len = draw(st.integers(1, 2)), draw(st.integers(min_rows, 64 if NATIVE else 11))
+    n = draw(TILE_EDGES | st.integers(1, 2000 if NATIVE else 150))
+    start, spare = draw(st.integers(0, 5)), draw(st.integers(0, 3))
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    history = torch.full((heads, history_len, start + n + spare), float("nan"))
+    history[:, :, start : start + n] = draw_rows(generator, draw(KINDS), heads, history_len, n)
+    newest = draw(st.integers(0, history_len - 1))
+    return Window(history.to(DEVICE), newest, start, start + n, draw_weights(generator))
+
+
+def naive_convolution(x, weight, bias):
+    """3 x 3 cross-correlation with zero padding, tap by tap: (heads, c, H, n) -> (heads, c', H, n)."""
+    *_, rows, columns = x.shape
+    padded = x.new_zeros(*x.shape[:2], rows + 2, columns + 2)
+    padded[..., 1:-1, 1:-1] = x
+    out = bias[:, None, None].expand(x.shape[0], -1, rows, columns).clone()
+    for dy in range(3):
+        for dx in range(3):
+            shifted = padded[..., dy : dy + rows, dx : dx + columns]
+            out += torch.einsum("oc,hcyx->hoyx", weight[:, :, dy, dx], shifted)
+    return out
+
+
+def naive_contributions(history, newest, start, end, weights):
+    """p of METHOD: (heads, H, n), rows oldest first."""
+    history_len = history.shape[1]
+    rows = [history[:, (newest + 1 + r) % history_len, start:end] for r in range(history_len)]
+    x = naive_convolution(torch.stack(rows, 1)[:, None], weights["conv1.weight"], weights["conv1.bias"]).clamp(min=0)
+    x = naive_convolution(x, weights["conv2.weight"], weights["conv2.bias"]).clamp(min=0)  # (heads, 32, H, n)
+    return torch.einsum("c,hcyx->hyx", weights["conv3.weight"][0, :, 0], x)
+
+
+@given(windows())
+def test_predict_reference_is_the_network(window):
+    p = naive_contributions(*window.double())
+    expected = p.mean(1) + window.weights["conv3.bias"].double()
+    assert_close(kernels.predict_reference(*window.double()), expected, scale=1e-6 * window.scale())
+
+
+@settings(max_examples=PREDICTIONS)
+@given(windows(), MULTIPROCESSORS)
+def test_predict(window, multiprocessors):
+    expected = kernels.predict_reference(*window.double())
+    inputs = window.history, window.newest, window.start, window.end, window.weights
+    with unchanged(window.history, *window.weights.values()), machine(multiprocessors):
+        scores = kernels.predict(*inputs, backend="triton")
+    assert scores.dtype == torch.float32
+    assert_close(scores, expected, scale=window.scale(), context="scores")
+
+
+@settings(max_examples=PREDICTIONS)
+@given(windows(min_rows=5), st.integers(0, 3), KINDS, SEEDS, MULTIPROCESSORS)
+def test_predict_incremental(window, growth, kind, seed, multiprocessors):
+    """A first call, then one more row, and perhaps more columns: scores, and every p that they leave behind."""
+    heads, history_len, capacity = window.history.shape
+    pushed = draw_rows(torch.Generator().manual_seed(seed), kind, heads, capacity).to(DEVICE)
+    for backend in ("torch", "triton"):
+        contributions = poison(*window.history.shape)
+        w = Window(window.history.clone(), window.newest, window.start, window.end, window.weights)
+        valid_end = w.start
+        for step in range(2):
+            expected = naive_contributions(*w.double())
+            with unchanged(w.history, *w.weights.values()), machine(multiprocessors):
+                scores = kernels.predict_incremental(
+                    w.history, contributions, w.newest, w.start, w.end, valid_end, w.weights, backend=backend
+                )
+            context = f"{backend}, step {step}"
+            scale = w.scale()
+            assert_close(scores, expected.mean(1) + w.weights["conv3.bias"], scale=scale, context=context)
+            slots = kernels.window_slots(w.newest, history_len, DEVICE)
+            largest = history_len * scale
+            assert_close(contributions[:, slots, w.start : w.end], expected, scale=largest, context=f"p, {context}")
+            assert contributions[:, :, : w.start].isnan().all() and contributions[:, :, w.end :].isnan().all()
+            valid_end, w.end = w.end, min(capacity, w.end + growth)
+            w.newest = (w.newest + 1) % history_len
+            w.history[:, :, valid_end : w.end] = pushed[:, None, valid_end : w.end] / 2
+            w.history[:, w.newest, w.start : w.end] = pushed[:, w.start : w.end]
+
+
+def test_predict_with_the_bundled_weights():
+    """The real predictor, a window of its real length; strided history, as of one layer among several."""
+    path = Path(__file__).parent / "weights/predictor.safetensors"
+    weights = {name: tensor.to(DEVICE) for name, tensor in load_predictor(path).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    layers = draw_rows(generator, "sparse", 2, 3, 64, 140).to(DEVICE)
+    window = Window(layers[:, 1], 17, 4, 136, weights)
+    inputs = window.history, 17, 4, 136, weights
+    expected = kernels.predict_reference(*window.double())
+    scale = max(float(expected.abs().max()), 0.1 * window.scale())
+    assert_close(kernels.predict(*inputs, backend="triton"), expected, scale=scale, context="full")
+    contributions = torch.full_like(layers, float("nan"))[:, 1]
+    scores = kernels.predict_incremental(*inputs[:1], contributions, *inputs[1:4], 4, weights, backend="triton")
+    assert_close(scores, expected, scale=scale, context="incremental")
+
+
+def test_predict_follows_its_weights():
+    """Packed weights are reused as long as they are the same, and no longer."""
+    generator = torch.Generator().manual_seed(0)
+    history = torch.rand(1, 3, 8, generator=generator).to(DEVICE)
+    weights = draw_weights(generator)
+    packed = kernels._pack_weights(weights)
+    assert kernels._pack_weights(dict(weights)) is packed
+    for change in (lambda: weights["conv1.weight"].mul_(2), lambda: weights.update(draw_weights(generator))):
+        change()
+        window = Window(history, 0, 0, 8, weights)
+        scores = kernels.predict(history, 0, 0, 8, weights, backend="triton")
+        assert_close(scores, kernels.predict_reference(*window.double()), scale=window.scale())
+
+
+def test_predictors_refuse_what_they_cannot_do():
+    history = torch.rand(2, 6, 9, device=DEVICE)
+    weights = draw_weights(torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="newest"):
+        kernels.predict(history, 6, 0, 9, weights)
+    with pytest.raises(ValueError, match="window"):
+        kernels.predict(history, 0, 3, 3, weights)
+    with pytest.raises(ValueError, match="window"):
+        kernels.predict(history, 0, 0, 10, weights)
+    with pytest.raises(ValueError, match="float32"):
+        kernels.predict(history.double(), 0, 0, 9, weights, backend="triton")
+    with pytest.raises(ValueError, match="side by side"):
+        kernels.predict(history.mT, 0, 0, 6, weights, backend="triton")
+    with pytest.raises(ValueError, match="float32"):
+        kernels.predict(history, 0, 0, 9, weights | {"conv1.bias": weights["conv1.bias"].half()}, backend="triton")
+    with pytest.raises(ValueError, match="agree"):
+        kernels.predict_incremental(history, history[:, :5], 0, 0, 9, 0, weights)
+    with pytest.raises(ValueError, match="history_len"):
+        kernels.predict_incremental(history[:, :4], history[:, :4], 0, 0, 9, 0, weights)
+    with pytest.raises(ValueError, match="valid_end"):
+        kernels.predict_incremental(history, history.clone(), 0, 2, 9, 1, weights)
+    with pytest.raises(ValueError, match="k must"):
+        kernels.select_blocks(history[:, 0], 10)
+    with pytest.raises(ValueError, match="float32"):
+        kernels.select_blocks(history[:, 0].half(), 1, backend="triton")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 3. Block top-k
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def score_rows(draw):
+    """Scores (heads, n): smooth, or with ties, neighbouring floats, infinities, NaN and both zeros."""
+    heads, tile = draw(st.integers(1, 3)), kernels.SELECT_TILE
+    edges = st.sampled_from([1, 2, 255, 256, 257, tile - 1, tile, tile + 1, 2 * tile + 3] + [65536] * NATIVE)
+    n = draw(edges | st.integers(1, 700))
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    kind = draw(st.sampled_from(["normal", "ties", "one value", "neighbours", "special", "bits"]))
+    if kind in ("normal", "special"):
+        scores = torch.randn(heads, n, generator=generator)
+    elif kind == "ties":
+        scores = torch.randint(-2, 3, (heads, n), generator=generator) / 4
+    elif kind == "one value":
+        scores = torch.full((heads, n), draw(st.floats(width=32)))
+    elif kind == "neighbours":  # equal but for the last digit of the radix
+        scores = (torch.randint(0, 4, (heads, n), generator=generator).int() + 0x3F000000).view(torch.float32)
+    else:  # any 32 bits: subnormals and every NaN
+        scores = torch.randint(-(2**31), 2**31, (heads, n), generator=generator).int().view(torch.float32)
+    if kind == "special":
+        values = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0])
+        special = values[torch.randint(0, len(values), (heads, n), generator=generator)]
+        scores = torch.where(torch.rand(heads, n, generator=generator) < 0.6, special, scores)
+    padded = torch.full((heads, n + draw(st.integers(0, 2))), float("inf"))  # a row's end is not the next row's start
+    padded[:, :n] = scores
+    return padded.to(DEVICE)[:, :n]
+
+
+def naive_selection(scores, k):
+    """Python's own sort, which is stable."""
+    best = []
+    for row in scores.tolist():
+        row = [float("-inf") if x != x else x for x in row]
+        best.append(sorted(sorted(range(len(row)), key=lambda n: -row[n])[:k]))  # noqa: B023
+    return torch.tensor(best, dtype=torch.int32, device=DEVICE)
+
+
+@given(score_rows(), st.data())
+def test_select_blocks(scores, data):
+    n = scores.shape[1]
+    k = data.draw(st.sampled_from([1, n]) | st.integers(1, n))
+    expected = naive_selection(scores, k)
+    for backend in ("torch", "triton"):
+        with unchanged(scores):
+            blocks = kernels.select_blocks(scores, k, backend=backend)
+        assert blocks.dtype == torch.int32
+        assert torch.equal(blocks, expected), (backend, scores.shape, k)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 2 and 3 over many steps. Rows are pushed, the middle grows past the local window, scores are predicted and blocks
+# selected: the incremental prediction, by either backend, must never leave the full one.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Decoding(RuleBasedStateMachine):
+    @initialize(history_len=st.sampled_from([5, 6, 7, 9]), seed=SEEDS, n=TILE_EDGES, heads=st.integers(1, 2))
+    def prefill(self, history_len, seed, n, heads):
+        self.generator = torch.Generator().manual_seed(seed)
+        history = torch.zeros(heads, history_len, n + 40)
+        rows = int(torch.randint(0, history_len + 1, (), generator=self.generator))  # of a short prompt, fewer
+        history[:, history_len - rows :, : n + 6] = draw_rows(self.generator, "dense", heads, rows, n + 6)
+        weights = draw_weights(self.generator)
+        self.window = Window(history.to(DEVICE), history_len - 1, 2, 2 + n, weights)
+        self.contributions = {backend: poison(*history.shape) for backend in ("torch", "triton")}
+        self.valid_end = self.window.start
+        self.score()
+
+    @rule(kind=KINDS, growth=st.sampled_from([0, 0, 0, 1, 1, 2, 5]))
+    def step(self, kind, growth):
+        w = self.window
+        w.newest = (w.newest + 1) % w.history.shape[1]
+        w.end = min(w.end + growth, w.history.shape[2] - 4)
+        row = draw_rows(self.generator, kind, w.history.shape[0], w.end + 4).to(DEVICE)  # with the local window
+        w.history[:, w.newest, : w.end + 4] = row
+        self.score()
+
+    def score(self):
+        w = self.window
+        self.expected, self.scale = kernels.predict_reference(*w.double()), w.scale()
+        for backend, contributions in self.contributions.items():
+            self.scores = kernels.predict_incremental(
+                w.history, contributions, w.newest, w.start, w.end, self.valid_end, w.weights, backend=backend
+            )
+            assert_close(self.scores, self.expected, scale=self.scale, context=f"incremental, {backend}")
+        self.valid_end = w.end
+
+    @rule()
+    def predict_in_full(self):
+        w = self.window
+        scores = kernels.predict(w.history, w.newest, w.start, w.end, w.weights, backend="triton")
+        assert_close(scores, self.expected, scale=self.scale, context="full, triton")
+
+    @rule(share=st.floats(0, 1))
+    def select(self, share):
+        n = self.scores.shape[1]
+        k = max(1, round(share * n))
+        blocks = kernels.select_blocks(self.scores, k, backend="triton")
+        assert torch.equal(blocks, naive_selection(self.scores, k))
+        worst = self.expected.gather(1, blocks.long()).amin(
+            1
+        )  # what was chosen is as good as the best, but for rounding
+        best = self.expected.topk(k).values.amin(1)
+        assert_close(worst, best, scale=2 * self.scale, context="selection")
+
+    @rule()
+    def start_afresh(self):
+        """As after a change of the first column: nothing of the ring holds any more."""
+        for contributions in self.contributions.values():
+            contributions.fill_(float("nan"))
+        self.valid_end = self.window.start
+        self.score()
+
+
+test_decoding = Decoding.TestCase
+test_decoding.settings = settings(
+    settings.get_profile("kernels"),
+    max_examples=50 if NATIVE else 5,
+    stateful_step_count=40 if NATIVE else 8,
+)
 
 
 # --------------------------------------------------------------------------------------------------------------------
