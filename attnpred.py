@@ -1,12 +1,13 @@
-"""AttentionPredictor: decode a Llama while reading only the KV blocks that a tiny convolution expects the next token to need.
+"""AttentionPredictor: decode a Llama, reading only the KV blocks that a small convolution expects to matter next.
 
     python attnpred.py --prompt "Why is the sky blue?"
 
-Reading order: `Config` (the method's parameters), `Predictor` (the network), `SparseDecoder` (what one sequence keeps between
-tokens, and the method's five steps: prefill, predict, select, attend, calibrate), `generate`, the command line. The arithmetic
-is in kernels.py, the language model in model.py.
+Reading order: `Config` (the method's parameters), `Predictor` (the network), `SparseDecoder` (what one sequence keeps
+between tokens, and the method's five steps: prefill, predict, select, attend, calibrate), `generate`, the command line.
+The arithmetic is in kernels.py, the language model in model.py.
 
-Source: Yang et al., AttentionPredictor: Temporal Patterns Matter for KV Cache Compression, NeurIPS 2025, arXiv 2502.04077.
+Source: Yang et al., AttentionPredictor: Temporal Patterns Matter for KV Cache Compression, NeurIPS 2025
+(arXiv 2502.04077).
 """
 
 import argparse
@@ -51,9 +52,7 @@ class Config:
     calibration_interval: int = 5  # M: every M-th step the true row enters the history
     dense_layers: int = 2  # the first layers, always dense
     select_heads: str = "kv"  # "kv": a group of queries selects together; "q": each query head for itself
-    stagger_calibration: bool = (
-        False  # calibrate layer l when (step + l) mod M = 0, so that no token pays for all layers
-    )
+    stagger_calibration: bool = False  # calibrate when (step + layer) mod M = 0: no token pays for all layers
 
     def __post_init__(self):
         b = self.block_size
@@ -114,7 +113,7 @@ class Predictor(nn.Module):
 
 
 def load_predictor(path) -> Predictor:
-    """A predictor from a .safetensors file, or from a pickled state dict such as the authors publish (read as data only).
+    """A predictor from a .safetensors file, or from a pickled state dict such as the authors publish, read as data.
 
     Raises InputError for a file that is missing, unreadable, or holds other keys or shapes, NaN or infinity.
     """
@@ -184,8 +183,8 @@ class Stats:
 class SparseDecoder:
     """One sequence being decoded: cache, attention history, prediction and selection, for all layers.
 
-    `prefill` and `decode_one_token` drive it; its two attention methods are what the model calls in each layer. Layers from
-    `dense_layers` on are sparse and have a history; their tensors are indexed by layer - dense_layers.
+    `prefill` and `decode_one_token` drive it; its two attention methods are what the model calls in each layer. Layers
+    from `dense_layers` on are sparse and have a history; their tensors are indexed by layer - dense_layers.
     """
 
     def __init__(
@@ -250,7 +249,7 @@ class SparseDecoder:
         return out[:, None]
 
     def blocks_for(self, layer, q):
-        """The blocks (heads, A) that a sparse layer attends to for query q (Hq, 1, D); None: all. A prediction needs no q."""
+        """The blocks (heads, A) that a sparse layer attends to for q (Hq, 1, D); None: all. A prediction needs no q."""
         return None if self.blocks is None else self.blocks[layer - self.config.dense_layers]
 
     def group_mean(self, pooled):
@@ -292,17 +291,14 @@ class SparseDecoder:
 
     def count_reads(self, blocks, calibrate):
         """Count the cache bytes that one layer's attention reads for one token."""
-        n_kv_heads, head_dim = self.cache.k.shape[1], self.cache.k.shape[-1]
+        _, n_kv_heads, _, block_size, head_dim = self.cache.k.shape
         key_bytes = head_dim * self.cache.k.element_size()
-        dense = 2 * n_kv_heads * self.n_tokens * key_bytes
-        padding = self.config.n_blocks(self.n_tokens) * self.config.block_size - self.n_tokens
-        attended = (
-            dense
-            if blocks is None
-            else 2 * len(blocks) * (blocks.shape[1] * self.config.block_size - padding) * key_bytes
-        )
-        self.stats.kv_bytes += attended
-        self.stats.dense_kv_bytes += dense
+        heads, attended = n_kv_heads, self.n_tokens
+        if blocks is not None:
+            padding = -self.n_tokens % block_size  # places behind the last token, in its block
+            heads, attended = len(blocks), blocks.shape[1] * block_size - padding
+        self.stats.kv_bytes += 2 * heads * attended * key_bytes
+        self.stats.dense_kv_bytes += 2 * n_kv_heads * self.n_tokens * key_bytes
         self.stats.calibration_bytes += n_kv_heads * self.n_tokens * key_bytes if calibrate else 0
 
 
@@ -338,7 +334,7 @@ def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch
 
 @torch.inference_mode()
 def decode_one_token(model: Llama, decoder: SparseDecoder, token: torch.Tensor) -> torch.Tensor:
-    """Append token (1,), attend sparsely, and predict for the token after it. Returns the next token's logits (vocab,)."""
+    """Append token (1,), attend sparsely, predict for the token after it. Returns the next token's logits (vocab,)."""
     began = seconds(model.embed.device)
     decoder.n_tokens += 1
     decoder.step += 1
@@ -352,7 +348,7 @@ def decode_one_token(model: Llama, decoder: SparseDecoder, token: torch.Tensor) 
 
 
 def sample(logits, temperature=0.0, top_p=1.0, generator=None):
-    """The next token (1,) from logits (vocab,): greedy at temperature 0, else from the smallest set of probability top_p."""
+    """The next token (1,) from logits (vocab,): greedy at temperature 0, else from the likeliest of total top_p."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     p, token = torch.softmax(logits / temperature, -1).sort(descending=True)  # (vocab,), (vocab,)
@@ -380,35 +376,39 @@ def generate(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def format_stats(stats: Stats, config: Config, n_tokens: int) -> str:
+def format_stats(stats: Stats) -> str:
     """The counters as a few lines for people."""
     steps = max(1, stats.decode_tokens)
-    read = stats.kv_bytes + stats.calibration_bytes
+    megabytes = {
+        name: getattr(stats, name) / steps / 1e6 for name in ("kv_bytes", "calibration_bytes", "dense_kv_bytes")
+    }
+    read = megabytes["kv_bytes"] + megabytes["calibration_bytes"]
+    prefill_speed = stats.prefill_tokens / max(stats.prefill_seconds, 1e-9)
+    decode_speed = stats.decode_tokens / max(stats.decode_seconds, 1e-9)
     lines = [
-        f"prefill    {stats.prefill_tokens:,} tokens, {stats.prefill_tokens / max(stats.prefill_seconds, 1e-9):,.0f} tokens/s",
-        f"decode     {stats.decode_tokens:,} tokens, {stats.decode_tokens / max(stats.decode_seconds, 1e-9):,.1f} tokens/s",
+        f"prefill    {stats.prefill_tokens:,} tokens, {prefill_speed:,.0f} tokens/s",
+        f"decode     {stats.decode_tokens:,} tokens, {decode_speed:,.1f} tokens/s",
     ]
     if stats.decode_tokens:
         lines.append(
-            f"KV read    {read / steps / 1e6:,.2f} MB a token ({stats.kv_bytes / steps / 1e6:,.2f} attention + "
-            f"{stats.calibration_bytes / steps / 1e6:,.2f} calibration), dense {stats.dense_kv_bytes / steps / 1e6:,.2f} MB: "
-            f"{stats.dense_kv_bytes / max(read, 1):.1f}x compression"
+            f"KV read    {read:,.2f} MB a token ({megabytes['kv_bytes']:,.2f} attention + "
+            f"{megabytes['calibration_bytes']:,.2f} calibration), dense {megabytes['dense_kv_bytes']:,.2f} MB: "
+            f"{megabytes['dense_kv_bytes'] / read:.1f}x compression"
         )
     if stats.recovery:
         recovery = torch.stack(stats.recovery).mean().item()
         lines.append(
-            f"recovery   {recovery:.3f} of the true attention, mean over {len(stats.recovery)} calibrated layer steps"
+            f"recovery   {recovery:.3f} of the true attention, over {len(stats.recovery)} calibrated layer steps"
         )
     if stats.predict_multiply_adds:
         lines.append(
-            f"predictor  {stats.predict_multiply_adds / steps / 1e6:,.0f} M multiply-adds a token "
-            f"({stats.full_multiply_adds / stats.predict_multiply_adds:.1f}x fewer than recomputing), "
-            f"{1e3 * stats.predict_seconds / steps:.1f} ms, {stats.predict_seconds / max(stats.decode_seconds, 1e-9):.0%} of decoding"
+            f"predictor  {stats.predict_multiply_adds / steps / 1e6:,.0f} M multiply-adds a token, "
+            f"{stats.full_multiply_adds / stats.predict_multiply_adds:.1f}x fewer than recomputing; "
+            f"{1e3 * stats.predict_seconds / steps:.1f} ms, "
+            f"{stats.predict_seconds / stats.decode_seconds:.0%} of decoding"
         )
     else:
-        lines.append(
-            f"predictor  not needed: {n_tokens:,} tokens are within the budget of {config.budget:,}, or all layers are dense"
-        )
+        lines.append("predictor  not needed: every token fits the budget, or every layer is dense")
     return "\n".join(lines)
 
 
@@ -417,8 +417,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the options)")
 
 
+class ShownDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def parse_args(argv):
-    parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=ShownDefaults)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to answer")
     source.add_argument("--prompt-file", help="read the text from this file; - for standard input")
@@ -427,40 +432,28 @@ def parse_args(argv):
     parser.add_argument("--stats", action="store_true", help="end with speed, bytes read, recovery and predictor cost")
 
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", help=f"Hugging Face folder or hub id of a Llama (default: {DEFAULT_LLM}, fetched once)"
-    )
-    group.add_argument(
-        "--predictor", default=DEFAULT_PREDICTOR, help="the trained convolution: safetensors or state dict"
-    )
+    group.add_argument("--model", help=f"Hugging Face folder or hub id (default: {DEFAULT_LLM}, fetched once)")
+    group.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the convolution: safetensors or state dict")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    group.add_argument(
-        "--backend", default="auto", choices=["auto", "torch", "triton"], help="auto: triton on a GPU, else torch"
-    )
+    dtypes, backends = ["auto", "float32", "bfloat16", "float16"], ["auto", "torch", "triton"]
+    group.add_argument("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on a GPU, else float32")
+    group.add_argument("--backend", default="auto", choices=backends, help="auto: triton on a GPU, else torch")
 
     group = parser.add_argument_group("method (see the README)")
     group.add_argument("--dense", action="store_true", help="attend to everything in every layer")
-    defaults = Config()
-    for name in (
-        "block_size",
-        "history_len",
-        "sink_tokens",
-        "local_tokens",
-        "budget",
-        "calibration_interval",
-        "dense_layers",
-    ):
-        group.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(defaults, name), help=HELP[name])
-    group.add_argument("--select-heads", default=defaults.select_heads, choices=["kv", "q"], help=HELP["select_heads"])
+    group.add_argument("--select-heads", default=Config.select_heads, choices=["kv", "q"], help=HELP["select_heads"])
     group.add_argument("--stagger-calibration", action="store_true", help=HELP["stagger_calibration"])
+    for parameter in dataclasses.fields(Config):
+        if parameter.type is int:
+            option = "--" + parameter.name.replace("_", "-")
+            group.add_argument(option, type=int, default=parameter.default, help=HELP[parameter.name])
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
     group.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the most probable tokens of this total probability"
     )
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="of the sampling")
     return parser.parse_args(argv)
 
 
@@ -557,7 +550,7 @@ def run(args):
     finally:
         print(stream.flush(), flush=True)
         if args.stats:
-            print(format_stats(decoder.stats, config, decoder.n_tokens), file=sys.stderr)
+            print(format_stats(decoder.stats), file=sys.stderr)
 
 
 def main(argv=None) -> int:

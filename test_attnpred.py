@@ -367,7 +367,7 @@ def test_standard_input_and_sampling_with_a_seed(capsys, monkeypatch):
             "--max-new-tokens",
             "20",
         ]
-        status, out, _ = attnpred_main(capsys, *args)
+        status, out, _ = attnpred_main(capsys, *args, "--max-new-tokens", "20")
         assert status == 0
         texts.append(out)
     assert texts[0] == texts[1] != texts[2]
