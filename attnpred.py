@@ -157,10 +157,19 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)  # (L, Hk, capacity, b, D)
 
     def write(self, layer, k, v, start):
-        """Store k, v (Hk, T, D) as the tokens start ... start + T - 1 of a layer."""
+        """Store k, v (Hk, T, D) as the tokens start ... start + T - 1 of a layer. Returns its keys, for pooling."""
         end = start + k.shape[1]
         self.k[layer].flatten(1, 2)[:, start:end] = k
         self.v[layer].flatten(1, 2)[:, start:end] = v
+        return self.k[layer]  # (Hk, capacity, b, D)
+
+    def attend(self, layer, q, blocks, n_tokens, row, backend):
+        """`kernels.sparse_decode` over a layer's blocks."""
+        return kernels.sparse_decode(q, self.k[layer], self.v[layer], blocks, n_tokens, row, backend)
+
+    def pool(self, layer, q, n_tokens, backend):
+        """`kernels.pool_history` over all of a layer's keys."""
+        return kernels.pool_history(q, self.k[layer], n_tokens, backend)
 
 
 @dataclass
@@ -216,33 +225,37 @@ class SparseDecoder:
 
         q (Hq, T, D), k and v (Hk, T, D) -> (Hq, T, D)
         """
-        self.cache.write(layer, k, v, 0)
+        k_cache = self.cache.write(layer, k, v, 0)  # (Hk, capacity, b, D)
         if layer >= self.config.dense_layers:
             rows = min(self.config.history_len, self.n_tokens)  # a shorter prompt leaves zero rows at the old end
-            pooled, _ = kernels.pool_history(
-                q[:, -rows:], self.cache.k[layer], self.n_tokens, self.backend
-            )  # (Hq, rows, N)
-            image = self.history[layer - self.config.dense_layers, :, -rows:, : pooled.shape[-1]]
-            image.copy_(self.group_mean(pooled))  # (heads, rows, N)
+            pooled, _ = kernels.pool_history(q[:, -rows:], k_cache, self.n_tokens, self.backend)  # (Hq, rows, N)
+            image = self.history[layer - self.config.dense_layers, :, -rows:, : pooled.shape[-1]]  # (heads, rows, N)
+            image.copy_(self.group_mean(pooled))
         return causal_attention(layer, q, k, v)
+
+    def begin_token(self):
+        """One more token: its row takes the oldest one's slot."""
+        self.n_tokens += 1
+        self.step += 1
+        self.newest = (self.newest + 1) % self.config.history_len
 
     def decode_attention(self, layer, q, k, v):
         """Attention of one token over its selected blocks; the row that it leaves, or the true one, enters the history.
 
         q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)
         """
-        c, k_cache, v_cache = self.config, self.cache.k[layer], self.cache.v[layer]
+        c = self.config
         self.cache.write(layer, k, v, self.n_tokens - 1)
         if layer < c.dense_layers:
             self.count_reads(None, False)
-            return kernels.sparse_decode(q[:, 0], k_cache, v_cache, None, self.n_tokens, None, self.backend)[0][:, None]
+            return self.cache.attend(layer, q[:, 0], None, self.n_tokens, None, self.backend)[0][:, None]
         blocks = self.blocks_for(layer, q)  # (heads, A)
-        row = self.history[layer - c.dense_layers, :, (self.newest + 1) % c.history_len]  # (heads, capacity)
-        out, lse = kernels.sparse_decode(q[:, 0], k_cache, v_cache, blocks, self.n_tokens, row, self.backend)
+        row = self.history[layer - c.dense_layers, :, self.newest]  # (heads, capacity)
+        out, lse = self.cache.attend(layer, q[:, 0], blocks, self.n_tokens, row, self.backend)
         turn = self.step + layer if c.stagger_calibration else self.step
         calibrate = blocks is not None and turn % c.calibration_interval == 0
         if calibrate:
-            pooled, true_lse = kernels.pool_history(q, k_cache, self.n_tokens, self.backend)  # (Hq, 1, N), (Hq, 1)
+            pooled, true_lse = self.cache.pool(layer, q, self.n_tokens, self.backend)  # (Hq, 1, N), (Hq, 1)
             row[:, : pooled.shape[-1]] = self.group_mean(pooled)[:, 0]  # (heads, N)
             self.stats.recovery.append(torch.exp(lse - true_lse[:, 0]))  # (Hq,)
         self.count_reads(blocks, calibrate)
@@ -336,11 +349,9 @@ def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch
 def decode_one_token(model: Llama, decoder: SparseDecoder, token: torch.Tensor) -> torch.Tensor:
     """Append token (1,), attend sparsely, predict for the token after it. Returns the next token's logits (vocab,)."""
     began = seconds(model.embed.device)
-    decoder.n_tokens += 1
-    decoder.step += 1
+    decoder.begin_token()
     position = torch.tensor([decoder.n_tokens - 1], device=token.device)
     logits = model(token, position, decoder.decode_attention)  # (vocab,)
-    decoder.newest = (decoder.newest + 1) % decoder.config.history_len
     timed_predict(model, decoder)
     decoder.stats.decode_tokens += 1
     decoder.stats.decode_seconds += seconds(model.embed.device) - began
