@@ -471,7 +471,7 @@ def _contribution(conv2_row, weights):
 
 
 # Grid: (heads, tiles of BLOCK columns). A program reads its columns of the history once from memory, with two more on
-# either side (nine times in all, from the cache), and writes BLOCK scores. The weights, 39 KB, stay in the caches.
+# either side, and then from the cache for each of 27 taps; it writes BLOCK scores. The weights, 39 KB, stay cached.
 @_jit("newest", "start", "end")
 def _predict_kernel(history, scores, weights, head_stride, row_stride, newest, start, end, H, BLOCK: tl.constexpr):
     head = tl.program_id(0)
@@ -689,10 +689,10 @@ SELECT_TILE = 4096  # scores that a program holds at once
 @_jit()
 def _sortable(scores, index, n):
     """Keys that sort, as unsigned integers, like the scores: NaN as -inf, -0 as +0. Places behind n: to be masked."""
-    x = tl.load(scores + index, index < n, 0.0)  # (BLOCK,)
-    x = tl.where(x != x, float("-inf"), tl.where(x == 0.0, 0.0, x))
-    bits = x.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)  # (BLOCK,)
+    bits = tl.load(scores + index, index < n, 0.0).to(tl.int32, bitcast=True)  # (BLOCK,)
+    bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, -0x800000, bits)  # any NaN: -inf
+    bits = tl.where(bits == -0x80000000, 0, bits)
+    return (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)  # (BLOCK,)
 
 
 # Grid: (heads,). A program walks its head's scores five times in tiles of BLOCK, from the cache after the first.
@@ -758,7 +758,7 @@ def select_blocks(scores, k, backend="torch"):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row=None):
+def sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row=None, row_blocks=None):
     """See `sparse_decode`. Copies the listed blocks together, then attends to the copy."""
     n_heads, head_dim = q.shape
     n_kv_heads, _, block_size, _ = k_cache.shape
@@ -783,7 +783,8 @@ def sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row=None):
         block_max = F.pad(p, (0, padding)).unflatten(-1, (-1, block_size)).amax(-1).mean(1)  # (heads, A)
         if blocks is None:
             blocks = torch.arange(n_blocks, device=q.device).expand(heads, -1)
-        row.zero_().scatter_(1, blocks.long(), block_max.to(row.dtype))
+        place = blocks if row_blocks is None else row_blocks  # (heads, A)
+        row.zero_().scatter_(1, place.long(), block_max.to(row.dtype))
     return (p @ v).view(n_heads, head_dim).to(q.dtype), lse.view(n_heads)
 
 
@@ -791,10 +792,10 @@ def sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row=None):
 # through the table (None: the identity), with a running softmax; the GROUP queries that share the list are the rows of
 # one tl.dot, padded to 16. It leaves its normalised output, its log-sum-exp and each block's largest logit, and blanks
 # its share of the history row, into which the merge then scatters. Traffic: K and V of the listed blocks once.
-@_jit("n_tokens", "n_listed", "splits", "capacity", "table_head")
+@_jit("n_attended", "n_listed", "splits", "capacity", "table_head")
 def _decode_kernel(
     q, k, v, blocks, row, partial_out, partial_lse, block_max,
-    n_tokens, n_listed, splits, capacity, kv_sharing, scale,
+    n_attended, n_listed, splits, capacity, kv_sharing, scale,
     q_head, k_head, k_block, k_token, v_head, v_block, v_token, table_head, row_head,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_PAD: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_BLANK: tl.constexpr,
@@ -828,13 +829,12 @@ def _decode_kernel(
         blocks += head * table_head
         ahead = tl.load(blocks + place, mask=place < n_listed, other=0)  # (TILE,)
     for tile in range(first, last):
-        listed = place < n_listed
+        there = (slot < BLOCK_SIZE) & (place * BLOCK_SIZE + slot < n_attended)  # (TILE,)
         block = place.to(tl.int64)  # (TILE,)
         place += TILE_BLOCKS
         if blocks is not None:
             block = ahead.to(tl.int64)
             ahead = tl.load(blocks + place, mask=place < n_listed, other=0)
-        there = listed & (slot < BLOCK_SIZE) & (block * BLOCK_SIZE + slot < n_tokens)
         k_offset, v_offset = block * k_block + slot * k_token, block * v_block + slot * v_token
         k_tile = tl.load(k + k_offset[None, :] + d[:, None], mask=there[None, :] & in_head[:, None], other=0.0)
         logits = tl.dot(q_tile, k_tile.to(OPERAND), input_precision="ieee") * scale  # (GROUP_PAD, TILE)
@@ -863,7 +863,7 @@ def _decode_kernel(
 # them. Traffic: the partial results, a few percent of the KV read.
 @_jit("n_listed", "splits", "table_head")
 def _merge_kernel(
-    partial_out, partial_lse, block_max, blocks, out, lse, row,
+    partial_out, partial_lse, block_max, row_blocks, out, lse, row,
     n_listed, splits, table_head, row_head,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
     MAX_SPLITS: tl.constexpr, TILE_SPLITS: tl.constexpr, TILE_LIST: tl.constexpr,
@@ -893,21 +893,23 @@ def _merge_kernel(
         best = block_max + queries[:, None] * n_listed + place[None, :]  # (GROUP_PAD, TILE_LIST)
         best = tl.load(best, mask=(g < GROUP)[:, None] & listed[None, :], other=float("-inf"))
         p = tl.sum(tl.exp2(best - lses[:, None]), 0) / GROUP  # (TILE_LIST,)
-        if blocks is not None:
-            place = tl.load(blocks + head * table_head + place, mask=listed, other=0)
+        if row_blocks is not None:
+            place = tl.load(row_blocks + head * table_head + place, mask=listed, other=0)
         tl.store(row + head * row_head + place, p, mask=listed)
 
 
-def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torch"):
+def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torch", row_blocks=None):
     """Attention of one token over the listed blocks only, and the history row that it leaves (METHOD: attend).
 
     q        (Hq, D), rotated
     k_cache  (Hk, capacity, b, D), v_cache alike
-    blocks   (heads, A) int32: each head's blocks, ascending, the last of them N - 1 (the current token's). heads = Hk:
-             the group shares the list; heads = Hq: one list a query. None: every block, dense attention.
+    blocks   (heads, A) int32: each head's blocks, the last of them the current token's. heads = Hk: the group shares
+             the list; heads = Hq: one list a query. None: every block, dense attention.
     row      (heads, capacity) float32 or None: overwritten with each attended block's largest probability, averaged
              over the queries that share the row; zero elsewhere. May be a strided view, such as a slot of the ring.
              Where blocks is None, heads may be either.
+    row_blocks  (heads, A) int32 or None: where each listed block's probability goes in row, for a cache of slots, whose
+             places are not the tokens' order (n_tokens then counts the listed tokens). None: at the block itself.
     returns  out (Hq, D) in q's dtype, and the log-sum-exp of the attended scaled logits (Hq,) float32
     """
     _check_cache(q, k_cache, n_tokens)
@@ -925,7 +927,7 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
     if row is not None and (row.dtype != torch.float32 or row.stride(1) != 1):
         raise ValueError("row must be float32, and contiguous along the blocks")
     if not _use_triton(backend, q.device):
-        return sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row)
+        return sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row, row_blocks)
     _check_layout(q, k_cache, v_cache)
     n_heads, head_dim = q.shape
     n_kv_heads, _, block_size, _ = k_cache.shape
@@ -942,6 +944,8 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
     block_max = None if row is None else q.new_empty((n_heads, n_listed), dtype=torch.float32)
     capacity, row_head = (0, 0) if row is None else (row.shape[1], row.stride(0))
     table_head = 0 if blocks is None else blocks.stride(0)
+    if row_blocks is not None and (blocks is None or row_blocks.stride() != blocks.stride()):
+        raise ValueError("row_blocks must be laid out as blocks")
     row_bytes = 0 if row is None else 4 * row.numel()
     partial_bytes = 4 * (partial_out.numel() + partial_lse.numel() + (0 if row is None else block_max.numel()))
 
@@ -955,7 +959,8 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
     _launch(
         _decode_kernel, (splits, heads),
         q, k_cache, v_cache, blocks, row, partial_out, partial_lse, block_max,
-        n_tokens, n_listed, splits, capacity, heads // n_kv_heads, head_dim**-0.5 * math.log2(math.e),
+        n_listed * block_size - (-n_tokens % block_size),
+        n_listed, splits, capacity, heads // n_kv_heads, head_dim**-0.5 * math.log2(math.e),
         q.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], table_head, row_head,
         **shape, GROUP_PAD=group_pad, BLOCK_SIZE=block_size, BLOCK_PAD=block_pad, TILE_BLOCKS=tile_blocks,
         TILE_BLANK=1024, OPERAND=_operand(q.dtype), num_warps=4, num_stages=stages, cost=cost,
@@ -963,7 +968,7 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
     tile_list = 128
     _launch(
         _merge_kernel, (group if row is None else group - (-n_listed // tile_list), heads),
-        partial_out, partial_lse, block_max, blocks, out, lse, row,
+        partial_out, partial_lse, block_max, blocks if row_blocks is None else row_blocks, out, lse, row,
         n_listed, splits, table_head, row_head,
         **shape, GROUP_PAD=_power_of_two(group), MAX_SPLITS=max_splits,
         TILE_SPLITS=min(max_splits, 4096 // head_pad), TILE_LIST=tile_list,
