@@ -24,9 +24,9 @@ if DEVICE == "cpu":
 import hypothesis.strategies as st  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 import kernels  # noqa: E402
-from attnpred import load_predictor  # noqa: E402
 
 NATIVE = DEVICE == "cuda"
 settings.register_profile(
@@ -326,7 +326,7 @@ def test_predict_incremental(window, growth, kind, seed, multiprocessors):
 def test_predict_with_the_bundled_weights():
     """The real predictor, a window of its real length; strided history, as of one layer among several."""
     path = Path(__file__).parent / "weights/predictor.safetensors"
-    weights = {name: tensor.to(DEVICE) for name, tensor in load_predictor(path).state_dict().items()}
+    weights = {name: tensor.to(DEVICE) for name, tensor in load_file(path).items()}
     generator = torch.Generator().manual_seed(0)
     layers = draw_rows(generator, "sparse", 1, 3, 64, 60).to(DEVICE)
     window = Window(layers[:, 1], 17, 4, 57, weights)
