@@ -25,7 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kernels
-from model import Llama, ModelError, TextStream, causal_attention, load_model
+from model import Llama, LlamaConfig, ModelError, TextStream, causal_attention, load_model
+from offload import OffloadedCache
 from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
 
 DEFAULT_PREDICTOR = pathlib.Path(__file__).parent / "weights" / "predictor.safetensors"
@@ -150,9 +151,11 @@ def load_predictor(path) -> Predictor:
 class KVCache:
     """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come."""
 
-    def __init__(self, n_layers, n_kv_heads, head_dim, capacity_tokens, block_size, dtype, device):
-        capacity = -(-capacity_tokens // block_size)
-        shape = (n_layers, n_kv_heads, capacity, block_size, head_dim)
+    overlaps = False  # nothing to fetch, so the next selection can wait for the end of the token
+
+    def __init__(self, c: Config, m: LlamaConfig, capacity_tokens, dtype, device, backend):
+        self.backend = backend
+        shape = (m.n_layers, m.n_kv_heads, c.n_blocks(capacity_tokens), c.block_size, m.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)  # (L, Hk, capacity, b, D)
         self.v = torch.zeros(shape, dtype=dtype, device=device)  # (L, Hk, capacity, b, D)
 
@@ -163,13 +166,19 @@ class KVCache:
         self.v[layer].flatten(1, 2)[:, start:end] = v
         return self.k[layer]  # (Hk, capacity, b, D)
 
-    def attend(self, layer, q, blocks, n_tokens, row, backend):
-        """`kernels.sparse_decode` over a layer's blocks."""
-        return kernels.sparse_decode(q, self.k[layer], self.v[layer], blocks, n_tokens, row, backend)
+    def begin_counting(self):
+        """Nothing moves."""
 
-    def pool(self, layer, q, n_tokens, backend):
+    def select(self, layer, blocks, n_tokens):
+        """Every block is there already."""
+
+    def attend(self, layer, q, blocks, n_tokens, row):
+        """`kernels.sparse_decode` over a layer's blocks."""
+        return kernels.sparse_decode(q, self.k[layer], self.v[layer], blocks, n_tokens, row, self.backend)
+
+    def pool(self, layer, q, n_tokens):
         """`kernels.pool_history` over all of a layer's keys."""
-        return kernels.pool_history(q, self.k[layer], n_tokens, backend)
+        return kernels.pool_history(q, self.k[layer], n_tokens, self.backend)
 
 
 @dataclass
@@ -183,7 +192,7 @@ class Stats:
     kv_bytes: int = 0  # K and V read by attention, over all decoded tokens
     calibration_bytes: int = 0  # K read once more by calibration
     dense_kv_bytes: int = 0  # what dense attention would have read
-    predict_seconds: float = 0.0
+    finish_seconds: float = 0.0  # prediction and selection, where the host waits for them: on a CPU
     predict_multiply_adds: int = 0
     full_multiply_adds: int = 0  # had the whole image been convolved at each step
     recovery: list = field(default_factory=list)  # (heads,) tensors: share of true attention, on calibration steps
@@ -197,25 +206,25 @@ class SparseDecoder:
     """
 
     def __init__(
-        self, config: Config, model: Llama, predictor: Predictor, capacity_tokens: int, backend: str = "torch"
+        self, config: Config, model: Llama, predictor: Predictor, capacity_tokens: int, backend="torch", offload=False
     ):
         c, m = config, model.config
-        device = model.embed.device
-        self.config, self.backend = c, backend
+        dtype, device = model.embed.dtype, model.embed.device
+        self.config, self.model_config, self.backend = c, m, backend
+        self.itemsize = dtype.itemsize
         self.heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
         self.weights = {name: w.to(device) for name, w in predictor.state_dict().items()}
-        self.cache = KVCache(
-            m.n_layers, m.n_kv_heads, m.head_dim, capacity_tokens, c.block_size, model.embed.dtype, device
-        )
+        if offload:
+            self.cache = OffloadedCache(c, m, self.heads, capacity_tokens, dtype, device, backend)
+        else:
+            self.cache = KVCache(c, m, capacity_tokens, dtype, device, backend)
         sparse_layers = max(0, m.n_layers - c.dense_layers)
         ring = (sparse_layers, self.heads, c.history_len, c.n_blocks(capacity_tokens))
         self.history = torch.zeros(ring, device=device)  # (L', heads, H, capacity): ring of pooled attention rows
-        self.contributions = torch.zeros(
-            ring, device=device
-        )  # (L', heads, H, capacity): see kernels.predict_incremental
+        self.contributions = torch.zeros(ring, device=device)  # as history; see kernels.predict_incremental
         self.newest = c.history_len - 1  # the ring slot of the last row
-        self.predicted_end = 0  # end of the middle at the last prediction
-        self.blocks = None  # (L', heads, A) int32: what the next token attends to; None: everything
+        self.predicted_end = 0  # end of the middle at the last prediction; 0: there was none
+        self.blocks = [None] * sparse_layers  # (heads, A) int32: what the next token attends to; None: everything
         self.n_tokens = 0
         self.step = 0  # decode steps since prefill
         self.stats = Stats()
@@ -248,64 +257,74 @@ class SparseDecoder:
         self.cache.write(layer, k, v, self.n_tokens - 1)
         if layer < c.dense_layers:
             self.count_reads(None, False)
-            return self.cache.attend(layer, q[:, 0], None, self.n_tokens, None, self.backend)[0][:, None]
+            return self.cache.attend(layer, q[:, 0], None, self.n_tokens, None)[0][:, None]
         blocks = self.blocks_for(layer, q)  # (heads, A)
         row = self.history[layer - c.dense_layers, :, self.newest]  # (heads, capacity)
-        out, lse = self.cache.attend(layer, q[:, 0], blocks, self.n_tokens, row, self.backend)
+        out, lse = self.cache.attend(layer, q[:, 0], blocks, self.n_tokens, row)
         turn = self.step + layer if c.stagger_calibration else self.step
         calibrate = blocks is not None and turn % c.calibration_interval == 0
         if calibrate:
-            pooled, true_lse = self.cache.pool(layer, q, self.n_tokens, self.backend)  # (Hq, 1, N), (Hq, 1)
+            pooled, true_lse = self.cache.pool(layer, q, self.n_tokens)  # (Hq, 1, N), (Hq, 1)
             row[:, : pooled.shape[-1]] = self.group_mean(pooled)[:, 0]  # (heads, N)
             self.stats.recovery.append(torch.exp(lse - true_lse[:, 0]))  # (Hq,)
         self.count_reads(blocks, calibrate)
+        if self.cache.overlaps:
+            with self.cache.on_side():
+                self.predict_next(slice(layer - c.dense_layers, layer - c.dense_layers + 1))
         return out[:, None]
+
+    def finish_token(self):
+        """Predict for the next token, in the layers where that has not been done yet."""
+        if self.step == 0 or not self.cache.overlaps:
+            self.predict_next()
+        start, end = self.config.middle(self.n_tokens + 1)
+        self.predicted_end = end if end - start > self.config.topk_blocks else 0
 
     def blocks_for(self, layer, q):
         """The blocks (heads, A) that a sparse layer attends to for q (Hq, 1, D); None: all. A prediction needs no q."""
-        return None if self.blocks is None else self.blocks[layer - self.config.dense_layers]
+        return self.blocks[layer - self.config.dense_layers]
 
     def group_mean(self, pooled):
         """(Hq, rows, N) -> (heads, rows, N): with "kv" selection a group's queries share the mean of their rows."""
         return pooled.unflatten(0, (self.heads, -1)).mean(1)
 
-    def predict_next(self):
-        """Predict and select, for all sparse layers at once, the blocks that the next token will attend to."""
+    def predict_next(self, layers=slice(None)):
+        """Predict and select, for a slice of the sparse layers, the blocks that the next token will attend to."""
         c, n_tokens = self.config, self.n_tokens + 1
         start, end = c.middle(n_tokens)
-        if end - start <= c.topk_blocks or not len(self.history):
-            self.blocks = None
-            return
-        if c.topk_blocks:
-            scores = self.score_blocks(start, end)  # (L' * heads, n)
-            chosen = kernels.select_blocks(scores, c.topk_blocks, self.backend) + start  # (L' * heads, K)
-        else:
-            chosen = torch.empty(self.history[:, :, 0, 0].numel(), 0, dtype=torch.int32, device=self.history.device)
-        sink = torch.arange(start, dtype=torch.int32, device=chosen.device).expand(len(chosen), -1)
-        local = torch.arange(end, c.n_blocks(n_tokens), dtype=torch.int32, device=chosen.device).expand(len(chosen), -1)
-        self.blocks = torch.cat([sink, chosen, local], 1).view(len(self.history), self.heads, -1)  # (L', heads, A)
+        selected = range(len(self.blocks))[layers]
+        tables = [None] * len(selected)
+        if end - start > c.topk_blocks and selected:
+            if c.topk_blocks:
+                scores = self.score_blocks(start, end, layers)  # (layers * heads, n)
+                chosen = kernels.select_blocks(scores, c.topk_blocks, self.backend) + start  # (layers * heads, K)
+            else:
+                shape = len(selected) * self.heads, 0
+                chosen = torch.empty(shape, dtype=torch.int32, device=self.history.device)
+            sink, local = (
+                torch.arange(*ends, dtype=torch.int32, device=chosen.device).expand(len(chosen), -1)
+                for ends in ((0, start), (end, c.n_blocks(n_tokens)))
+            )
+            tables = torch.cat([sink, chosen, local], 1).unflatten(0, (len(selected), self.heads))  # (layers, heads, A)
+        for layer, table in zip(selected, tables):
+            self.blocks[layer] = table
+            self.cache.select(layer, table, n_tokens)
 
-    def score_blocks(self, start, end):
-        """Predicted scores of the middle blocks [start, end): (L' * heads, end - start)."""
-        history, contributions = (
-            self.history.flatten(0, 1),
-            self.contributions.flatten(0, 1),
-        )  # (L' * heads, H, capacity)
-        valid_end = max(start, self.predicted_end)
-        scores = kernels.predict_incremental(
-            history, contributions, self.newest, start, end, valid_end, self.weights, self.backend
-        )
-        self.predicted_end = end
+    def score_blocks(self, start, end, layers=slice(None)):
+        """Predicted scores of the middle blocks [start, end) of some sparse layers: (layers * heads, end - start)."""
+        history = self.history[layers].flatten(0, 1)  # (layers * heads, H, capacity)
+        contributions = self.contributions[layers].flatten(0, 1)  # (layers * heads, H, capacity)
+        window = self.newest, start, end, max(start, self.predicted_end)
         if self.step:  # the first prediction, of the whole image, belongs to prefill
             shape = len(history), self.config.history_len, start, end
-            self.stats.predict_multiply_adds += kernels.predict_multiply_adds(*shape, valid_end)
+            self.stats.predict_multiply_adds += kernels.predict_multiply_adds(*shape, window[-1])
             self.stats.full_multiply_adds += kernels.predict_multiply_adds(*shape)
-        return scores
+        return kernels.predict_incremental(history, contributions, *window, self.weights, self.backend)
 
     def count_reads(self, blocks, calibrate):
         """Count the cache bytes that one layer's attention reads for one token."""
-        _, n_kv_heads, _, block_size, head_dim = self.cache.k.shape
-        key_bytes = head_dim * self.cache.k.element_size()
+        n_kv_heads, block_size = self.model_config.n_kv_heads, self.config.block_size
+        key_bytes = self.model_config.head_dim * self.itemsize
         heads, attended = n_kv_heads, self.n_tokens
         if blocks is not None:
             padding = -self.n_tokens % block_size  # places behind the last token, in its block
@@ -320,41 +339,25 @@ class SparseDecoder:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def seconds(device) -> float:
-    """Wall-clock time once the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def timed_predict(model: Llama, decoder: SparseDecoder):
-    began = seconds(model.embed.device)
-    decoder.predict_next()
-    decoder.stats.predict_seconds += seconds(model.embed.device) - began
-
-
 @torch.inference_mode()
 def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch.Tensor:
     """Run the prompt, tokens (T,), and predict for the first new token. Returns the next token's logits (vocab,)."""
-    began = seconds(model.embed.device)
     decoder.n_tokens = len(tokens)
     logits = model(tokens, torch.arange(len(tokens), device=tokens.device), decoder.prefill_attention)  # (vocab,)
-    decoder.predict_next()
-    decoder.stats.prefill_tokens += len(tokens)
-    decoder.stats.prefill_seconds += seconds(model.embed.device) - began
+    decoder.finish_token()
+    decoder.cache.begin_counting()
     return logits
 
 
 @torch.inference_mode()
 def decode_one_token(model: Llama, decoder: SparseDecoder, token: torch.Tensor) -> torch.Tensor:
     """Append token (1,), attend sparsely, predict for the token after it. Returns the next token's logits (vocab,)."""
-    began = seconds(model.embed.device)
     decoder.begin_token()
-    position = torch.tensor([decoder.n_tokens - 1], device=token.device)
+    position = torch.full((1,), decoder.n_tokens - 1, device=token.device)
     logits = model(token, position, decoder.decode_attention)  # (vocab,)
-    timed_predict(model, decoder)
-    decoder.stats.decode_tokens += 1
-    decoder.stats.decode_seconds += seconds(model.embed.device) - began
+    began = time.perf_counter()
+    decoder.finish_token()
+    decoder.stats.finish_seconds += time.perf_counter() - began
     return logits
 
 
@@ -371,15 +374,25 @@ def generate(
     model: Llama, decoder: SparseDecoder, tokens: list[int], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0
 ) -> Iterator[int]:
     """Yield up to max_new_tokens tokens that continue `tokens`, ending before an end-of-sequence token."""
-    generator = torch.Generator(model.embed.device).manual_seed(seed)
-    logits = prefill(model, decoder, torch.tensor(tokens, device=model.embed.device))
-    for i in range(max_new_tokens):
-        token = sample(logits, temperature, top_p, generator)  # (1,)
-        if token.item() in model.config.eos_token_ids:
+    stats, device = decoder.stats, model.embed.device
+    generator = torch.Generator(device).manual_seed(seed)
+    began = time.perf_counter()
+    logits = prefill(model, decoder, torch.tensor(tokens, device=device))
+    token = sample(logits, temperature, top_p, generator)  # (1,)
+    value = token.item()
+    stats.prefill_tokens, stats.prefill_seconds = len(tokens), time.perf_counter() - began
+    for _ in range(max_new_tokens - 1):
+        if value in model.config.eos_token_ids:
             return
-        yield token.item()
-        if i + 1 < max_new_tokens:
-            logits = decode_one_token(model, decoder, token)
+        yield value
+        began = time.perf_counter()
+        logits = decode_one_token(model, decoder, token)
+        token = sample(logits, temperature, top_p, generator)  # (1,)
+        value = token.item()
+        stats.decode_tokens += 1
+        stats.decode_seconds += time.perf_counter() - began
+    if value not in model.config.eos_token_ids:
+        yield value
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -387,9 +400,9 @@ def generate(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def format_stats(stats: Stats) -> str:
+def format_stats(decoder: SparseDecoder) -> str:
     """The counters as a few lines for people."""
-    steps = max(1, stats.decode_tokens)
+    stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
     megabytes = {
         name: getattr(stats, name) / steps / 1e6 for name in ("kv_bytes", "calibration_bytes", "dense_kv_bytes")
     }
@@ -415,11 +428,12 @@ def format_stats(stats: Stats) -> str:
         lines.append(
             f"predictor  {stats.predict_multiply_adds / steps / 1e6:,.0f} M multiply-adds a token, "
             f"{stats.full_multiply_adds / stats.predict_multiply_adds:.1f}x fewer than recomputing; "
-            f"{1e3 * stats.predict_seconds / steps:.1f} ms, "
-            f"{stats.predict_seconds / stats.decode_seconds:.0%} of decoding"
+            f"{1e3 * stats.finish_seconds / steps:.1f} ms, {stats.finish_seconds / stats.decode_seconds:.0%} of time"
         )
     else:
         lines.append("predictor  not needed: every token fits the budget, or every layer is dense")
+    if isinstance(decoder.cache, OffloadedCache):
+        lines += decoder.cache.format_stats(decoder.n_tokens, steps)
     return "\n".join(lines)
 
 
@@ -449,6 +463,8 @@ def parse_args(argv):
     dtypes, backends = ["auto", "float32", "bfloat16", "float16"], ["auto", "torch", "triton"]
     group.add_argument("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on a GPU, else float32")
     group.add_argument("--backend", default="auto", choices=backends, help="auto: triton on a GPU, else torch")
+
+    group.add_argument("--offload", action="store_true", help="keep the KV cache in host memory, fetch ahead")
 
     group = parser.add_argument_group("method (see the README)")
     group.add_argument("--dense", action="store_true", help="attend to everything in every layer")
@@ -553,7 +569,7 @@ def run(args):
             f"the prompt has {len(tokens):,} tokens, the model's context {model.config.context_len:,}: shorten it"
         )
     max_new_tokens = min(args.max_new_tokens, room)
-    decoder = SparseDecoder(config, model, predictor, len(tokens) + max_new_tokens, backend)
+    decoder = SparseDecoder(config, model, predictor, len(tokens) + max_new_tokens, backend, args.offload)
     stream = TextStream(tokenizer)
     try:
         for token in generate(model, decoder, tokens, max_new_tokens, args.temperature, args.top_p, args.seed):
@@ -561,7 +577,7 @@ def run(args):
     finally:
         print(stream.flush(), flush=True)
         if args.stats:
-            print(format_stats(decoder.stats), file=sys.stderr)
+            print(format_stats(decoder), file=sys.stderr)
 
 
 def main(argv=None) -> int:

@@ -1,4 +1,4 @@
-"""Without a GPU the tests run the kernels in Triton's interpreter, which Triton wants to know before it is imported."""
+"""Without a GPU, Triton's kernels run in its interpreter; it looks at this when it is first imported."""
 
 import os
 

@@ -978,8 +978,39 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 5. Asynchronous copy.   destination[to[i]] = source[from[i]], for every i with from[i] >= 0
+# 5. Asynchronous copy.   First the difference: a wanted block that has a slot keeps it; the others, in order, take the
+# slots, in order, of blocks that are not wanted any more. Then destination[to[i]] = source[from[i]], for every i with
+# from[i] >= 0.
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def assign_slots_reference(wanted, slot_of, block_of):
+    """See `assign_slots`."""
+    wanted = wanted.long()  # (heads, k)
+    held = slot_of.gather(1, wanted)  # (heads, k): -1 where a block has no slot
+    missing = held < 0
+    is_wanted = torch.zeros_like(slot_of, dtype=torch.bool).scatter_(1, wanted, True)  # (heads, capacity)
+    in_use = (block_of >= 0) & is_wanted.gather(1, block_of.clamp(min=0).long())  # (heads, slots)
+    free = in_use.int().sort(dim=1, stable=True).indices  # (heads, slots): the free slots first, ascending
+    slot = torch.where(missing, free.gather(1, (missing.cumsum(1) - 1).clamp(min=0)), held.long())  # (heads, k)
+    left = block_of.gather(1, slot).long()  # (heads, k): who was there; -1: nobody
+    left = torch.where(left < 0, wanted, left)
+    slot_of.scatter_(1, left, -1).scatter_(1, wanted, slot.int())
+    block_of.scatter_(1, slot, wanted.int())
+    return slot.int(), torch.where(missing, wanted, -1).int()
+
+
+def assign_slots(wanted, slot_of, block_of, backend="torch"):
+    """Slots for the wanted blocks, and which of them have to be fetched (METHOD: cross-token prefetch).
+
+    wanted    (heads, k) int32: different blocks in each row, k <= slots
+    slot_of   (heads, capacity) int32: the slot of each block, -1 for none; updated in place
+    block_of  (heads, slots) int32: the block in each slot, -1 for none; updated in place
+    returns   slots (heads, k) int32, and the blocks to fetch (heads, k) int32: the wanted one, -1 where it is there
+    """
+    if wanted.shape[1] > block_of.shape[1]:
+        raise ValueError(f"{wanted.shape[1]} blocks are wanted, but there are {block_of.shape[1]} slots")
+    return assign_slots_reference(wanted, slot_of, block_of)
 
 
 def copy_blocks_reference(source, destination, source_index, destination_index):

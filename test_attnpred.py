@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -183,7 +184,7 @@ def test_blocks_outside_the_selection_are_never_read():
             if poison:
                 for layer, kv_head in ((layer, h) for layer in range(3) for h in range(2)):
                     unread = torch.ones(decoder.cache.k.shape[2], dtype=torch.bool)
-                    unread[decoder.blocks[layer, kv_head].long()] = False
+                    unread[decoder.blocks[layer][kv_head].long()] = False
                     held = [t[layer, kv_head, unread].clone() for t in (decoder.cache.k, decoder.cache.v)]
                     decoder.cache.k[layer, kv_head, unread] = torch.nan
                     decoder.cache.v[layer, kv_head, unread] = torch.nan
@@ -212,7 +213,8 @@ def test_counters_are_exact():
 
 
 def test_cache_writes_where_told():
-    cache = KVCache(2, 3, 4, 30, 8, torch.float32, "cpu")
+    shape = SimpleNamespace(n_layers=2, n_kv_heads=3, head_dim=4)
+    cache = KVCache(Config(block_size=8), shape, 30, torch.float32, "cpu", "torch")
     assert cache.k.shape == (2, 3, 4, 8, 4)
     k, v = torch.randn(3, 13, 4), torch.randn(3, 13, 4)
     cache.write(1, k, v, 5)
