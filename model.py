@@ -151,25 +151,29 @@ def causal_attention(layer, q, k, v):
     return out[0]  # (Hq, T, D)
 
 
+def uninitialised(*shape, dtype, device):
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
 def is_one_row(x):
     """Whether x is a decode step's single row on a CPU, where fewer and other operations than a prefill's are fast."""
     return x.is_cpu and x.numel() == x.shape[-1]
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, left uninitialised."""
+    """y = x Wᵀ + b."""
 
     def __init__(self, n_in, n_out, bias, dtype, device):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype, device=device), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(n_out, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self.weight = uninitialised(n_out, n_in, dtype=dtype, device=device)
+        self.bias = uninitialised(n_out, dtype=dtype, device=device) if bias else None
 
     def forward(self, x):
         if is_one_row(x):  # mv reads bfloat16 weights 1.4 times as fast as F.linear
-            y = torch.mv(self.weight, x.reshape(-1)).view(
+            y = torch.mv(self.weight, x.reshape(-1))  # (n_out,)
+            return (y if self.bias is None else y + self.bias).view(
                 *x.shape[:-1], -1
-            )  # (1, n_out), or (n_out,) where x is (n_in,)
-            return y if self.bias is None else y + self.bias
+            )  # (1, n_out), (n_out,) for (n_in,)
         return F.linear(x, self.weight, self.bias)  # (T, n_out)
 
 
@@ -177,7 +181,7 @@ class RMSNorm(nn.Module):
     def __init__(self, n, eps, dtype, device):
         super().__init__()
         self.eps, self.eps_1x1 = eps, torch.full((1, 1), eps)
-        self.weight = nn.Parameter(torch.empty(n, dtype=dtype, device=device), requires_grad=False)
+        self.weight = uninitialised(n, dtype=dtype, device=device)
 
     def forward(self, x):
         if is_one_row(x):  # F.rms_norm is nine operations there, this is five
@@ -219,9 +223,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         factory = dict(dtype=dtype, device=device)
-        self.embed = nn.Parameter(
-            torch.empty(config.vocab_size, config.d_model, **factory), requires_grad=False
-        )  # (V, C)
+        self.embed = uninitialised(config.vocab_size, config.d_model, **factory)
         self.blocks = nn.ModuleList(Block(layer, config, **factory) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.rms_eps, **factory)
         self.head = Linear(config.d_model, config.vocab_size, False, **factory)
