@@ -917,9 +917,7 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
         raise ValueError(f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must agree")
     if blocks is not None and blocks.shape[0] not in (k_cache.shape[0], q.shape[0]):
         raise ValueError(f"blocks must list Hk = {k_cache.shape[0]} or Hq = {q.shape[0]} heads, not {blocks.shape[0]}")
-    if (
-        row is not None and blocks is None and row.shape[0] != k_cache.shape[0]
-    ):  # a row for each query, not for each group
+    if row is not None and blocks is None and row.shape[0] != k_cache.shape[0]:  # a row for each query, not each group
         everything = torch.arange(-(-n_tokens // k_cache.shape[2]), dtype=torch.int32, device=q.device)
         blocks = everything.expand(q.shape[0], -1).contiguous()  # (Hq, N)
     if row is not None and row.shape[0] != (k_cache if blocks is None else blocks).shape[0]:
@@ -1000,6 +998,37 @@ def assign_slots_reference(wanted, slot_of, block_of):
     return slot.int(), torch.where(missing, wanted, -1).int()
 
 
+# Grid: (heads,). A program holds a head's list and slots in one tile. What one of its threads leaves in `scratch` for
+# another is stored before a barrier and loaded behind it: first which slots stay in use, then the free ones in order.
+@_jit("k", "capacity", "n_slots")
+def _assign_kernel(wanted, slot_of, block_of, scratch, slots, fetch, k, capacity, n_slots, TILE: tl.constexpr):
+    head = tl.program_id(0)
+    place = tl.arange(0, TILE)
+    is_wanted, is_slot = place < k, place < n_slots
+    slot_of += head.to(tl.int64) * capacity
+    block_of += head * n_slots
+    scratch += head * n_slots
+    block = tl.load(wanted + head * k + place, is_wanted, 0)  # (TILE,)
+    held = tl.load(slot_of + block, is_wanted, 0)  # (TILE,): -1 where a block has no slot
+    missing = is_wanted & (held < 0)
+    tl.store(scratch + place, tl.zeros((TILE,), tl.int32), is_slot)
+    tl.debug_barrier()
+    tl.store(scratch + held, tl.full((TILE,), 1, tl.int32), is_wanted & (held >= 0))
+    tl.debug_barrier()
+    free = is_slot & (tl.load(scratch + place, is_slot, 1) == 0)
+    tl.debug_barrier()
+    tl.store(scratch + tl.cumsum(free.to(tl.int32), 0) - 1, place, free)
+    tl.debug_barrier()
+    taken = tl.load(scratch + tl.cumsum(missing.to(tl.int32), 0) - 1, missing, 0)  # (TILE,)
+    slot = tl.where(missing, taken, held)
+    left = tl.load(block_of + slot, missing, -1)  # (TILE,): who was there; -1: nobody
+    tl.store(slot_of + left, tl.full((TILE,), -1, tl.int32), left >= 0)
+    tl.store(slot_of + block, slot, missing)
+    tl.store(block_of + slot, block, missing)
+    tl.store(slots + head * k + place, slot, is_wanted)
+    tl.store(fetch + head * k + place, tl.where(missing, block, -1), is_wanted)
+
+
 def assign_slots(wanted, slot_of, block_of, backend="torch"):
     """Slots for the wanted blocks, and which of them have to be fetched (METHOD: cross-token prefetch).
 
@@ -1010,7 +1039,22 @@ def assign_slots(wanted, slot_of, block_of, backend="torch"):
     """
     if wanted.shape[1] > block_of.shape[1]:
         raise ValueError(f"{wanted.shape[1]} blocks are wanted, but there are {block_of.shape[1]} slots")
-    return assign_slots_reference(wanted, slot_of, block_of)
+    if not _use_triton(backend, wanted.device):
+        return assign_slots_reference(wanted, slot_of, block_of)
+    if any(table.dtype != torch.int32 for table in (wanted, slot_of, block_of)):
+        raise ValueError("wanted, slot_of and block_of must be int32")
+    if not slot_of.is_contiguous() or not block_of.is_contiguous():
+        raise ValueError("slot_of and block_of must be contiguous")
+    wanted = wanted.contiguous()
+    (heads, k), n_slots = wanted.shape, block_of.shape[1]
+    slots, fetch, scratch = torch.empty_like(wanted), torch.empty_like(wanted), torch.empty_like(block_of)
+    if k:
+        least = 4 * (5 * wanted.numel() + 2 * block_of.numel())
+        _launch(
+            _assign_kernel, (heads,), wanted, slot_of, block_of, scratch, slots, fetch, k, slot_of.shape[1], n_slots,
+            TILE=_power_of_two(n_slots), num_warps=4, cost=lambda: Cost(least + 16 * scratch.numel(), 0, least),
+        )  # fmt: skip
+    return slots, fetch
 
 
 def copy_blocks_reference(source, destination, source_index, destination_index):
@@ -1167,6 +1211,9 @@ def decode_launches(n_heads, n_kv_heads, head_dim, n_tokens, block_size=16, budg
         select_blocks(scores, min(topk, end - start), backend="triton")
         sparse_decode(q[:, 0], k_cache, v_cache, blocks, n_tokens, history[:, 0], backend="triton")
         sparse_decode(q[:, 0], k_cache, v_cache, None, n_tokens, backend="triton")
+        middle = blocks[:, : (budget - 128) // block_size]
+        slot_of, block_of = (empty(n_kv_heads, n, dtype=torch.int32) for n in (n_blocks, topk))
+        assign_slots(middle, slot_of, block_of, backend="triton")
         copy_blocks(host, slots, copied, copied, backend="triton")
     return launches
 

@@ -55,22 +55,23 @@ def test_offloaded_decoding_selects_for_itself_as_the_resident_does():
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@settings(deadline=None, max_examples=40)
 @given(st.data())
-def test_slots_follow_a_dictionary(data):
+def test_slots_follow_a_dictionary(backend, data):
     """Random selections through the slot table; a dictionary a head says what each slot holds."""
     heads, n_slots = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
     capacity = data.draw(st.integers(n_slots, 40))
-    slot_of = torch.full((heads, capacity), -1, dtype=torch.int32)
-    block_of = torch.full((heads, n_slots), -1, dtype=torch.int32)
+    slot_of = torch.full((heads, capacity), -1, dtype=torch.int32, device=DEVICE)
+    block_of = torch.full((heads, n_slots), -1, dtype=torch.int32, device=DEVICE)
     model = [{} for _ in range(heads)]  # slot -> block
     for _ in range(data.draw(st.integers(1, 6))):
         k = data.draw(st.integers(0, n_slots))
         chosen = [
             sorted(data.draw(st.sets(st.integers(0, capacity - 1), min_size=k, max_size=k))) for _ in range(heads)
         ]
-        wanted = torch.tensor(chosen, dtype=torch.int32).view(heads, k)
-        slots, fetch = kernels.assign_slots(wanted, slot_of, block_of)
+        wanted = torch.tensor(chosen, dtype=torch.int32, device=DEVICE).view(heads, k)
+        slots, fetch = kernels.assign_slots(wanted, slot_of, block_of, backend)
         assert slots.dtype == fetch.dtype == torch.int32
         for head in range(heads):
             there = {block: slot for slot, block in model[head].items()}
