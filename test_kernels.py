@@ -391,11 +391,14 @@ def score_rows(draw):
     edges = st.sampled_from([1, 2, 255, 256, 257, tile - 1, tile, tile + 1, 2 * tile + 3] + [65536] * NATIVE)
     n = draw(edges | st.integers(1, 700))
     generator = torch.Generator().manual_seed(draw(SEEDS))
-    kind = draw(st.sampled_from(["normal", "ties", "one value", "neighbours", "special", "bits"]))
+    kind = draw(st.sampled_from(["normal", "ties", "zeros", "one value", "neighbours", "special", "bits"]))
     if kind in ("normal", "special"):
         scores = torch.randn(heads, n, generator=generator)
     elif kind == "ties":
         scores = torch.randint(-2, 3, (heads, n), generator=generator) / 4
+    elif kind == "zeros":  # of either sign, and all equal
+        scores = torch.randint(0, 2, (heads, n), generator=generator) * -0.0
+        scores[torch.rand(heads, n, generator=generator) < 0.3] = 0.0
     elif kind == "one value":
         scores = torch.full((heads, n), draw(st.floats(width=32)))
     elif kind == "neighbours":  # equal but for the last digit of the radix
@@ -523,6 +526,17 @@ def selections(draw, case):
     return torch.cat([torch.stack(middle), last], 1).int().to(DEVICE)
 
 
+@st.composite
+def slots(draw, blocks, capacity, n_tokens, block_size):
+    """row_blocks and n_tokens: nothing new, or as where `blocks` are slots that hold other blocks than their number."""
+    if blocks is None or not draw(st.booleans()):
+        return None, n_tokens
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    heads, listed = blocks.shape
+    places = torch.stack([torch.randperm(capacity, generator=generator)[:listed] for _ in range(heads)])
+    return places.int().to(DEVICE), listed * block_size - (-n_tokens % block_size)
+
+
 def poison_unlisted(case, blocks):
     """K and V of the blocks that no query of a KV head attends to become NaN."""
     n_kv_heads, capacity = case.k.shape[:2]
@@ -532,7 +546,7 @@ def poison_unlisted(case, blocks):
     case.k[unlisted] = case.v[unlisted] = float("nan")
 
 
-def naive_sparse_attention(case, blocks):
+def naive_sparse_attention(case, blocks, row_blocks):
     """Output, log-sum-exp and history row in float64, from the logits of all tokens, masked."""
     n_heads, _, head_dim = case.q.shape
     n_kv_heads, capacity, block_size, _ = case.k.shape
@@ -555,17 +569,24 @@ def naive_sparse_attention(case, blocks):
         p[attended[head]] = logits.softmax(0)
         out.append(logits.softmax(0) @ v)
         lse.append(logits.logsumexp(0))
-        row[head] += p.view(capacity, block_size).amax(1) / (n_heads // heads)
+        block_max = p.view(capacity, block_size).amax(1) / (n_heads // heads)  # (capacity,)
+        if row_blocks is None:
+            row[head] += block_max
+        else:
+            row[head, row_blocks[head].long()] += block_max[blocks[head].long()]
     return torch.stack(out), torch.stack(lse), row
 
 
 @given(cases(), st.data())
 def test_sparse_decode_reference_is_masked_attention(case, data):
     blocks = data.draw(selections(case))
-    out, lse, row = naive_sparse_attention(case, blocks)
+    sizes = case.k.shape[1], case.n_tokens, case.k.shape[2]
+    row_blocks, n_tokens = data.draw(slots(blocks, *sizes))
+    out, lse, row = naive_sparse_attention(case, blocks, row_blocks)
     actual_row = poison(*row.shape, dtype=torch.float64)
     caches = case.k.double(), case.v.double()
-    actual = kernels.sparse_decode_reference(case.q[:, 0].double(), *caches, blocks, case.n_tokens, actual_row)
+    inputs = case.q[:, 0].double(), *caches, blocks, n_tokens
+    actual = kernels.sparse_decode_reference(*inputs, actual_row, row_blocks)
     assert_close(actual[0], out, scale=1e-3)
     assert_close(actual[1], lse, scale=1e-3 * max(1.0, float(lse.abs().max())))
     assert_close(actual_row, row, scale=1e-3)
@@ -580,13 +601,16 @@ def test_sparse_decode(case, data, multiprocessors, with_row):
         poison_unlisted(case, blocks)
         heads = blocks.shape[0]
     caches = case.k.double(), case.v.double()
+    row_blocks, n_tokens = data.draw(slots(blocks, capacity, case.n_tokens, case.k.shape[2]))
     expected_row = poison(heads, capacity, dtype=torch.float64)
-    out, lse = kernels.sparse_decode_reference(q.double(), *caches, blocks, case.n_tokens, expected_row)
+    inputs = q.double(), *caches, blocks, n_tokens
+    out, lse = kernels.sparse_decode_reference(*inputs, expected_row, row_blocks)
     history = poison(heads, 3, capacity)
     row = history[:, 1] if with_row else None
     table = torch.zeros(1, dtype=torch.int32, device=DEVICE) if blocks is None else blocks
     with unchanged(case.q, case.k, case.v, table, history[:, 0], history[:, 2]), machine(multiprocessors):
-        actual = kernels.sparse_decode(q, case.k, case.v, blocks, case.n_tokens, row, backend="triton")
+        inputs = q, case.k, case.v, blocks, n_tokens, row
+        actual = kernels.sparse_decode(*inputs, backend="triton", row_blocks=row_blocks)
     assert actual[0].dtype == q.dtype and actual[1].dtype == torch.float32
     largest = float(case.v.double().nan_to_num(0).abs().max())
     assert_close(actual[0], out, q.dtype, scale=largest, slack=case.slack * largest, context="out")
