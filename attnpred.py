@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -549,6 +550,41 @@ def check_limits(args):
         raise InputError(f"seed {args.seed} must lie in 0 ... 2^63 - 1")
 
 
+def free_memory(device) -> int | None:
+    """Bytes that can still be had on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return int(re.search(r"MemAvailable: *(\d+) kB", pathlib.Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return None
+
+
+def check_memory(config: Config, m: LlamaConfig, capacity_tokens, dtype, device, offload):
+    """Raise InputError, before anything is computed, where the cache does not fit; say what would."""
+
+    def fits(what, need, place, free, remedy):
+        if free is not None and need > free:
+            raise InputError(f"{what} needs {need / 1e9:,.2f} GB {place}, {free / 1e9:,.2f} GB are free: {remedy}")
+
+    token = 2 * m.n_layers * m.n_kv_heads * m.head_dim * dtype.itemsize
+    host, free = torch.device("cpu"), free_memory(device)
+    if not offload:
+        remedy = "--offload, a shorter prompt or fewer --max-new-tokens would do"
+        fits(f"a KV cache of {capacity_tokens:,} tokens", token * capacity_tokens, f"on {device}", free, remedy)
+        return
+    room = free_memory(host)
+    remedy = f"{(room or 0) // token:,} tokens, prompt and answer together, would fit"
+    fits(f"a KV cache of {capacity_tokens:,} tokens", token * capacity_tokens, "of host memory", room, remedy)
+    heads = m.n_kv_heads if config.select_heads == "kv" else m.n_heads
+    block = max(1, m.n_layers - config.dense_layers) * heads * 2 * config.block_size * m.head_dim * dtype.itemsize
+    fewer = config.topk_blocks - -(-(OffloadedCache.device_bytes(config, m, heads, dtype) - (free or 0)) // block)
+    least = config.sink_tokens + config.local_tokens
+    remedy = f"--budget {least + fewer * config.block_size} would fit" if fewer >= 0 else "no budget would fit"
+    what = f"the slots for a budget of {config.budget:,} tokens"
+    fits(what, OffloadedCache.device_bytes(config, m, heads, dtype), f"on {device}", free, remedy)
+
+
 def run(args):
     """Answer the prompt on standard output; statistics go to standard error."""
     check_limits(args)
@@ -569,6 +605,7 @@ def run(args):
             f"the prompt has {len(tokens):,} tokens, the model's context {model.config.context_len:,}: shorten it"
         )
     max_new_tokens = min(args.max_new_tokens, room)
+    check_memory(config, model.config, len(tokens) + max_new_tokens, dtype, device, args.offload)
     decoder = SparseDecoder(config, model, predictor, len(tokens) + max_new_tokens, backend, args.offload)
     stream = TextStream(tokenizer)
     try:

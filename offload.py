@@ -65,6 +65,14 @@ class OffloadedCache:
         """Of one head's K and V."""
         return 2 * self.c.block_size * self.head_dim * self.dtype.itemsize
 
+    @staticmethod
+    def device_bytes(c, m, heads, dtype) -> int:
+        """What such a cache's K and V take on the device: slots, unfinished blocks of dense layers, staging."""
+        dense = min(c.dense_layers, m.n_layers)
+        slots = (c.sink_tokens + c.local_tokens) // c.block_size + 1 + c.topk_blocks
+        blocks = (m.n_layers - dense) * heads * slots + (dense + 2 * STAGED_BLOCKS) * m.n_kv_heads
+        return blocks * 2 * c.block_size * m.head_dim * dtype.itemsize
+
     @property
     def resident_bytes(self) -> int:
         """K and V that the device has room for, staging included."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import attnpred
 import kernels
-from attnpred import Config, SparseDecoder, decode_one_token, prefill
+from attnpred import Config, InputError, SparseDecoder, decode_one_token, prefill
 from offload import OffloadedCache
 from test_attnpred import SLOW, configurations, random_predictor, tiny_llama
 
@@ -119,6 +119,7 @@ def test_counters_are_exact(monkeypatch):
     assert cache.streamed_bytes == sum(streamed)
     slots = 2 * 2 * (1 + 4 + 2) * block
     assert cache.resident_bytes == slots + 2 * block + 2 * 4 * 2 * block
+    assert cache.resident_bytes == OffloadedCache.device_bytes(config, model.config, 2, torch.float32)
     assert cache.block_bytes == block and isinstance(cache, OffloadedCache)
 
 
@@ -141,6 +142,36 @@ def test_command_line_offloads_with_the_same_text(capsys, tmp_path):
         texts.append(capsys.readouterr())
     assert texts[0].out == texts[1].out != ""
     assert "resident" in texts[1].err and "fetched" in texts[1].err and "resident" not in texts[0].err
+
+
+def test_memory_is_checked_before_anything_is_computed(monkeypatch):
+    m, cpu = tiny_llama().config, torch.device("cpu")
+    token = 2 * 3 * 2 * 8 * 4  # K and V, three layers, two KV heads, eight float32
+    config = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=256, dense_layers=1)
+
+    def check(free, offload):
+        monkeypatch.setattr(attnpred, "free_memory", lambda device: free)
+        attnpred.check_memory(config, m, 1000, torch.float32, cpu, offload)
+
+    check(1000 * token, False)
+    check(None, False)
+    with pytest.raises(InputError, match="--offload"):
+        check(1000 * token - 1, False)
+    check(1000 * token, True)
+    with pytest.raises(InputError, match=f"{999:,} tokens, prompt"):
+        check(1000 * token - 1, True)
+    need = OffloadedCache.device_bytes(config, m, 2, torch.float32)
+    block = 2 * 2 * 2 * 8 * 8 * 4  # two sparse layers, two heads, K and V of a block
+    frees = {"device": need - 3 * block, "host": 10**9}
+    monkeypatch.setattr(attnpred, "free_memory", lambda device: frees["host" if device is not gpu else "device"])
+    gpu = torch.device("cuda")
+    with pytest.raises(InputError, match=f"--budget {256 - 3 * 8} would fit"):
+        attnpred.check_memory(config, m, 1000, torch.float32, gpu, True)
+    fitting = Config(**(config.__dict__ | {"budget": 256 - 3 * 8}))
+    attnpred.check_memory(fitting, m, 1000, torch.float32, gpu, True)
+    frees["device"] = 1000
+    with pytest.raises(InputError, match="no budget"):
+        attnpred.check_memory(config, m, 1000, torch.float32, gpu, True)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="streams need a GPU")
