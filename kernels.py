@@ -263,7 +263,7 @@ def _splits(device, programs, n_tiles):
 
 
 def pool_history(q, k_cache, n_tokens, backend="torch"):
-    """Block-max-pooled causal attention probabilities of the last `rows` queries (METHOD: prefill and calibration).
+    """Block-max-pooled causal attention probabilities of the last `rows` queries (README: prefill and calibration).
 
     q        (Hq, rows, D): queries of positions n_tokens - rows ... n_tokens - 1, rotated
     k_cache  (Hk, capacity, b, D): keys, rotated; the first n_tokens are read
@@ -561,7 +561,7 @@ def _column_tile(heads, columns, device):
 
 
 def predict(history, newest, start, end, weights, backend="torch"):
-    """Scores of the middle blocks for the next token, the whole network computed (METHOD: predict).
+    """Scores of the middle blocks for the next token, the whole network computed (README: predict).
 
     history  (heads, H, capacity) float32 ring, see above; columns start ... end - 1 are the image
     weights  the predictor's state dict, float32
@@ -729,7 +729,7 @@ def _select_kernel(scores, blocks, stride, n, k, BLOCK: tl.constexpr):
 
 
 def select_blocks(scores, k, backend="torch"):
-    """Indices of the k best blocks of each head, ascending (METHOD: select).
+    """Indices of the k best blocks of each head, ascending (README: select).
 
     scores   (heads, n) float32
     returns  (heads, k) int32, in 0 ... n - 1
@@ -899,7 +899,7 @@ def _merge_kernel(
 
 
 def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torch", row_blocks=None):
-    """Attention of one token over the listed blocks only, and the history row that it leaves (METHOD: attend).
+    """Attention of one token over the listed blocks only, and the history row that it leaves (README: attend).
 
     q        (Hq, D), rotated
     k_cache  (Hk, capacity, b, D), v_cache alike
@@ -1030,7 +1030,7 @@ def _assign_kernel(wanted, slot_of, block_of, scratch, slots, fetch, k, capacity
 
 
 def assign_slots(wanted, slot_of, block_of, backend="torch"):
-    """Slots for the wanted blocks, and which of them have to be fetched (METHOD: cross-token prefetch).
+    """Slots for the wanted blocks, and which of them have to be fetched (README: prefetch).
 
     wanted    (heads, k) int32: different blocks in each row, k <= slots
     slot_of   (heads, capacity) int32: the slot of each block, -1 for none; updated in place
@@ -1096,7 +1096,7 @@ def _copy_kernel(
 
 
 def copy_blocks(source, destination, source_index, destination_index, backend="torch"):
-    """Gather blocks of (pinned host) memory into device slots (METHOD: cross-token prefetch).
+    """Gather blocks of (pinned host) memory into device slots (README: prefetch).
 
     source             (n_blocks, elements): one block's K and V a row, contiguous
     destination        (n_slots, elements), same dtype, written in place
@@ -1184,7 +1184,7 @@ TYPE_NAMES = {
 
 
 def decode_launches(n_heads, n_kv_heads, head_dim, n_tokens, block_size=16, budget=1024, history_len=64):
-    """Every launch of prefill's pooling and of a decode step, for a bf16 model of this shape (METHOD's defaults)."""
+    """Every launch of prefill's pooling and of a decode step, for a bf16 model of this shape (the method's defaults)."""
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")

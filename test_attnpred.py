@@ -56,7 +56,7 @@ def random_predictor(seed=0):
 
 
 class NaiveMethod:
-    """METHOD as a simulation: the whole attention matrix, masked. Shares no code with the decoder but `choose`."""
+    """The method as a simulation: the whole attention matrix, masked. Shares no code with the decoder but `choose`."""
 
     def __init__(self, config, model, predictor, choose):
         self.c, self.m, self.predictor, self.choose = config, model.config, predictor, choose

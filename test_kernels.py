@@ -268,7 +268,7 @@ def naive_convolution(x, weight, bias):
 
 
 def naive_contributions(history, newest, start, end, weights):
-    """p of METHOD: (heads, H, n), rows oldest first."""
+    """the contributions p: (heads, H, n), rows oldest first."""
     history_len = history.shape[1]
     rows = [history[:, (newest + 1 + r) % history_len, start:end] for r in range(history_len)]
     x = naive_convolution(torch.stack(rows, 1)[:, None], weights["conv1.weight"], weights["conv1.bias"]).clamp(min=0)
