@@ -1184,7 +1184,7 @@ TYPE_NAMES = {
 
 
 def decode_launches(n_heads, n_kv_heads, head_dim, n_tokens, block_size=16, budget=1024, history_len=64):
-    """Every launch of prefill's pooling and of a decode step, for a bf16 model of this shape (the method's defaults)."""
+    """Every launch of prefill's pooling and of a decode step, for a bf16 model of this shape and default settings."""
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
