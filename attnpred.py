@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import kernels
 from model import Llama, LlamaConfig, ModelError, TextStream, causal_attention, load_model
 from offload import OffloadedCache
-from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
+from weights.fetch_llm import DEFAULT_LLM, FetchError, fetch_default_llm
 
 DEFAULT_PREDICTOR = pathlib.Path(__file__).parent / "weights" / "predictor.safetensors"
 
@@ -620,7 +620,7 @@ def run(args):
 def main(argv=None) -> int:
     try:
         run(parse_args(argv))
-    except (InputError, ModelError) as error:
+    except (InputError, ModelError, FetchError) as error:
         print(f"attnpred: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
