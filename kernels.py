@@ -478,12 +478,11 @@ def _predict_kernel(history, scores, weights, head_stride, row_stride, newest, s
     column = start + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     history += head.to(tl.int64) * head_stride
     total = tl.zeros([BLOCK], tl.float32)
-    above = _bias_rows(weights, BLOCK)  # (BLOCK, 32)
-    here = above
-    for row in range(H):
+    blank = _bias_rows(weights, BLOCK)  # (BLOCK, 32)
+    _, above, here = _convolve_row(0, blank, blank, history, row_stride, weights, column, newest, start, end, H)
+    for row in range(1, H):
         done, above, here = _convolve_row(row, above, here, history, row_stride, weights, column, newest, start, end, H)
-        if row > 0:
-            total += _contribution(done, weights)
+        total += _contribution(done, weights)
     total += _contribution(above, weights)  # row H - 1: all zero below it
     score = total / H + tl.load(weights + B3)
     tl.store(scores + head * (end - start) + column - start, score, column < end)

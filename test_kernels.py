@@ -388,8 +388,8 @@ def test_predictors_refuse_what_they_cannot_do():
 def score_rows(draw):
     """Scores (heads, n): smooth, or with ties, neighbouring floats, infinities, NaN and both zeros."""
     heads, tile = draw(st.integers(1, 3)), kernels.SELECT_TILE
-    edges = st.sampled_from([1, 2, 255, 256, 257, tile - 1, tile, tile + 1, 2 * tile + 3] + [65536] * NATIVE)
-    n = draw(edges | st.integers(1, 700))
+    large = st.sampled_from([tile, tile + 1, 2 * tile + 3] + [65536] * NATIVE)
+    n = draw(st.sampled_from([1, 2, 255, 256, 257, 511, 513]) | st.integers(3, 900) | st.integers(257, 900) | large)
     generator = torch.Generator().manual_seed(draw(SEEDS))
     kind = draw(st.sampled_from(["normal", "ties", "zeros", "one value", "neighbours", "special", "bits"]))
     if kind in ("normal", "special"):
@@ -423,13 +423,14 @@ def naive_selection(scores, k):
     return torch.tensor(best, dtype=torch.int32, device=DEVICE)
 
 
-@given(score_rows(), st.data())
-def test_select_blocks(scores, data):
+@settings(max_examples=200 if NATIVE else 120)
+@given(score_rows(), st.data(), st.sampled_from([256, kernels.SELECT_TILE]))
+def test_select_blocks(scores, data, tile):
     n = scores.shape[1]
     k = data.draw(st.sampled_from([1, n]) | st.integers(1, n))
     expected = naive_selection(scores, k)
     for backend in ("torch", "triton"):
-        with unchanged(scores):
+        with unchanged(scores), patch.object(kernels, "SELECT_TILE", tile):
             blocks = kernels.select_blocks(scores, k, backend=backend)
         assert blocks.dtype == torch.int32
         assert torch.equal(blocks, expected), (backend, scores.shape, k)
