@@ -9,7 +9,7 @@ import attnpred
 import kernels
 from attnpred import Config, InputError, SparseDecoder, decode_one_token, prefill
 from offload import OffloadedCache
-from test_attnpred import SLOW, configurations, random_predictor, tiny_llama
+from test_attnpred import PROMPT_LENGTHS, SLOW, configurations, random_predictor, tiny_llama
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,7 +31,7 @@ def run(model, config, tokens, steps, offload, blocks=None):
 
 
 @SLOW
-@given(configurations(), st.integers(1, 150), st.integers(0, 2**31), st.sampled_from([(2, 2), (1, 3), (3, 1)]))
+@given(configurations(), PROMPT_LENGTHS, st.integers(0, 2**31), st.sampled_from([(2, 2), (1, 3), (3, 1)]))
 def test_offloaded_decoding_equals_resident_decoding(config, prompt_len, seed, heads):
     model = tiny_llama(n_kv_heads=heads[0], group=heads[1], seed=seed).to(DEVICE)
     tokens = torch.randint(61, (prompt_len,)).to(DEVICE)
