@@ -776,15 +776,18 @@ def sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row=None, row
     length = k.shape[1] * block_size - padding
     k, v = k.flatten(1, 2)[:, :length].to(dtype), v.flatten(1, 2)[:, :length].to(dtype)  # (heads, length, D)
     logits = (q.view(heads, -1, head_dim).to(dtype) * head_dim**-0.5) @ k.mT  # (heads, G, length)
-    lse = logits.logsumexp(-1, keepdim=True)  # (heads, G, 1)
-    p = torch.exp(logits - lse)  # (heads, G, length)
+    largest = logits.amax(-1, keepdim=True)  # (heads, G, 1)
+    p = torch.exp(logits - largest)  # (heads, G, length), not normalised yet
+    total = p.sum(-1, keepdim=True)  # (heads, G, 1)
     if row is not None:
-        block_max = F.pad(p, (0, padding)).unflatten(-1, (-1, block_size)).amax(-1).mean(1)  # (heads, A)
+        block_max = F.pad(p, (0, padding)).unflatten(-1, (-1, block_size)).amax(-1)  # (heads, G, A)
+        block_max = (block_max / total).mean(1)  # (heads, A)
         if blocks is None:
             blocks = torch.arange(n_blocks, device=q.device).expand(heads, -1)
         place = blocks if row_blocks is None else row_blocks  # (heads, A)
         row.zero_().scatter_(1, place.long(), block_max.to(row.dtype))
-    return (p @ v).view(n_heads, head_dim).to(q.dtype), lse.view(n_heads)
+    out, lse = (p @ v) / total, largest + total.log()  # (heads, G, D), (heads, G, 1)
+    return out.view(n_heads, head_dim).to(q.dtype), lse.view(n_heads)
 
 
 # Grid: (splits, heads). A program walks its run of the head's block list in tiles of TILE_BLOCKS whole blocks, gathered
