@@ -295,8 +295,8 @@ def test_predict(window, multiprocessors):
 
 
 @settings(max_examples=PREDICTIONS // 2)
-@given(windows(min_rows=5), st.integers(0, 3), KINDS, SEEDS, MULTIPROCESSORS)
-def test_predict_incremental(window, growth, kind, seed, multiprocessors):
+@given(windows(min_rows=5), st.integers(0, 3), KINDS, SEEDS, MULTIPROCESSORS, st.sampled_from([2, 8]))
+def test_predict_incremental(window, growth, kind, seed, multiprocessors, interior_rows):
     """A first call, then one more row, and perhaps more columns: scores, and every p that they leave behind."""
     heads, history_len, capacity = window.history.shape
     pushed = draw_rows(torch.Generator().manual_seed(seed), kind, heads, capacity).to(DEVICE)
@@ -306,7 +306,8 @@ def test_predict_incremental(window, growth, kind, seed, multiprocessors):
         valid_end = w.start
         for step in range(2):
             expected = naive_contributions(*w.double())
-            with unchanged(w.history, *w.weights.values()), machine(multiprocessors):
+            rows = patch.object(kernels, "INTERIOR_ROWS", interior_rows)
+            with unchanged(w.history, *w.weights.values()), machine(multiprocessors), rows:
                 scores = kernels.predict_incremental(
                     w.history, contributions, w.newest, w.start, w.end, valid_end, w.weights, backend=backend
                 )
