@@ -1,25 +1,49 @@
-"""How fast the kernels are: against the card's own ceilings, and against what a user would take instead.
+"""How fast: the kernels, decoding end to end, and the offloaded cache, on the machine that it is run on.
 
     python bench.py --kernels [--json FILE]
+    python bench.py --end-to-end [--json FILE] [--png FILE]
+    python bench.py --offload --model-shape llama-3.1-8b --context 32768 --link-gb-s 55 [--json FILE] [--png FILE]
 
-The ceilings are measured, not quoted: a copy on the device, a large matrix product, a copy from pinned host memory. The
+--end-to-end decodes, dense and sparse, next to transformers with the same weights. The caches are filled with random keys
+and values instead of a prompt's, on which the time of a step does not depend. --offload works out what crosses the link to
+the host, from exact counters; on a GPU it measures too.
+
+Of the kernels, the ceilings are measured, not quoted: a copy on the device, a large matrix product, a copy from pinned host memory. The
 bytes and multiply-adds held against them are the least that a path could do with, so waste shows as a lower share.
 Every call of a measurement has the tensors of a layer of its own, as in a decode step: nothing is found in the L2 cache
 that would not be there. The calls are captured into one CUDA graph, so the launches' cost on the host is left out.
 """
 
 import argparse
+import importlib.util
 import json
 import math
+import os
+import pathlib
+import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 
 import kernels
+from attnpred import (
+    DEFAULT_PREDICTOR,
+    Config,
+    InputError,
+    OneLineParser,
+    SparseDecoder,
+    decode_one_token,
+    load_predictor,
+    prefill,
+)
+from model import Llama, LlamaConfig, ModelError, _targets, load_model
+from offload import OffloadedCache
+from weights.fetch_llm import FetchError, fetch_default_llm
 
 LLAMA_8B = dict(n_heads=32, n_kv_heads=8, head_dim=128)
 CONTEXTS = (8192, 32768, 131072)
@@ -362,6 +386,443 @@ def bench_kernels(device, backend, contexts=CONTEXTS, layers=LAYERS, model=LLAMA
         "ceilings": asdict(ceilings),
         "kernels": rows,
     }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# End to end
+# --------------------------------------------------------------------------------------------------------------------
+
+LLAMA_31_8B = LlamaConfig(
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    d_model=4096,
+    d_ff=14336,
+    vocab_size=128256,
+    context_len=131072,
+    rope_theta=500000.0,
+    rope_scaling=dict(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192.0,
+    ),
+    rms_eps=1e-5,
+    tie_embeddings=False,
+    attention_bias=False,
+    mlp_bias=False,
+    eos_token_ids=(),
+)
+SHAPES = {"smollm2-135m": None, "llama-3.1-8b": LLAMA_31_8B}  # None: the default LLM with its own weights
+
+
+def model_of(shape, dtype, device):
+    """(model, what its weights are)."""
+    if SHAPES[shape] is None:
+        return load_model(str(fetch_default_llm()), dtype, device)[0], "SmolLM2-135M-Instruct"
+    model = Llama(SHAPES[shape], dtype, device)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02)
+    return model.eval(), f"random weights in the shape of {shape}"
+
+
+def fill(decoder, n_tokens, dtype):
+    """Random keys, values and history in the place of a prompt of n_tokens. A block's weight in the history lasts."""
+    m = decoder.model_config
+    for layer in range(m.n_layers):
+        shape = 2, m.n_kv_heads, n_tokens, m.head_dim
+        k, v = torch.randn(shape, device=decoder.history.device).to(dtype)  # (Hk, T, D) each
+        decoder.cache.write(layer, k, v, 0)
+    rows = decoder.history[..., : decoder.config.n_blocks(n_tokens)]  # (L', heads, H, N)
+    rows.uniform_(0.5, 1).mul_(torch.rand_like(rows[:, :, :1]) ** 8)
+    decoder.n_tokens = n_tokens
+    decoder.finish_token()
+    decoder.cache.begin_counting()
+
+
+class Ours:
+    """A SparseDecoder with a random cache, a token at a time."""
+
+    def __init__(self, model, predictor, config, n_tokens, n_steps, backend, offload=False, prefetch=True):
+        self.model = model
+        self.decoder = SparseDecoder(config, model, predictor, n_tokens + n_steps, backend, offload)
+        if offload and not prefetch:
+            self.decoder.cache.__class__ = FetchedLate
+        with torch.inference_mode():
+            fill(self.decoder, n_tokens, model.embed.dtype)
+        self.token = torch.zeros(1, dtype=torch.int64, device=model.embed.device)
+
+    def step(self):
+        self.token = decode_one_token(self.model, self.decoder, self.token).argmax(-1, keepdim=True)
+        return self.token.item()  # waits for a GPU
+
+
+class FetchedLate(OffloadedCache):
+    """Selects and fetches at the end of a token, on the stream that computes."""
+
+    overlaps = False
+
+
+class Transformers:
+    """The same weights, not copied, in transformers' LlamaForCausalLM, with its default cache, random too."""
+
+    def __init__(self, model, n_tokens):
+        import transformers
+
+        m, self.device = model.config, model.embed.device
+        rope = (m.rope_scaling or {"rope_type": "default"}) | {"rope_theta": m.rope_theta}
+        config = transformers.LlamaConfig(
+            hidden_size=m.d_model,
+            intermediate_size=m.d_ff,
+            num_hidden_layers=m.n_layers,
+            num_attention_heads=m.n_heads,
+            num_key_value_heads=m.n_kv_heads,
+            head_dim=m.head_dim,
+            vocab_size=m.vocab_size,
+            max_position_embeddings=m.context_len,
+            rms_norm_eps=m.rms_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=m.tie_embeddings,
+            attn_implementation="sdpa",
+        )
+        with torch.device("meta"):
+            self.model = transformers.LlamaForCausalLM(config)
+        self.model.load_state_dict(hugging_face_names(model), assign=True, strict=not m.tie_embeddings)
+        self.model.tie_weights()
+        self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config, device=self.device)
+        self.model.eval()
+        self.cache = transformers.DynamicCache(config=config)
+        for layer in range(m.n_layers):
+            kv = torch.randn(2, 1, m.n_kv_heads, n_tokens, m.head_dim, device=self.device).to(model.embed.dtype)
+            self.cache.update(*kv, layer)  # (1, Hk, T, D) each
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+
+    @torch.inference_mode()
+    def step(self):
+        logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits  # (1, 1, V)
+        self.token = logits[:, -1].argmax(-1, keepdim=True)
+        return self.token.item()
+
+
+def hugging_face_names(model):
+    """{tensor's name in a checkpoint: the part of the model's parameters that it is}."""
+    return {name: part.data for name, part in _targets(model).items()}
+
+
+class peak_memory:
+    """`taken`: bytes at the peak of the block above what was held before; None where the system does not tell."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def now(self, key):
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated() if key == "VmRSS" else torch.cuda.max_memory_allocated()
+        with open("/proc/self/status") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith(key))
+
+    def __enter__(self):
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                with open("/proc/self/clear_refs", "w") as file:
+                    file.write("5")
+            self.before = self.now("VmRSS")
+        except OSError:
+            self.before = None
+        return self
+
+    def __exit__(self, *error):
+        self.taken = None if self.before is None else self.now("VmHWM") - self.before
+
+
+STAGES = {
+    "sparse_decode": "attention",
+    "predict_incremental": "prediction",
+    "select_blocks": "selection",
+    "pool_history": "calibration",
+    "assign_slots": "fetching",
+    "copy_blocks": "fetching",
+}
+
+
+def stage_seconds(contender, n_steps, device):
+    """{stage: seconds a token}: each kernel is waited for, so that on a GPU the sum is more than a token takes."""
+    spent = dict.fromkeys([*STAGES.values(), "rest of the model"], 0.0)
+
+    def timed(original, stage):
+        def call(*args, **kwargs):
+            synchronize(device)
+            begun = time.perf_counter()
+            result = original(*args, **kwargs)
+            synchronize(device)
+            spent[stage] += time.perf_counter() - begun
+            return result
+
+        return call
+
+    originals = {name: getattr(kernels, name) for name in STAGES}
+    begun = time.perf_counter()
+    try:
+        for name, stage in STAGES.items():
+            setattr(kernels, name, timed(originals[name], stage))
+        for _ in range(n_steps):
+            contender.step()
+    finally:
+        for name, original in originals.items():
+            setattr(kernels, name, original)
+    spent["rest of the model"] = time.perf_counter() - begun - sum(spent.values())
+    return {stage: amount / n_steps for stage, amount in spent.items()}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def copy_bandwidth(device, size):
+    """Bytes / s, read plus written: the best of several copies."""
+    here, there = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / min(seconds([lambda: there.copy_(here)], device) for _ in range(5))
+
+
+def least_bytes(model, decoder, n_tokens):
+    """Bytes that a token cannot do without: the weights once, and the K and V that it attends to (decoder None: all)."""
+    m = model.config
+    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "embed")
+    weights += model.embed.numel() * model.embed.element_size() if m.tie_embeddings else 0
+    if decoder is not None:
+        stats = decoder.stats
+        return weights + (stats.kv_bytes + stats.calibration_bytes) / decoder.step
+    return weights + 2 * m.n_layers * m.n_kv_heads * n_tokens * m.head_dim * model.embed.element_size()
+
+
+def interleaved(contenders, rounds, group):
+    """{name: [seconds a token, one a round]}: the contenders take turns, `group` tokens each."""
+    times = {name: [] for name in contenders}
+    for contender in contenders.values():
+        contender.step()
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            begun = time.perf_counter()
+            for _ in range(group):
+                contender.step()
+            times[name].append((time.perf_counter() - begun) / group)
+    return times
+
+
+def bench_end_to_end(model, weights, predictor, config, contexts, rounds, backend, copy_size=1 << 28):
+    """Measures every contender at every context, printing the table as it grows; returns what `--json` writes."""
+    device, group = model.embed.device, config.calibration_interval  # a round holds one calibrating step
+    n_steps = 1 + (rounds + 1) * group
+    bandwidth = copy_bandwidth(device, copy_size)
+    results = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "weights": weights,
+        "dtype": str(model.embed.dtype).removeprefix("torch."),
+        "copy_bytes_per_second": bandwidth,
+        "config": asdict(config),
+        "rows": [],
+    }
+    print(
+        f"{results['device']}, {results['threads']} threads, {weights}, {results['dtype']}, budget {config.budget}; "
+        f"a copy moves {bandwidth / 1e9:,.1f} GB/s\n"
+    )
+    print("| context | | ms a token | tokens/s | against dense | of what the bandwidth allows | memory beside weights, MB |")
+    print("|---|---|---|---|---|---|---|")
+    kinds = {
+        "dense": lambda n: Ours(model, predictor, dense, n, n_steps, backend),
+        "sparse": lambda n: Ours(model, predictor, config, n, n_steps, backend),
+        "transformers": lambda n: Transformers(model, n),
+    }
+    dense = replace(config, dense_layers=model.config.n_layers)
+    if importlib.util.find_spec("transformers") is None:
+        print("bench.py: transformers is not installed: left out", file=sys.stderr)
+        kinds.pop("transformers")
+    for n_tokens in contexts:
+        contenders, memory = {}, {}
+        for name, make in kinds.items():
+            try:
+                with peak_memory(device) as peak:
+                    contenders[name] = make(n_tokens - n_steps)
+                    contenders[name].step()
+                memory[name] = peak.taken
+            except torch.OutOfMemoryError:
+                print(f"bench.py: {name} at {n_tokens} tokens: out of memory, left out", file=sys.stderr)
+                torch.cuda.empty_cache()
+        times = interleaved(contenders, rounds - 1, group)
+        for name, took in times.items():
+            decoder = contenders[name].decoder if name == "sparse" else None
+            median = statistics.median(took)
+            row = {"context": n_tokens, "name": name, "seconds": median, "memory": memory[name], "rounds": took}
+            row["least_seconds"] = least_bytes(model, decoder, n_tokens) / bandwidth
+            if "dense" in times:
+                row["speedup"] = statistics.median(d / t for d, t in zip(times["dense"], took))
+            results["rows"].append(row)
+        if "sparse" in contenders:
+            sparse = next(row for row in results["rows"] if row["context"] == n_tokens and row["name"] == "sparse")
+            sparse["stages"] = stage_seconds(contenders["sparse"], group, device)
+        for row in results["rows"][-len(times) :]:
+            print(format_speed(row), flush=True)
+    print_stages(results["rows"])
+    return results
+
+
+def print_stages(rows):
+    """What a sparse token's time goes into."""
+    rows = [row for row in rows if "stages" in row]
+    stages = [stage for stage in dict.fromkeys(STAGES.values()) if any(row["stages"][stage] for row in rows)]
+    stages.append("rest of the model")
+    print("\n| context | " + " | ".join(f"{stage}, ms" for stage in stages) + " |")
+    print("|---" * (1 + len(stages)) + "|")
+    for row in rows:
+        cells = " | ".join(f"{1e3 * row['stages'][stage]:,.2f}" for stage in stages)
+        print(f"| {row['context']:,} | {cells} |", flush=True)
+
+
+def format_speed(row):
+    cells = (
+        f"{row['context']:,}",
+        row["name"],
+        f"{1e3 * row['seconds']:,.1f}",
+        f"{1 / row['seconds']:,.1f}",
+        f"{row['speedup']:.2f}x" if "speedup" in row else "–",
+        f"{row['least_seconds'] / row['seconds']:.0%}",
+        f"{row['memory'] / 1e6:,.0f}" if row["memory"] else "–",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The offloaded cache
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Link:
+    """Bytes that cross between host and device in a decode step of one layer, and what they are for."""
+
+    full: float  # all K and V of a layer
+    keys: float  # all K of a layer: what calibration streams
+    wanted: float  # a selection
+    fetched: float  # what of it is not in a slot yet
+    written: float  # to the host: a token's K and V
+
+    @classmethod
+    def of(cls, m: LlamaConfig, c: Config, n_tokens, fetched_fraction, itemsize=2):
+        heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
+        token = 2 * m.n_kv_heads * m.head_dim * itemsize
+        start, end = c.middle(n_tokens)
+        blocks = min(c.topk_blocks, max(0, end - start))
+        wanted = 2 * heads * blocks * c.block_size * m.head_dim * itemsize
+        return cls(n_tokens * token, n_tokens * token / 2, wanted, fetched_fraction * wanted, token)
+
+
+def schedule(m: LlamaConfig, c: Config, link: Link, bytes_per_second, compute_seconds, n_tokens_decoded):
+    """When what happens with prefetching: ({lane: [(start, seconds, kind)]}, [when each token ends]).
+
+    A model: layers take the same time; dense layers, and all layers of a calibrating step, wait for what they stream;
+    the rest of the selection of a layer's next step is copied as soon as the layer has attended and the link is free.
+    """
+    compute, copies, ends = [], [], []
+    now = free = 0.0
+    ready = [0.0] * m.n_layers
+    for step in range(1, n_tokens_decoded + 1):
+        for layer in range(m.n_layers):
+            dense = layer < c.dense_layers
+            streams = link.full if dense else link.keys * (step % c.calibration_interval == 0)
+            now = max(now, ready[layer])
+            if streams:
+                begin = max(now, free)
+                free = begin + streams / bytes_per_second
+                copies.append((begin, free - begin, "streamed: dense layer" if dense else "streamed: calibration"))
+            compute.append((now, compute_seconds / m.n_layers, "layer"))
+            now += compute_seconds / m.n_layers
+            now = max(now, free) if streams else now
+            if not dense:
+                begin = max(now, free)
+                free = ready[layer] = begin + link.fetched / bytes_per_second
+                copies.append((begin, free - begin, "fetched for the next token"))
+        ends.append(now)
+    return {"compute": compute, "link to the host": copies}, ends
+
+
+def offload_times(m, c, link, bytes_per_second, compute_seconds):
+    """{strategy: (bytes a token, seconds a token)}, averaged over a calibration interval."""
+    sparse = m.n_layers - c.dense_layers
+    streamed = c.dense_layers * link.full + sparse * link.keys / c.calibration_interval
+    moved = {
+        "everything, streamed": m.n_layers * link.full,
+        "the selection anew, awaited": streamed + sparse * link.wanted,
+        "the difference, awaited": streamed + sparse * link.fetched,
+        "the difference, ahead of time": streamed + sparse * link.fetched,
+    }
+    seconds_of = {name: compute_seconds + amount / bytes_per_second for name, amount in moved.items()}
+    seconds_of["everything, streamed"] = max(compute_seconds, m.n_layers * link.full / bytes_per_second)
+    ends = schedule(m, c, link, bytes_per_second, compute_seconds, 2 * c.calibration_interval)[1]
+    steady = (ends[-1] - ends[c.calibration_interval - 1]) / c.calibration_interval
+    seconds_of["the difference, ahead of time"] = steady
+    return {name: (amount, seconds_of[name]) for name, amount in moved.items()}
+
+
+def measure_fetched_fraction(predictor, config, n_prompt, n_steps, text=None):
+    """Share of the selection that is not in a slot yet, in the default LLM's decoding of a held-out text."""
+    from train_predictor import draw_contexts, python_documents
+
+    model, tokenizer = load_model(str(fetch_default_llm()), torch.float32, "cpu")
+    documents = {"reference": python_documents()["reference"]}
+    (context,) = draw_contexts(documents, "test", [n_prompt + n_steps], 1, 1, 64, tokenizer, 0)
+    tokens = torch.tensor(context.tokens)
+    decoder = SparseDecoder(config, model, predictor, len(tokens), "torch", offload=True)
+    prefill(model, decoder, tokens[:n_prompt])
+    for token in tokens[n_prompt:].split(1):
+        decode_one_token(model, decoder, token)
+    start, end = config.middle(len(tokens))
+    return int(decoder.cache.fetched) / max(1, decoder.cache.wanted), min(config.topk_blocks, end - start), end - start
+
+
+def bench_offload(args, predictor, config):
+    """Prints the model's table, and on a GPU what was measured; returns what `--json` writes, and a timeline's lanes."""
+    m = SHAPES[args.model_shape] or Llama_config_of_default()
+    fraction, origin = args.fetched_fraction, "given"
+    if fraction is None:
+        fraction, k, n = measure_fetched_fraction(predictor, config, args.text_tokens, args.text_steps)
+        origin = f"measured: SmolLM2-135M, {k} of {n} blocks chosen, {args.text_steps} tokens behind {args.text_tokens:,}"
+    weights = m.n_layers * (m.d_model * m.head_dim * 2 * (m.n_heads + m.n_kv_heads) + 3 * m.d_model * m.d_ff)
+    weights = 2 * (weights + m.vocab_size * m.d_model)
+    compute = weights / (1e9 * args.memory_gb_s) if args.memory_gb_s else 0.0
+    basis = f"{weights / 1e9:.1f} GB of weights at {args.memory_gb_s:g} GB/s" if compute else "none: a lower bound"
+    results = {
+        "model_shape": args.model_shape,
+        "link_gb_s": args.link_gb_s,
+        "fetched_fraction": fraction,
+        "fetched_fraction_origin": origin,
+        "compute_seconds": compute,
+        "config": asdict(config),
+        "modelled": [],
+    }
+    print(
+        f"A model, not a measurement: {args.model_shape} in bfloat16, budget {config.budget}, link {args.link_gb_s:g} GB/s, "
+        f"{fraction:.1%} of the selection fetched anew ({origin}); compute a token: {1e3 * compute:.1f} ms ({basis})\n"
+    )
+    print("| context | what crosses the link | MB a token | ms a token | against everything |")
+    print("|---|---|---|---|---|")
+    for n_tokens in args.contexts:
+        link = Link.of(m, config, n_tokens, fraction)
+        times = offload_times(m, config, link, 1e9 * args.link_gb_s, compute)
+        slowest = times["everything, streamed"][1]
+        for name, (amount, took) in times.items():
+            row = {"context": n_tokens, "name": name, "bytes": amount, "seconds": took}
+            results["modelled"].append(row)
+            print(f"| {n_tokens:,} | {name} | {amount / 1e6:,.1f} | {1e3 * took:,.2f} | {slowest / took:.1f}x |")
+        last = min(c for c in (2, config.calibration_interval) if c)
+        lanes, _ = schedule(m, config, link, 1e9 * args.link_gb_s, compute, config.calibration_interval + 1)
+    return results, lanes
 
 
 def main(argv=None):

@@ -112,7 +112,7 @@ def _interpreted():
     return triton is not None and triton.knobs.runtime.interpret
 
 
-def _use_triton(backend, device):
+def use_triton(backend, device):
     """Whether the kernel is to run, not the reference; an error where it cannot."""
     if backend not in ("triton", "torch"):
         raise ValueError(f'backend must be "triton" or "torch", not {backend!r}')
@@ -272,7 +272,7 @@ def pool_history(q, k_cache, n_tokens, backend="torch"):
     _check_cache(q, k_cache, n_tokens)
     if not 1 <= q.shape[1] <= n_tokens:
         raise ValueError(f"rows must lie in 1 ... n_tokens = {n_tokens}, not {q.shape[1]}")
-    if not _use_triton(backend, q.device):
+    if not use_triton(backend, q.device):
         return pool_history_reference(q, k_cache, n_tokens)
     _check_layout(q, k_cache)
     n_heads, rows, head_dim = q.shape
@@ -567,7 +567,7 @@ def predict(history, newest, start, end, weights, backend="torch"):
     returns  scores (heads, end - start) float32
     """
     _check_window(history, newest, start, end)
-    if not _use_triton(backend, history.device):
+    if not use_triton(backend, history.device):
         return predict_reference(history, newest, start, end, weights)
     _check_ring(history)
     heads, history_len, _ = history.shape
@@ -607,7 +607,7 @@ def predict_incremental(history, contributions, newest, start, end, valid_end, w
         raise ValueError(f"incremental prediction needs history_len >= 5, not {history.shape[1]}")
     if not start <= valid_end <= end:
         raise ValueError(f"valid_end must lie in start ... end = {start} ... {end}, not {valid_end}")
-    if not _use_triton(backend, history.device):
+    if not use_triton(backend, history.device):
         return predict_incremental_reference(history, contributions, newest, start, end, valid_end, weights)
     _check_ring(history)
     _check_ring(contributions)
@@ -735,7 +735,7 @@ def select_blocks(scores, k, backend="torch"):
     """
     if scores.ndim != 2 or not 1 <= k <= scores.shape[1]:
         raise ValueError(f"k must lie in 1 ... n and scores be (heads, n), not k = {k}, {tuple(scores.shape)}")
-    if not _use_triton(backend, scores.device):
+    if not use_triton(backend, scores.device):
         return select_blocks_reference(scores, k)
     heads, n = scores.shape
     if scores.dtype != torch.float32 or scores.stride(1) != 1:
@@ -926,7 +926,7 @@ def sparse_decode(q, k_cache, v_cache, blocks, n_tokens, row=None, backend="torc
         raise ValueError(f"row has {row.shape[0]} heads, the block lists another number")
     if row is not None and (row.dtype != torch.float32 or row.stride(1) != 1):
         raise ValueError("row must be float32, and contiguous along the blocks")
-    if not _use_triton(backend, q.device):
+    if not use_triton(backend, q.device):
         return sparse_decode_reference(q, k_cache, v_cache, blocks, n_tokens, row, row_blocks)
     _check_layout(q, k_cache, v_cache)
     n_heads, head_dim = q.shape
@@ -1041,7 +1041,7 @@ def assign_slots(wanted, slot_of, block_of, backend="torch"):
     """
     if wanted.shape[1] > block_of.shape[1]:
         raise ValueError(f"{wanted.shape[1]} blocks are wanted, but there are {block_of.shape[1]} slots")
-    if not _use_triton(backend, wanted.device):
+    if not use_triton(backend, wanted.device):
         return assign_slots_reference(wanted, slot_of, block_of)
     if any(table.dtype != torch.int32 for table in (wanted, slot_of, block_of)):
         raise ValueError("wanted, slot_of and block_of must be int32")
@@ -1107,7 +1107,7 @@ def copy_blocks(source, destination, source_index, destination_index, backend="t
     """
     if source.dtype != destination.dtype or source.shape[1:] != destination.shape[1:]:
         raise ValueError("source and destination must agree in dtype and in the size of a block")
-    if not _use_triton(backend, destination.device):
+    if not use_triton(backend, destination.device):
         return copy_blocks_reference(source, destination, source_index, destination_index)
     if source.stride(1) != 1 or destination.stride(1) != 1:
         raise ValueError("a block must be contiguous, in source and in destination")
