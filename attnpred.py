@@ -377,23 +377,27 @@ def generate(
     """Yield up to max_new_tokens tokens that continue `tokens`, ending before an end-of-sequence token."""
     stats, device = decoder.stats, model.embed.device
     generator = torch.Generator(device).manual_seed(seed)
+    ahead = device.type == "cuda"  # the next step is launched before the host has seen this step's token
+
+    def step(token):
+        stats.decode_tokens += 1
+        return sample(decode_one_token(model, decoder, token), temperature, top_p, generator)  # (1,)
+
     began = time.perf_counter()
-    logits = prefill(model, decoder, torch.tensor(tokens, device=device))
-    token = sample(logits, temperature, top_p, generator)  # (1,)
-    value = token.item()
+    token = sample(prefill(model, decoder, torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
+    token.item()  # wait for it
     stats.prefill_tokens, stats.prefill_seconds = len(tokens), time.perf_counter() - began
-    for _ in range(max_new_tokens - 1):
+    for left in reversed(range(max_new_tokens)):
+        began = time.perf_counter()
+        following = step(token) if left and ahead else None
+        value = token.item()
+        stats.decode_seconds += time.perf_counter() - began
         if value in model.config.eos_token_ids:
             return
         yield value
         began = time.perf_counter()
-        logits = decode_one_token(model, decoder, token)
-        token = sample(logits, temperature, top_p, generator)  # (1,)
-        value = token.item()
-        stats.decode_tokens += 1
+        token = step(token) if left and not ahead else following
         stats.decode_seconds += time.perf_counter() - began
-    if value not in model.config.eos_token_ids:
-        yield value
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -456,6 +460,7 @@ def parse_args(argv):
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="stop after so many tokens")
     parser.add_argument("--stats", action="store_true", help="end with speed, bytes read, recovery and predictor cost")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw history, predictions, blocks, recovery, bytes")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", help=f"Hugging Face folder or hub id (default: {DEFAULT_LLM}, fetched once)")
@@ -533,7 +538,7 @@ def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
     )
     backend = args.backend if args.backend != "auto" else "triton" if device.type == "cuda" else "torch"
     try:
-        kernels._use_triton(backend, device)
+        kernels.use_triton(backend, device)
     except RuntimeError as error:
         raise InputError(str(error)) from None
     return device, dtype, backend
@@ -591,6 +596,7 @@ def run(args):
     names = [f.name for f in dataclasses.fields(Config)]
     config = Config(**{name: getattr(args, name) for name in names})
     text = read_prompt(args)
+    plots = import_plots(args) if args.plot else None
     device, dtype, backend = choose_device(args)
     predictor = load_predictor(args.predictor)
     model, tokenizer = load_model(args.model or str(fetch_default_llm()), dtype, device)
@@ -607,6 +613,7 @@ def run(args):
     max_new_tokens = min(args.max_new_tokens, room)
     check_memory(config, model.config, len(tokens) + max_new_tokens, dtype, device, args.offload)
     decoder = SparseDecoder(config, model, predictor, len(tokens) + max_new_tokens, backend, args.offload)
+    recorder = plots.Recorder(decoder) if args.plot else None
     stream = TextStream(tokenizer)
     try:
         for token in generate(model, decoder, tokens, max_new_tokens, args.temperature, args.top_p, args.seed):
@@ -615,6 +622,31 @@ def run(args):
         print(stream.flush(), flush=True)
         if args.stats:
             print(format_stats(decoder), file=sys.stderr)
+    if args.plot:
+        draw_run(plots, recorder, args.plot)
+
+
+def import_plots(args):
+    """plots.py, once it is clear that --plot can be drawn. The module is not needed otherwise, nor is matplotlib."""
+    folder = pathlib.Path(args.plot).parent
+    if not args.plot.endswith(".png") or not os.access(folder, os.W_OK) or pathlib.Path(args.plot).is_dir():
+        raise InputError(f"cannot write the plot {args.plot}: FILE.png in a folder that exists would do")
+    if args.dense or args.max_new_tokens < 2:
+        raise InputError("--plot shows sparse decoding: leave out --dense, and generate 2 tokens or more")
+    try:
+        import plots
+    except ImportError as error:
+        raise InputError(f"--plot needs {error.name}: pip install {error.name}") from None
+    return plots
+
+
+def draw_run(plots, recorder, path):
+    if not recorder.recovery:
+        raise InputError("nothing to plot: the answer ended before a second token was decoded")
+    try:
+        plots.draw_run(recorder, path)
+    except OSError as error:
+        raise InputError(f"cannot write the plot {path} ({error.strerror})") from None
 
 
 def main(argv=None) -> int:
