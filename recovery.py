@@ -1,12 +1,14 @@
-"""Recovery, the share of the true attention that the attended tokens carry: the predictor against every rival, on text it never saw.
+"""The share of the true attention that the attended tokens carry: the predictor against every rival, on unseen text.
 
     python recovery.py
 
-prints Markdown tables and draws pictures into images/. Reading order: `judge_context` (one dense pass gives all that is needed),
-`offline` (true history), `closed_loop` (history as decoding builds it), the tables, the pictures, the command line.
+prints Markdown tables and draws pictures into images/. Reading order: `DensePass` (one pass over a text judges with
+true histories, and leaves decoders at the end of the prompt), `closed_loop`, the tables, the pictures, the command
+line.
 
-True history: the row of every token so far is known, and every step is judged by itself. Closed loop: the text's tokens are
-decoded one by one, sparsely, so the history holds what earlier choices let through, and a true row each M-th step.
+True history: every row so far is known, and each step is judged by itself. Closed loop: the tokens behind the prompt
+are decoded one by one, sparsely, so the history holds what earlier choices let through, and a true row each M-th
+step.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from train_predictor import (
     scores_of_rows,
     text_documents,
 )
-from weights.fetch_llm import DEFAULT_LLM, FetchError, fetch_default_llm
+from weights.fetch_llm import FetchError, fetch_default_llm
 
 OURS = "AttentionPredictor"
 
@@ -65,7 +67,7 @@ class DensePass:
         return causal_attention(layer, q, k, v)
 
     def judge(self, layer, q, k):
-        """Recovery of every `stride`-th row behind the prompt, each with its true history: q (Hq, T, D), k (Hk, T, D)."""
+        """Recovery of every `stride`-th row behind the prompt, with true histories: q (Hq, T, D), k (Hk, T, D)."""
         config, n_tokens = self.decoders[0].config, q.shape[1]
         n_judged = n_tokens - self.n_prompt
         k_cache = in_blocks(k, config.block_size)  # (Hk, N, b, D)
@@ -97,7 +99,7 @@ class DensePass:
             self.recovery.setdefault(key, []).append(statistics.fmean(values))
 
     def draw(self, layer, rows):
-        """Note, for the picture, actual and predicted rows of the head whose middle carries the most: rows (Hk, R, N)."""
+        """Note actual and predicted rows of the head whose middle carries the most: rows (heads, R, N)."""
         config = self.decoders[0].config
         start, end = config.middle(self.n_prompt)
         middle = rows[..., start:end]  # (Hk, R, n)
@@ -108,14 +110,14 @@ class DensePass:
 
 
 def recovered(scores, mass, start, end, topk_blocks):
-    """Mean over heads of what sink, local window and the best blocks carry: scores (heads, n), mass (heads, N) -> number."""
+    """Mean over heads of what sink, local and the best blocks carry: scores (heads, n), mass (heads, N)."""
     blocks = kernels.select_blocks(scores, min(topk_blocks, end - start)).long() + start if topk_blocks else None
     chosen = mass.gather(1, blocks).sum(1) if topk_blocks else 0.0
     return (mass[:, :start].sum(1) + mass[:, end:].sum(1) + chosen).mean().item()
 
 
 def closed_loop(model, decoder, tokens, methods, args, bar):
-    """Decode the tokens behind the prompt with each method and budget: {(select_heads, budget, method): a mean a layer}."""
+    """Decode tokens with each method and budget: {(select_heads, budget, method): recovery by layer}."""
     recovery = {}
     for budget in args.budgets:
         for method in methods:
@@ -138,7 +140,7 @@ def judge(args):
     model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
     if max(args.lengths) > model.config.context_len:
         raise InputError(f"the model's context is {model.config.context_len} tokens: {max(args.lengths)} is too long")
-    config = Config()
+    config = Config(dense_layers=args.dense_layers)
     if min(args.lengths) - args.steps < max(args.budgets) + config.history_len:
         raise InputError(
             f"{min(args.lengths)} tokens, {args.steps} of them decoded, are too few for a budget of {max(args.budgets)}"
@@ -146,7 +148,7 @@ def judge(args):
     methods = [Convolution(predictor), *(rival() for rival in RIVALS.values())]
     n_runs = len(args.lengths) * args.contexts * len(args.select_heads) * len(args.budgets) * len(methods)
     bar = tqdm(total=n_runs, desc="judging", unit="run", disable=args.quiet)
-    results = {"texts": [], "recovery": [], "multiply_adds": {}, "steps": args.steps}
+    results = {"texts": [], "recovery": [], "multiply_adds": {}, "steps": args.steps, "dense_layers": args.dense_layers}
     pictures = []
     for length in args.lengths:
         for context in draw_contexts(documents, "test", [length], args.contexts, 1, 1, tokenizer, args.seed):
@@ -189,7 +191,7 @@ def mean_layers(results, **wanted):
 
 
 def tables(results, args) -> str:
-    """Markdown: a table for each mode and selection, methods by length and budget; then the layers, then the multiply-adds."""
+    """Markdown: methods by length and budget for each mode and selection, then layers, then multiply-adds."""
     methods = [OURS, *RIVALS]
     lines = []
     for mode in ("closed loop", "true history"):
@@ -220,7 +222,7 @@ def tables(results, args) -> str:
     title = "Recovery by layer, {mode}, `--select-heads {select_heads}`, {budget} of {length}:".format(**at)
     lines += ["", title, "", "| layer | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for i, row in enumerate(zip(*by_layer)):
-        lines.append(f"| {i + Config.dense_layers} | " + " | ".join(f"{x:.3f}" for x in row) + " |")
+        lines.append(f"| {i + args.dense_layers} | " + " | ".join(f"{x:.3f}" for x in row) + " |")
     lines += ["", "Multiply-adds of the predictor, a decoded token:", ""]
     lines += ["| tokens, selection | done | by recomputing | fewer |", "|---|---|---|---|"]
     for name, (done, full, steps) in results["multiply_adds"].items():
@@ -240,7 +242,7 @@ def draw_layers(results, args, path):
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for name in ("oracle", OURS, "decayed mean", "Quest", "SnapKV", "H2O", "StreamingLLM"):
         layers = mean_layers(results, method=name, **at)
-        first = Config.dense_layers
+        first = args.dense_layers
         style = dict(color="black", linewidth=2) if name == OURS else dict(linewidth=1)
         axes.plot(range(first, first + len(layers)), layers, label=f"{name} {statistics.fmean(layers):.3f}", **style)
     axes.set(xlabel="layer", title="recovery by layer, {mode}, {budget} of {length} tokens".format(**at))
@@ -291,6 +293,7 @@ def parse_args(argv):
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192], help="tokens, decoded ones included")
     parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--select-heads", nargs="+", default=["kv", "q"], choices=["kv", "q"])
+    parser.add_argument("--dense-layers", type=int, default=Config.dense_layers, help="the first layers, not judged")
     parser.add_argument("--contexts", type=int, default=2, help="texts of each length")
     parser.add_argument("--steps", type=int, default=64, help="tokens decoded, and judged, behind the prompt")
     parser.add_argument("--stride", type=int, default=4, help="with true histories, judge every so many of them")

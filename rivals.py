@@ -1,10 +1,10 @@
 """The other ways to choose blocks, each a small class with one scoring method, run through the same sparse decode path.
 
-Reading order: `Seen` (what a rival may look at), the rivals, `RIVALS` (all of them by name), `RivalDecoder` (decodes with a
+Reading order: `Seen` (what a rival may look at), the rivals, `RIVALS` (all by name), `RivalDecoder` (decodes with a
 rival's choice in the place of the prediction, and measures recovery at every step).
 
-What is common to all is METHOD's frame: whole blocks, sink and local window always attended, the budget counted over all three.
-The rivals only rank the middle blocks. Differences from the papers that follow from that frame are in each class's docstring.
+Common to all are whole blocks, sink and local window always attended, and a budget that counts all three. The rivals
+only rank the middle blocks; where that makes them differ from their papers, the docstring says so.
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ SNAPKV_KERNEL = 7  # tokens over which votes are pooled
 def block_mass(q, k_cache, n_tokens):
     """Share of each row's attention that each block carries: the sum where `kernels.pool_history` has the maximum.
 
-    q (Hq, rows, D), k_cache (Hk, capacity, b, D) and n_tokens as there -> (Hq, rows, N) float32. All logits are held at once.
+    q (Hq, rows, D), k_cache (Hk, capacity, b, D) and n_tokens as there -> (Hq, rows, N) float32. Holds all logits.
     """
     n_heads, rows, head_dim = q.shape
     n_kv_heads, _, block_size, _ = k_cache.shape
@@ -45,7 +45,7 @@ def block_mass(q, k_cache, n_tokens):
 
 @dataclass
 class Seen:
-    """One layer of one sequence, just before (or, for a rival with `needs_query`, in) a step. `heads` are selection heads."""
+    """One layer, just before a step; or in it, for a rival with `needs_query`. `heads` are selection heads."""
 
     history: torch.Tensor  # (heads, H, N) pooled attention rows as decoding kept them, oldest first
     k_cache: torch.Tensor  # (Hk, capacity, b, D)
@@ -61,7 +61,7 @@ class Seen:
 
 
 class Rival:
-    """Ranks the middle blocks. `score` -> (heads, end - start) or anything that broadcasts to it; the rest is optional."""
+    """Ranks the middle blocks: `score` -> what broadcasts to (heads, end - start). The rest is optional."""
 
     name = paper = ""
     needs_query = False  # True: scores with the query of the very step, so nothing can be prefetched
@@ -77,7 +77,7 @@ class Rival:
 
 
 class Oracle(Rival):
-    """The true attention of the step that chooses, summed over each block: the most that any choice of blocks can carry."""
+    """The step's own true attention, summed over each block: the most that any choice of blocks can carry."""
 
     name, paper, needs_query = "oracle", "upper bound", True
 
@@ -121,7 +121,7 @@ class StreamingLLM(Rival):
 class H2O(Rival):
     """Half of the choice to the blocks that drew most attention from all queries so far, half to the most recent ones.
 
-    What was dropped once never returns. The paper drops during the prompt too; here the prompt is dense, as it is for all.
+    What was dropped once never returns. The paper drops during the prompt too; here the prompt is dense, as for all.
     """
 
     name, paper = "H2O", "Zhang et al. 2023, arXiv 2306.14048"
@@ -151,7 +151,7 @@ class H2O(Rival):
 
 
 class SnapKV(Rival):
-    """The prompt's last queries vote, once; votes are max-pooled over neighbouring tokens. Generated tokens are all kept.
+    """The prompt's last queries vote, once; votes are max-pooled over tokens. Generated tokens are all kept.
 
     The paper ranks single tokens; a block stands where its best token does.
     """
@@ -216,11 +216,12 @@ RIVALS = {rival.name: rival for rival in (Oracle, LastRow, Mean, DecayedMean, St
 
 
 class RivalDecoder(SparseDecoder):
-    """A SparseDecoder whose blocks a rival chooses (None: the predictor, as ever), and which measures recovery at every step.
+    """A SparseDecoder whose blocks a rival chooses (None: the predictor), and which measures recovery at every step.
 
-    All `rivals` take note of the prompt, the first of them chooses; `restart` goes back to the end of the prompt with another one
-    or another budget. `recovery` holds a (L', Hq) tensor a decoded token: the share of the true attention, given the hidden
-    states that sparse decoding has led to, that the attended blocks carry. It equals exp(lse_sparse - lse_true).
+    All `rivals` take note of the prompt, the first of them chooses; `restart` goes back to the end of the prompt with
+    another one or another budget. `recovery` holds a (L', Hq) tensor a decoded token: the share of the true attention,
+    given the hidden states that sparse decoding has led to, that the attended blocks carry. It is exp(lse_sparse -
+    lse_true).
     """
 
     def __init__(self, config, model, predictor, capacity_tokens, rivals=(None,), backend="torch"):

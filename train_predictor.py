@@ -1,12 +1,12 @@
-"""Trains the predictor: collects attention histories of an LLM, fits the shared convolution to them, judges it.
+"""Trains the predictor: collects attention histories of an LLM, and fits the shared convolution to them.
 
     python train_predictor.py collect --data data
     python train_predictor.py train --data data --out weights/predictor.safetensors
-    python train_predictor.py judge --predictor weights/predictor.safetensors
 
-Reading order: the corpus (documents, their split, contexts), `record` (one dense pass -> windows of pooled rows), `Windows`
-(the files that a training reads), `scores_of_rows` (many predictions in one pass), the losses, `train`, the judge, the command
-line. The method is in attnpred.py, the other methods in rivals.py.
+Reading order: the corpus (documents, their split, contexts), `record` (one dense pass -> windows of pooled rows),
+`Window` (a file that training reads), `partially_observed` (what sparse decoding would see of it), `scores_of_rows`
+(many predictions in one pass), the losses, `train`, the command line. The method is in attnpred.py; recovery.py judges
+the outcome.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import random
 import statistics
 import sys
@@ -85,7 +84,7 @@ def text_documents(paths) -> dict[str, list[Document]]:
         raise InputError("the text is empty: give files with some text")
     sections = []
     for document in documents:
-        size = max(MIN_DOCUMENT_CHARS, min(20000, len(document.text) // 20))
+        size = max(MIN_DOCUMENT_CHARS, min(20000, len(document.text) // 100))
         for start in range(0, len(document.text), size):
             sections.append(Document(f"{document.name}:{start}", document.text[start : start + size]))
     return {"text": sections}
@@ -101,10 +100,10 @@ class Context:
 
 
 def draw_contexts(documents, split, lengths, count, n_windows, rows, tokenizer, seed):
-    """Yield `count` contexts of a split: kinds of text and lengths take turns, every third one is a chat where there is a template.
+    """Yield `count` contexts of a split: kinds of text and lengths take turns, every third one is a chat if it can be.
 
-    Documents are packed one behind another until a context is full, in an order drawn from the seed. Raises InputError where
-    a split holds too little text for its longest context.
+    Documents are packed one behind another until a context is full, in an order drawn from the seed. Raises
+    InputError where a split holds too little text for its longest context.
     """
     rng = random.Random(f"{seed} {split}")
     pools = {}
@@ -136,7 +135,7 @@ def draw_contexts(documents, split, lengths, count, n_windows, rows, tokenizer, 
 
 
 def chat_tokens(tokenizer, ids, length, rows, rng):
-    """A question about a document, and the answer: exactly `length` tokens. Asked for a passage, the answer repeats it."""
+    """Exactly `length` tokens: a document, the request to repeat a passage of it, and that passage as the answer."""
     answer_len = min(rows + 64, length // 4)
     start = rng.randint(0, max(0, length - 3 * answer_len))
     answer = ids[start : start + answer_len]
@@ -163,8 +162,8 @@ def in_blocks(k, block_size):
 def record(model, config: Config, tokens, ends, rows):
     """One dense pass over tokens -> for each end: pooled rows and block masses, both (L', heads, rows, N) float16.
 
-    The rows are those of the positions end - rows ... end - 1. Everything is pooled as soon as a layer has its q and k, so that
-    memory holds the outcome, never an attention matrix.
+    The rows are those of the positions end - rows ... end - 1. Everything is pooled as soon as a layer has its q and
+    k, so that memory holds the outcome, never an attention matrix.
     """
     m = model.config
     heads = m.n_kv_heads if config.select_heads == "kv" else m.n_heads
@@ -199,7 +198,7 @@ def save_atomically(tensors, path, metadata):
 
 
 def collect(args):
-    """Record windows of training and validation contexts into args.data, a file each; those that are there already are kept."""
+    """Record windows of training and validation contexts into args.data; those that are there already are kept."""
     config = Config(select_heads=args.select_heads, block_size=args.block_size, dense_layers=args.dense_layers)
     if args.rows < config.history_len + 1:
         raise InputError(
@@ -250,7 +249,7 @@ def settle(path, settings):
     if changed:
         name = changed[0]
         raise InputError(
-            f"{path.parent} was collected with {name} = {noted.get(name)}, not {settings[name]}: give another folder with --data"
+            f"{path.parent} was collected with {name} = {noted.get(name)}, not {settings[name]}: give another --data"
         )
 
 
@@ -311,9 +310,9 @@ def open_windows(folder, split) -> list[Window]:
 def partially_observed(pooled, mass, middle, topk_blocks, first, phase, decay, interval):
     """What sparse decoding would have seen of true rows: pooled, mass (B, rows, N) -> (B, rows, N).
 
-    From row `first` on, only sink, local window and the `topk_blocks` best by a decayed mean of the rows before are seen, the
-    others are zero, and what is seen is renormalised; every interval-th row is true. The history that the choice rests on is the
-    one observed so far, as in decoding.
+    From row `first` on, only sink, local window and the `topk_blocks` best by a decayed mean of the rows before are
+    seen, the others are zero, and what is seen is renormalised; every interval-th row is true. The history that the
+    choice rests on is the one observed so far, as in decoding.
     """
     rows = pooled.clone()
     score = pooled[:, 0].clone()  # (B, N)
@@ -335,10 +334,10 @@ def partially_observed(pooled, mass, middle, topk_blocks, first, phase, decay, i
 
 
 def starting_point(seed, last_rows=0.6, noise=0.3) -> Predictor:
-    """A predictor that scores with the mean row plus last_rows times (1, 1.2, 0.35) of the last three, all else small and random.
+    """Scores with the mean row plus last_rows times (1, 1.2, 0.35) of the last three; all else is small and random.
 
-    Channel 1 of the first layer is 1 everywhere. Behind the image's lower edge it is padding, 0: so the second layer can tell the
-    last row from all others, which is the only place in time that this architecture knows.
+    Channel 1 of the first layer is 1 everywhere. Behind the image's lower edge it is padding, 0: so the second layer
+    can tell the last row from all others, which is the only place in time that this architecture knows.
     """
     predictor = Predictor()
     generator = torch.Generator().manual_seed(seed)
@@ -363,15 +362,16 @@ def starting_point(seed, last_rows=0.6, noise=0.3) -> Predictor:
 
 
 def contributions(rows, weights, top, bottom):
-    """kernels.contributions_reference over the whole width: (B, rows, n) -> p of the rows that no unknown row touches."""
+    """kernels.contributions_reference over the whole width: (B, rows, n) -> p where no unknown row is touched."""
     return kernels.contributions_reference(rows, weights, True, True, top, bottom)
 
 
 def scores_of_rows(rows, targets, weights, history_len):
     """The predictor's scores for many targets at once: what it says of row t when it sees rows t - H ... t - 1.
 
-    rows (B, R, n), targets (T,) int64 -> (B, T, n). Inside its window a row's contribution is the same for every target (see
-    kernels.py, section 2), so the slab is convolved once, and each target adds the four rows whose padding is its own.
+    rows (B, R, n), targets (T,) int64 -> (B, T, n). Inside its window a row's contribution is the same for every
+    target (see kernels.py, section 2), so the slab is convolved once, and each target adds the four rows whose
+    padding is its own.
     """
     n_batch, n_rows, n = rows.shape
     inner = torch.arange(2, n_rows - 2)  # rows with context on both sides
@@ -414,15 +414,15 @@ BUDGETS = (256, 512, 1024)
 
 
 def scaled(state, factor):
-    """Weights whose scores of image * factor are those of `state` of image, times factor. Its inverse: 1 / factor."""
-    powers = {"conv1.weight": -1, "conv3.weight": 1, "conv3.bias": 1}
-    return {name: w.detach().clone() * factor ** powers.get(name, 0) for name, w in state.items()}
+    """Weights whose scores of image * factor are factor times those of `state` of image: ReLU lets it through."""
+    return {name: w.detach() * (factor if name.endswith("bias") else 1) for name, w in state.items()}
 
 
 def draw_batch(windows, rng, args, history_len):
     """A slab of rows of args.batch heads of one window, partly observed, and its targets.
 
-    Returns rows (B, H + args.span, n), targets (T,) rows of it, their masses (B, T, n), and which columns are of the middle (T, n).
+    Returns rows (B, H + args.span, n), targets (T,) rows of it, their masses (B, T, n), and which columns are of the
+    middle (T, n).
     """
     window = rng.choice(windows)
     heads = rng.choices(window.all_heads(), k=args.batch)
@@ -452,7 +452,7 @@ def recovered(scores, mass, middle, topk_blocks):
 
 @torch.no_grad()
 def validate(windows, weights, config, stride=16):
-    """Mean recovery at each of BUDGETS, with true histories, over all heads and every stride-th row that has a history."""
+    """Mean recovery at each of BUDGETS, with true histories, over all heads and every stride-th row."""
     sums = {budget: [] for budget in BUDGETS}
     for window in windows:
         pooled, mass = window.load(window.all_heads())  # (B, rows, N) each
@@ -495,7 +495,7 @@ def validate_closed_loop(windows, weights, config, seed, budget=512, n_heads=24,
 
 
 def train(args):
-    """Fit the predictor to args.data, keep the weights of the best validation recovery in args.out. Resumes if interrupted."""
+    """Fit the predictor to args.data; args.out gets the weights of the best validation recovery. Resumes."""
     out = pathlib.Path(args.out)
     checkpoint = out.with_suffix(".checkpoint")
     make_folder(out.parent)
@@ -576,7 +576,7 @@ def load_checkpoint(path, settings):
     try:
         state = torch.load(path, weights_only=True)
         noted = state["settings"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # unpickling a foreign file can fail in any way
         raise InputError(f"checkpoint {path} cannot be read ({first_line(error)}): --restart begins anew") from None
     changed = [name for name in settings if noted.get(name) != settings[name] and name != "restart"]
     if changed:
