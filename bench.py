@@ -4,17 +4,17 @@
     python bench.py --end-to-end [--json FILE] [--png FILE]
     python bench.py --offload --model-shape llama-3.1-8b --context 32768 --link-gb-s 55 [--json FILE] [--png FILE]
 
---end-to-end decodes, dense and sparse, next to transformers with the same weights. The caches are filled with random keys
-and values instead of a prompt's, on which the time of a step does not depend. --offload works out what crosses the link to
-the host, from exact counters; on a GPU it measures too.
+--end-to-end decodes, dense and sparse, next to transformers with the same weights. The caches are filled with random
+keys and values instead of a prompt's, on which the time of a step does not depend. --offload works out what crosses the
+link to the host, from exact counters; on a GPU it measures too.
 
-Of the kernels, the ceilings are measured, not quoted: a copy on the device, a large matrix product, a copy from pinned host memory. The
+Of the kernels, the ceilings are measured, not quoted: a copy on the device, a large matrix product, a copy from pinned
+host memory. The
 bytes and multiply-adds held against them are the least that a path could do with, so waste shows as a lower share.
 Every call of a measurement has the tensors of a layer of its own, as in a decode step: nothing is found in the L2 cache
 that would not be there. The calls are captured into one CUDA graph, so the launches' cost on the host is left out.
 """
 
-import argparse
 import importlib.util
 import json
 import math
@@ -22,7 +22,6 @@ import os
 import pathlib
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -418,6 +417,10 @@ LLAMA_31_8B = LlamaConfig(
 SHAPES = {"smollm2-135m": None, "llama-3.1-8b": LLAMA_31_8B}  # None: the default LLM with its own weights
 
 
+def default_llm_config():
+    return LlamaConfig.from_json(json.loads((pathlib.Path(fetch_default_llm()) / "config.json").read_text()))
+
+
 def model_of(shape, dtype, device):
     """(model, what its weights are)."""
     if SHAPES[shape] is None:
@@ -491,7 +494,7 @@ class Transformers:
             self.model = transformers.LlamaForCausalLM(config)
         self.model.load_state_dict(hugging_face_names(model), assign=True, strict=not m.tie_embeddings)
         self.model.tie_weights()
-        self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config, device=self.device)
+        self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config).to(self.device)
         self.model.eval()
         self.cache = transformers.DynamicCache(config=config)
         for layer in range(m.n_layers):
@@ -590,7 +593,7 @@ def copy_bandwidth(device, size):
 
 
 def least_bytes(model, decoder, n_tokens):
-    """Bytes that a token cannot do without: the weights once, and the K and V that it attends to (decoder None: all)."""
+    """Bytes that a token cannot do without: the weights, and the K and V that it attends to (decoder None: all)."""
     m = model.config
     weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "embed")
     weights += model.embed.numel() * model.embed.element_size() if m.tie_embeddings else 0
@@ -633,7 +636,9 @@ def bench_end_to_end(model, weights, predictor, config, contexts, rounds, backen
         f"{results['device']}, {results['threads']} threads, {weights}, {results['dtype']}, budget {config.budget}; "
         f"a copy moves {bandwidth / 1e9:,.1f} GB/s\n"
     )
-    print("| context | | ms a token | tokens/s | against dense | of what the bandwidth allows | memory beside weights, MB |")
+    print(
+        "| context | | ms a token | tokens/s | against dense | of the bandwidth's limit | memory beside weights, MB |"
+    )
     print("|---|---|---|---|---|---|---|")
     kinds = {
         "dense": lambda n: Ours(model, predictor, dense, n, n_steps, backend),
@@ -644,6 +649,8 @@ def bench_end_to_end(model, weights, predictor, config, contexts, rounds, backen
     if importlib.util.find_spec("transformers") is None:
         print("bench.py: transformers is not installed: left out", file=sys.stderr)
         kinds.pop("transformers")
+    else:
+        Transformers(model, 16).step()  # what importing it takes is no part of a measurement
     for n_tokens in contexts:
         contenders, memory = {}, {}
         for name, make in kinds.items():
@@ -770,7 +777,7 @@ def offload_times(m, c, link, bytes_per_second, compute_seconds):
     return {name: (amount, seconds_of[name]) for name, amount in moved.items()}
 
 
-def measure_fetched_fraction(predictor, config, n_prompt, n_steps, text=None):
+def measure_fetched_fraction(predictor, config, n_prompt, n_steps):
     """Share of the selection that is not in a slot yet, in the default LLM's decoding of a held-out text."""
     from train_predictor import draw_contexts, python_documents
 
@@ -787,12 +794,14 @@ def measure_fetched_fraction(predictor, config, n_prompt, n_steps, text=None):
 
 
 def bench_offload(args, predictor, config):
-    """Prints the model's table, and on a GPU what was measured; returns what `--json` writes, and a timeline's lanes."""
-    m = SHAPES[args.model_shape] or Llama_config_of_default()
+    """Prints what the model says; returns what `--json` writes, a timeline included."""
+    m = SHAPES[args.model_shape] or default_llm_config()
     fraction, origin = args.fetched_fraction, "given"
     if fraction is None:
         fraction, k, n = measure_fetched_fraction(predictor, config, args.text_tokens, args.text_steps)
-        origin = f"measured: SmolLM2-135M, {k} of {n} blocks chosen, {args.text_steps} tokens behind {args.text_tokens:,}"
+        origin = (
+            f"measured: SmolLM2-135M, {k} of {n} blocks chosen, {args.text_steps} tokens behind {args.text_tokens:,}"
+        )
     weights = m.n_layers * (m.d_model * m.head_dim * 2 * (m.n_heads + m.n_kv_heads) + 3 * m.d_model * m.d_ff)
     weights = 2 * (weights + m.vocab_size * m.d_model)
     compute = weights / (1e9 * args.memory_gb_s) if args.memory_gb_s else 0.0
@@ -807,8 +816,9 @@ def bench_offload(args, predictor, config):
         "modelled": [],
     }
     print(
-        f"A model, not a measurement: {args.model_shape} in bfloat16, budget {config.budget}, link {args.link_gb_s:g} GB/s, "
-        f"{fraction:.1%} of the selection fetched anew ({origin}); compute a token: {1e3 * compute:.1f} ms ({basis})\n"
+        f"A model, not a measurement: {args.model_shape} in bfloat16, budget {config.budget}, "
+        f"link {args.link_gb_s:g} GB/s, {fraction:.1%} of the selection fetched anew ({origin}); "
+        f"compute a token: {1e3 * compute:.1f} ms ({basis})\n"
     )
     print("| context | what crosses the link | MB a token | ms a token | against everything |")
     print("|---|---|---|---|---|")
@@ -820,32 +830,193 @@ def bench_offload(args, predictor, config):
             row = {"context": n_tokens, "name": name, "bytes": amount, "seconds": took}
             results["modelled"].append(row)
             print(f"| {n_tokens:,} | {name} | {amount / 1e6:,.1f} | {1e3 * took:,.2f} | {slowest / took:.1f}x |")
-        last = min(c for c in (2, config.calibration_interval) if c)
-        lanes, _ = schedule(m, config, link, 1e9 * args.link_gb_s, compute, config.calibration_interval + 1)
-    return results, lanes
+    lanes, ends = schedule(m, config, link, 1e9 * args.link_gb_s, compute, config.calibration_interval + 1)
+    results["timeline"] = lanes
+    results["window"] = [
+        ends[-3] if len(ends) > 2 else 0.0,
+        ends[-1],
+    ]  # the last calibrating step, and the one after it
+    return results
+
+
+MEASURED = {
+    "dense, resident": dict(),
+    "dense, everything streamed": dict(offload=True),
+    "sparse, the difference, awaited": dict(offload=True, prefetch=False),
+    "sparse, the difference, ahead of time": dict(offload=True),
+}
+
+
+def measure_offload(args, predictor, config, results):
+    """On a GPU: latency of a token, one cache at a time; then a trace of two tokens with prefetching."""
+    device = torch.device("cuda")
+    model, weights = model_of(args.model_shape, torch.bfloat16, device)
+    group = config.calibration_interval
+    n_steps = 1 + args.rounds * group + 2
+    dense = replace(config, dense_layers=model.config.n_layers)
+    results["measured"], results["weights"], results["device"] = [], weights, torch.cuda.get_device_name(device)
+    print(f"\nMeasured on {results['device']}: {weights}\n")
+    print("| context | cache | ms a token | of the selection fetched anew |")
+    print("|---|---|---|---|")
+    for n_tokens in args.contexts:
+        for name, how in MEASURED.items():
+            c = dense if name.startswith("dense") else config
+            try:
+                contender = Ours(model, predictor, c, n_tokens - n_steps, n_steps, "triton", **how)
+                took = statistics.median(interleaved({name: contender}, args.rounds, group)[name])
+            except torch.OutOfMemoryError:
+                print(f"bench.py: {name} at {n_tokens} tokens: out of memory, left out", file=sys.stderr)
+                contender = None
+                torch.cuda.empty_cache()
+                continue
+            cache = contender.decoder.cache
+            fraction = int(cache.fetched) / cache.wanted if getattr(cache, "wanted", 0) else None
+            row = {"context": n_tokens, "name": name, "seconds": took, "fetched_fraction": fraction}
+            results["measured"].append(row)
+            shown = "–" if fraction is None else f"{fraction:.1%}"
+            print(f"| {n_tokens:,} | {name} | {1e3 * took:,.2f} | {shown} |", flush=True)
+            if args.trace and name == list(MEASURED)[-1] and n_tokens == args.contexts[-1]:
+                results["timeline"], results["window"] = trace(contender, args.trace)
+            del contender, cache
+            torch.cuda.empty_cache()
+
+
+def trace(contender, path):
+    """Two tokens in torch.profiler, exported for Perfetto, and the same as the lanes of a timeline, a lane a stream."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        contender.step()
+        contender.step()
+    profiled.export_chrome_trace(str(path))
+    return lanes_of_trace(json.loads(pathlib.Path(path).read_text()))
+
+
+def lanes_of_trace(trace):
+    """A chrome trace -> ({stream: [(start, seconds, kind)]}, (start, end)); only what ran on the GPU."""
+    events = [event for event in trace["traceEvents"] if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not events:
+        raise InputError("the profiler saw nothing on the GPU: it needs CUPTI, or permission to use it")
+    origin = min(event["ts"] for event in events)
+    lanes = {}
+    for event in events:
+        kind = "copy" if "copy_blocks" in event["name"] or event["cat"] == "gpu_memcpy" else "kernel"
+        span = 1e-6 * (event["ts"] - origin), 1e-6 * event["dur"], kind
+        lanes.setdefault(f"stream {event['args']['stream']}", []).append(span)
+    return lanes, (0.0, *[max(start + took for spans in lanes.values() for start, took, _ in spans)])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv):
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument(
+        "--kernels", action="store_true", help="each kernel, at Llama-3.1-8B's shapes in bf16: needs a GPU"
+    )
+    mode.add_argument("--end-to-end", action="store_true", help="decoding, dense and sparse, next to transformers")
+    mode.add_argument("--offload", action="store_true", help="what crosses the link to the host, and how long it takes")
+    parser.add_argument("--contexts", "--context", type=int, nargs="+", metavar="TOKENS", help="context lengths")
+    parser.add_argument("--json", metavar="FILE", help="write every number to FILE")
+    parser.add_argument("--png", metavar="FILE", help="draw the chart, or the timeline of --offload")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of --kernels: layers, each with a cache of its own")
+    group = parser.add_argument_group("end to end, and offload")
+    shapes = (
+        "the default LLM, or random weights in the shape given (default: by device, and llama-3.1-8b for --offload)"
+    )
+    group.add_argument("--model-shape", choices=list(SHAPES), help=shapes)
+    group.add_argument("--budget", type=int, default=Config.budget, help="tokens attended")
+    group.add_argument("--calibration-interval", type=int, default=Config.calibration_interval, help="M")
+    group.add_argument("--rounds", type=int, default=7, help="of M tokens; the median counts")
+    group.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the convolution")
+    group = parser.add_argument_group("offload")
+    group.add_argument("--link-gb-s", type=float, default=55.0, help="host to device; 55: PCIe 5 x16 (default: 55)")
+    group.add_argument(
+        "--memory-gb-s", type=float, default=0.0, help="a token's compute is the weights' bytes over this; 0: none"
+    )
+    group.add_argument(
+        "--fetched-fraction", type=float, help="of the selection, a step (default: measured, default LLM)"
+    )
+    group.add_argument("--text-tokens", type=int, default=4096, help="context of that measurement (default: 4096)")
+    group.add_argument("--text-steps", type=int, default=40, help="tokens decoded for it (default: 40)")
+    group.add_argument("--trace", metavar="FILE.json", help="on a GPU: two tokens, for Perfetto and for the timeline")
+    return parser.parse_args(argv)
+
+
+def check(args):
+    for path in (args.json, args.png, args.trace):
+        if path and not (os.access(pathlib.Path(path).parent, os.W_OK) and not pathlib.Path(path).is_dir()):
+            raise InputError(f"cannot write {path}: a file in a folder that exists would do")
+    if args.contexts and min(args.contexts) < 1024 or args.layers < 1:
+        raise InputError("contexts must be of 1024 tokens or more, and layers 1 or more")
+    if args.rounds < 2:
+        raise InputError(f"--rounds {args.rounds}: at least 2 would do")
+    if not (0 < args.link_gb_s < float("inf") and 0 <= args.memory_gb_s < float("inf")):
+        raise InputError("--link-gb-s must be above 0, and --memory-gb-s not below it")
+    if args.fetched_fraction is not None and not 0 <= args.fetched_fraction <= 1:
+        raise InputError(f"--fetched-fraction {args.fetched_fraction}: it lies in 0 ... 1")
+    if args.text_tokens < args.budget or args.text_steps < 1:
+        raise InputError("--text-tokens must be at least the budget, or everything is kept, and --text-steps 1 or more")
+    if args.png and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--png needs matplotlib: pip install matplotlib")
+
+
+def run(args):
+    check(args)
+    on_gpu = torch.cuda.is_available()
+    if (args.kernels or on_gpu) and (kernels.triton is None or kernels._interpreted()) and (on_gpu or not args.kernels):
+        raise InputError("needs Triton, and TRITON_INTERPRET unset")
+    if args.kernels:
+        if not on_gpu:
+            raise InputError("no GPU here; the kernels are measured on one only")
+        return bench_kernels(torch.device("cuda"), "triton", args.contexts or CONTEXTS, args.layers)
+    config = Config(budget=args.budget, calibration_interval=args.calibration_interval)
+    predictor = load_predictor(args.predictor)
+    if args.offload:
+        args.model_shape = args.model_shape or "llama-3.1-8b"
+        args.contexts = args.contexts or (4096, 8192, 16384, 32768, 65536, 131072)
+        results = bench_offload(args, predictor, config)
+        if on_gpu:
+            measure_offload(args, predictor, config, results)
+        return results
+    shape = args.model_shape or ("llama-3.1-8b" if on_gpu else "smollm2-135m")
+    m = SHAPES[shape] or default_llm_config()
+    longest = m.context_len if on_gpu else 8192
+    contexts = args.contexts or [n for n in (1024, 2048, 4096, 8192, 32768, 131072) if n <= min(longest, m.context_len)]
+    if max(contexts) > m.context_len:
+        raise InputError(f"the model's context is {m.context_len} tokens: {max(contexts)} is too long")
+    dtype, device, backend = (torch.bfloat16, "cuda", "triton") if on_gpu else (torch.float32, "cpu", "torch")
+    model, weights = model_of(shape, dtype, torch.device(device))
+    return bench_end_to_end(model, weights, predictor, config, contexts, args.rounds, backend)
+
+
+def write(results, args):
+    try:
+        if args.json:
+            scratch = pathlib.Path(f"{args.json}.partial")
+            scratch.write_text(json.dumps(results, indent=1))
+            os.replace(scratch, args.json)
+        if args.png:
+            import plots
+
+            draw = plots.draw_timeline if args.offload else plots.draw_kernels if args.kernels else plots.draw_speed
+            draw(results, args.png)
+    except OSError as error:
+        raise InputError(f"cannot write the results ({error}): make room and run again") from None
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernels", action="store_true", help="each kernel, at Llama-3.1-8B's shapes in bf16")
-    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="TOKENS", help="context lengths")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="layers, each with a cache of its own")
-    parser.add_argument("--json", metavar="FILE", help="write every number to FILE")
-    args = parser.parse_args(argv)
-    if not args.kernels:
-        parser.error("nothing to measure: give --kernels")
-    if min(args.contexts) < 1024 or args.layers < 1:
-        parser.error("contexts must be of 1024 tokens or more, and layers 1 or more")
-    if not torch.cuda.is_available():
-        print("bench.py: no GPU here; the kernels are measured on one only", file=sys.stderr)
+    try:
+        args = parse_args(argv)
+        write(run(args), args)
+    except (InputError, ModelError, FetchError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
         return 2
-    if kernels.triton is None or kernels._interpreted():
-        print("bench.py: needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
-        return 2
-    results = bench_kernels(torch.device("cuda"), "triton", args.contexts, args.layers)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
