@@ -12,7 +12,9 @@ step.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -116,78 +118,121 @@ def recovered(scores, mass, start, end, topk_blocks):
     return (mass[:, :start].sum(1) + mass[:, end:].sum(1) + chosen).mean().item()
 
 
-def closed_loop(model, decoder, tokens, methods, args, bar):
-    """Decode tokens with each method and budget: {(select_heads, budget, method): recovery by layer}."""
-    recovery = {}
-    for budget in args.budgets:
-        for method in methods:
-            rival = None if method.name == OURS else method
-            decoder.restart(rival, budget)
-            for token in tokens:
-                decode_one_token(model, decoder, torch.tensor([token]))
-            rows = torch.stack(decoder.recovery)  # (steps, L', Hq)
-            recovery[decoder.config.select_heads, budget, method.name] = rows.mean((0, 2)).tolist()
-            if rival is None:
-                spent = decoder.stats.predict_multiply_adds, decoder.stats.full_multiply_adds, len(tokens)
-            bar.update()
-    return recovery, spent
+class Results:
+    """Recovery of all runs so far, and multiply-adds; in a JSON file, if one is named, for a later call to go on from.
+
+    An entry is one text, mode, selection, budget and method, with the recovery of each sparse layer.
+    """
+
+    def __init__(self, path, settings, predictor):
+        self.path = pathlib.Path(path) if path else None
+        self.content = {"settings": settings, "entries": [], "multiply_adds": {}}
+        if self.path and self.path.exists():
+            try:
+                self.content = json.loads(self.path.read_text())
+                noted = self.content["settings"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path} is no file of earlier results ({error}): give another --json") from None
+            changed = [name for name in settings if noted.get(name) != settings[name]]
+            if changed:
+                raise InputError(f"{path} was made with {changed[0]} = {noted.get(changed[0])}: give another --json")
+        weights = b"".join(w.numpy().tobytes() for w in predictor.state_dict().values())
+        self.predictor = hashlib.sha256(weights).hexdigest()[:16]
+        known = self.content["entries"]
+        self.content["entries"] = [e for e in known if e["method"] != OURS or e["predictor"] == self.predictor]
+
+    def missing(self, methods, **run):
+        """Those of the methods that have no entry for this run: length, text, mode, select_heads, budget."""
+        known = {e["method"] for e in self.content["entries"] if all(e[name] == run[name] for name in run)}
+        return [method for method in methods if method.name not in known]
+
+    def add(self, method, layers, **run):
+        entry = {"method": method.name, "predictor": self.predictor, "layers": [round(x, 6) for x in layers]}
+        self.content["entries"].append(run | entry)
+        if self.path:
+            scratch = self.path.with_name(f".{self.path.name}.partial")
+            try:
+                scratch.write_text(json.dumps(self.content, indent=0))
+                os.replace(scratch, self.path)
+            except OSError as error:
+                raise InputError(f"cannot write {self.path} ({error}): what was there stays") from None
+
+    def layers(self, **wanted):
+        """Recovery by layer, the mean of the entries with these properties."""
+        found = [e["layers"] for e in self.content["entries"] if all(e[name] == wanted[name] for name in wanted)]
+        return [statistics.fmean(values) for values in zip(*found)]
+
+    def mean(self, **wanted):
+        return statistics.fmean(self.layers(**wanted))
 
 
 def judge(args):
-    """All contexts, lengths and selections -> results: a dict that goes to JSON as it is."""
+    """All lengths, texts, selections, budgets and methods: Results, and what `draw_rows` draws."""
     predictor = load_predictor(args.predictor)
     documents = text_documents(args.text) if args.text else python_documents()
     model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
+    config = Config(dense_layers=args.dense_layers)
     if max(args.lengths) > model.config.context_len:
         raise InputError(f"the model's context is {model.config.context_len} tokens: {max(args.lengths)} is too long")
-    config = Config(dense_layers=args.dense_layers)
     if min(args.lengths) - args.steps < max(args.budgets) + config.history_len:
         raise InputError(
             f"{min(args.lengths)} tokens, {args.steps} of them decoded, are too few for a budget of {max(args.budgets)}"
         )
+    settings = {name: getattr(args, name) for name in ("model", "dtype", "dense_layers", "steps", "stride", "seed")}
+    results, pictures = Results(args.json, settings, predictor), []
     methods = [Convolution(predictor), *(rival() for rival in RIVALS.values())]
     n_runs = len(args.lengths) * args.contexts * len(args.select_heads) * len(args.budgets) * len(methods)
-    bar = tqdm(total=n_runs, desc="judging", unit="run", disable=args.quiet)
-    results = {"texts": [], "recovery": [], "multiply_adds": {}, "steps": args.steps, "dense_layers": args.dense_layers}
-    pictures = []
-    for length in args.lengths:
-        for context in draw_contexts(documents, "test", [length], args.contexts, 1, 1, tokenizer, args.seed):
-            n_prompt = length - args.steps
-            decoders = [
-                RivalDecoder(replace(config, select_heads=select), model, predictor, length, methods[1:])
-                for select in args.select_heads
-            ]
-            for decoder in decoders[1:]:
-                decoder.rivals, decoder.notes = (
-                    (),
-                    decoders[0].notes,
-                )  # what is noted of a prompt holds for any selection
-            dense = DensePass(decoders, methods, n_prompt, predictor, args)
-            model.hidden(torch.tensor(context.tokens), torch.arange(length), dense)
-            pictures = pictures or sorted(dense.pictures, key=lambda p: -p[0])[:SHOWN_HEADS]
-            results["texts"].append(f"{length} tokens, {context.name}")
-            modes = [("true history", dense.recovery)]
-            for decoder in decoders:
-                loop, spent = closed_loop(model, decoder, context.tokens[n_prompt:], methods, args, bar)
-                modes.append(("closed loop", loop))
-                results["multiply_adds"][f"{length} {decoder.config.select_heads}"] = spent
-            for mode, recovery in modes:
-                for (select, budget, method), layers in recovery.items():
-                    entry = {"length": length, "mode": mode, "select_heads": select, "budget": budget, "method": method}
-                    results["recovery"].append(entry | {"text": context.name, "layers": layers})
-    bar.close()
+    with tqdm(total=n_runs, desc="judging", unit="run", disable=args.quiet) as bar:
+        for length in args.lengths:
+            for context in draw_contexts(documents, "test", [length], args.contexts, 1, 1, tokenizer, args.seed):
+                found = judge_context(model, predictor, config, context, methods, results, args, bar)
+                pictures = pictures or found
     return results, pictures
+
+
+def judge_context(model, predictor, config, context, methods, results, args, bar):
+    """One text, with true histories and in closed loop; returns the heads to draw."""
+    length, n_prompt = len(context.tokens), len(context.tokens) - args.steps
+    decoders = [
+        RivalDecoder(replace(config, select_heads=select), model, predictor, length, methods[1:])
+        for select in args.select_heads
+    ]
+    for decoder in decoders[1:]:
+        decoder.rivals, decoder.notes = (), decoders[0].notes  # what is noted of a prompt holds for any selection
+    dense = DensePass(decoders, methods, n_prompt, predictor, args)
+    model.hidden(torch.tensor(context.tokens), torch.arange(length), dense)
+    for decoder in decoders:
+        for budget in args.budgets:
+            run = {
+                "length": length,
+                "text": context.name,
+                "select_heads": decoder.config.select_heads,
+                "budget": budget,
+            }
+            for method in results.missing(methods, mode="true history", **run):
+                layers = dense.recovery[run["select_heads"], budget, method.name]
+                results.add(method, layers, mode="true history", **run)
+            for method in results.missing(methods, mode="closed loop", **run):
+                layers = closed_loop(model, decoder, method, budget, context.tokens[n_prompt:])
+                if method.name == OURS:
+                    spent = decoder.stats.predict_multiply_adds, decoder.stats.full_multiply_adds, args.steps
+                    results.content["multiply_adds"][f"{length}, {run['select_heads']}"] = spent
+                results.add(method, layers, mode="closed loop", **run)
+                bar.update()
+    return sorted(dense.pictures, key=lambda picture: -picture[0])[:SHOWN_HEADS]
+
+
+def closed_loop(model, decoder, method, budget, tokens):
+    """Decode the tokens behind the prompt with a method: mean recovery of each sparse layer."""
+    decoder.restart(None if method.name == OURS else method, budget)
+    for token in tokens:
+        decode_one_token(model, decoder, torch.tensor([token]))
+    return torch.stack(decoder.recovery).mean((0, 2)).tolist()  # of (steps, L', Hq)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Tables and pictures
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def mean_layers(results, **wanted):
-    """Recovery by layer of the entries with these properties, mean over texts."""
-    entries = [e["layers"] for e in results["recovery"] if all(e[name] == value for name, value in wanted.items())]
-    return [statistics.fmean(values) for values in zip(*entries)]
 
 
 def tables(results, args) -> str:
@@ -203,7 +248,7 @@ def tables(results, args) -> str:
                 "|---" * (len(columns) + 1) + "|",
             ]
             where = [dict(mode=mode, select_heads=select, length=n, budget=b) for n, b in columns]
-            values = {m: [statistics.fmean(mean_layers(results, method=m, **at)) for at in where] for m in methods}
+            values = {m: [results.mean(method=m, **at) for at in where] for m in methods}
             best = [max(values[m][i] for m in methods if m != "oracle") for i in range(len(columns))]
             for m in sorted(methods, key=lambda m: -statistics.fmean(values[m])):
                 cells = [f"**{x:.4f}**" if x == top else f"{x:.4f}" for x, top in zip(values[m], best)]
@@ -218,14 +263,14 @@ def tables(results, args) -> str:
         budget=args.budgets[len(args.budgets) // 2],
     )
     shown = [OURS, "oracle", "decayed mean", "Quest", "SnapKV", "H2O", "StreamingLLM"]
-    by_layer = [mean_layers(results, method=m, **at) for m in shown]
+    by_layer = [results.layers(method=m, **at) for m in shown]
     title = "Recovery by layer, {mode}, `--select-heads {select_heads}`, {budget} of {length}:".format(**at)
     lines += ["", title, "", "| layer | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for i, row in enumerate(zip(*by_layer)):
         lines.append(f"| {i + args.dense_layers} | " + " | ".join(f"{x:.3f}" for x in row) + " |")
     lines += ["", "Multiply-adds of the predictor, a decoded token:", ""]
     lines += ["| tokens, selection | done | by recomputing | fewer |", "|---|---|---|---|"]
-    for name, (done, full, steps) in results["multiply_adds"].items():
+    for name, (done, full, steps) in results.content["multiply_adds"].items():
         lines.append(f"| {name} | {done / steps / 1e6:,.0f} M | {full / steps / 1e6:,.0f} M | {full / done:.1f}x |")
     return "\n".join(lines).strip()
 
@@ -241,7 +286,7 @@ def draw_layers(results, args, path):
     )
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for name in ("oracle", OURS, "decayed mean", "Quest", "SnapKV", "H2O", "StreamingLLM"):
-        layers = mean_layers(results, method=name, **at)
+        layers = results.layers(method=name, **at)
         first = args.dense_layers
         style = dict(color="black", linewidth=2) if name == OURS else dict(linewidth=1)
         axes.plot(range(first, first + len(layers)), layers, label=f"{name} {statistics.fmean(layers):.3f}", **style)
@@ -279,11 +324,6 @@ def run(args):
     print(tables(results, args))
     draw_rows(pictures, images / "predicted_rows.png")
     draw_layers(results, args, images / "recovery_by_layer.png")
-    if args.json:
-        try:
-            pathlib.Path(args.json).write_text(json.dumps(results, indent=1))
-        except OSError as error:
-            raise InputError(f"cannot write {args.json}: {error.strerror}") from None
 
 
 def parse_args(argv):
@@ -299,7 +339,7 @@ def parse_args(argv):
     parser.add_argument("--stride", type=int, default=4, help="with true histories, judge every so many of them")
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
     parser.add_argument("--images", default="images", help="folder for the pictures")
-    parser.add_argument("--json", help="write all figures to this file")
+    parser.add_argument("--json", help="keep the figures in this file; another call goes on from it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(argv)

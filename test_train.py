@@ -379,7 +379,8 @@ def test_pipeline(tmp_path, text, tiny_llm, capsys):
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in ["AttentionPredictor", *RIVALS])
     assert all((tmp_path / "images" / name).stat().st_size for name in ("predicted_rows.png", "recovery_by_layer.png"))
-    entries = json.loads((tmp_path / "r.json").read_text())["recovery"]
+    entries = json.loads((tmp_path / "r.json").read_text())["entries"]
+    assert recovery.main(command) == 0 and capsys.readouterr().out == printed  # goes on from the file: nothing to do
     assert len(entries) == 2 * 2 * (len(RIVALS) + 1) and all(0 < x <= 1.0001 for e in entries for x in e["layers"])
 
 
