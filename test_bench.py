@@ -137,8 +137,9 @@ def test_late_fetching_attends_to_the_same():
         torch.manual_seed(0)
         ours = bench.Ours(tiny_llama(), random_predictor(), SMALL, 150, 8, "torch", offload=True, prefetch=prefetch)
         assert isinstance(ours.decoder.cache, bench.FetchedLate) != prefetch
-        outcomes.append([ours.step() for _ in range(6)])
-    assert outcomes[0] == outcomes[1]
+        outcomes.append(([ours.step() for _ in range(6)], int(ours.decoder.cache.fetched), ours.decoder.history))
+    (tokens, fetched, history), (late_tokens, late_fetched, late_history) = outcomes
+    assert tokens == late_tokens and fetched == late_fetched > 0 and torch.equal(history, late_history)
 
 
 # The offloaded cache
