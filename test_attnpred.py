@@ -396,7 +396,11 @@ def test_standard_input_and_sampling_with_a_seed(capsys, monkeypatch):
 def test_interrupt_keeps_the_text_so_far():
     fetch_default_llm()
     command = [sys.executable, "attnpred.py", "--prompt", "Tell me a very long story.", "--max-new-tokens", "4000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # a parent that ignores the signal, as a shell's background job does, would pass that on
+    process = subprocess.Popen(
+        command, cwd=ROOT, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     first = process.stdout.read(8)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
