@@ -428,6 +428,9 @@ def test_bad_text(tmp_path, tiny_llm, capsys):
     for path, words in ((empty, ["empty"]), (short, ["no text"]), (binary, ["UTF-8"]), (tmp_path / "none", ["none"])):
         assert collect(tmp_path, str(path)) == 2
         one_line(capsys, *words)
+    short.write_text("too little to learn from. " * 40)
+    assert collect(tmp_path, str(short), "--lengths", "9000") == 2
+    one_line(capsys, "context")
     assert collect(tmp_path, str(short), "--lengths", "60") == 2
     one_line(capsys, "60 tokens", "100 rows")
     assert not list(tmp_path.glob("data/*.safetensors"))

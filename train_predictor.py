@@ -119,7 +119,7 @@ def draw_contexts(documents, split, lengths, count, n_windows, rows, tokenizer, 
     for index in range(count):
         kind, length = kinds[index % len(kinds)], lengths[index // len(kinds) % len(lengths)]
         names, ids = [], []
-        for _ in range(10 * len(pools[kind])):
+        for _ in range(2 * len(pools[kind])):  # no document more than twice in a context
             if len(ids) >= length:
                 break
             if not queues[kind]:
@@ -127,6 +127,10 @@ def draw_contexts(documents, split, lengths, count, n_windows, rows, tokenizer, 
             document = queues[kind].pop()
             names.append(document.name)
             ids += tokenizer.encode(document.text + "\n\n", special_tokens=False)
+        if len(ids) < length:
+            raise InputError(
+                f"the {split} split holds only {len(ids)} tokens for a context of {length}: give more text"
+            )
         chat = index % 3 == 2 and tokenizer.has_chat_template
         tokens = chat_tokens(tokenizer, ids, length, rows, rng) if chat else ids[:length]
         low = min(max(rows, 1024), length)
@@ -409,13 +413,14 @@ LOSSES = {"mse": mse_loss, "intensity": intensity_loss}
 # Training
 # --------------------------------------------------------------------------------------------------------------------
 
-INPUT_SCALE = 32.0  # rows are multiplied, scores divided by it while training; folded into the weights that are written
+INPUT_SCALE = 32.0  # rows are multiplied by it and conv1 divided, so that Adam's steps there are relatively larger
 BUDGETS = (256, 512, 1024)
 
 
 def scaled(state, factor):
-    """Weights whose scores of image * factor are factor times those of `state` of image: ReLU lets it through."""
-    return {name: w.detach() * (factor if name.endswith("bias") else 1) for name, w in state.items()}
+    """Weights whose scores of image * factor are factor times those of `state` of image."""
+    powers = {"conv1.weight": -1, "conv3.weight": 1, "conv3.bias": 1}
+    return {name: w.detach().clone() * factor ** powers.get(name, 0) for name, w in state.items()}
 
 
 def draw_batch(windows, rng, args, history_len):
