@@ -744,7 +744,8 @@ def schedule(m: LlamaConfig, c: Config, link: Link, bytes_per_second, compute_se
     for step in range(1, n_tokens_decoded + 1):
         for layer in range(m.n_layers):
             dense = layer < c.dense_layers
-            streams = link.full if dense else link.keys * (step % c.calibration_interval == 0)
+            turn = step + layer if c.stagger_calibration else step
+            streams = link.full if dense else link.keys * (turn % c.calibration_interval == 0)
             now = max(now, ready[layer])
             if streams:
                 begin = max(now, free)
@@ -763,8 +764,9 @@ def schedule(m: LlamaConfig, c: Config, link: Link, bytes_per_second, compute_se
 
 def offload_times(m, c, link, bytes_per_second, compute_seconds):
     """{strategy: (bytes a token, seconds a token)}, averaged over a calibration interval."""
-    sparse = m.n_layers - c.dense_layers
-    streamed = c.dense_layers * link.full + sparse * link.keys / c.calibration_interval
+    dense = min(c.dense_layers, m.n_layers)
+    sparse = m.n_layers - dense
+    streamed = dense * link.full + sparse * link.keys / c.calibration_interval
     moved = {
         "everything, streamed": m.n_layers * link.full,
         "the selection anew, awaited": streamed + sparse * link.wanted,
@@ -832,12 +834,9 @@ def bench_offload(args, predictor, config):
             row = {"context": n_tokens, "name": name, "bytes": amount, "seconds": took}
             results["modelled"].append(row)
             print(f"| {n_tokens:,} | {name} | {amount / 1e6:,.1f} | {1e3 * took:,.2f} | {slowest / took:.1f}x |")
-    lanes, ends = schedule(m, config, link, 1e9 * args.link_gb_s, compute, config.calibration_interval + 1)
+    lanes, ends = schedule(m, config, link, 1e9 * args.link_gb_s, compute, 2 * config.calibration_interval)
     results["timeline"] = lanes
-    results["window"] = [
-        ends[-3] if len(ends) > 2 else 0.0,
-        ends[-1],
-    ]  # the last calibrating step, and the one after it
+    results["window"] = ends[-3:] if len(ends) > 2 else [0.0, *ends]  # the last two steps: one plain, one calibrating
     return results
 
 
@@ -932,6 +931,8 @@ def parse_args(argv):
     group.add_argument("--model-shape", choices=list(SHAPES), help=shapes)
     group.add_argument("--budget", type=int, default=Config.budget, help="tokens attended")
     group.add_argument("--calibration-interval", type=int, default=Config.calibration_interval, help="M")
+    group.add_argument("--dense-layers", type=int, default=Config.dense_layers, help="first layers, always dense")
+    group.add_argument("--stagger-calibration", action="store_true", help="spread calibration over steps by layer")
     group.add_argument("--rounds", type=int, default=7, help="of M tokens; the median counts")
     group.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the convolution")
     group = parser.add_argument_group("offload")
@@ -975,7 +976,12 @@ def run(args):
         if not on_gpu:
             raise InputError("no GPU here; the kernels are measured on one only")
         return bench_kernels(torch.device("cuda"), "triton", args.contexts or CONTEXTS, args.layers)
-    config = Config(budget=args.budget, calibration_interval=args.calibration_interval)
+    config = Config(
+        budget=args.budget,
+        calibration_interval=args.calibration_interval,
+        dense_layers=args.dense_layers,
+        stagger_calibration=args.stagger_calibration,
+    )
     predictor = load_predictor(args.predictor)
     if args.offload:
         args.model_shape = args.model_shape or "llama-3.1-8b"

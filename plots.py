@@ -352,7 +352,7 @@ def draw_retrieval(entries, path):
         for entry in entries:
             if entry["method"] == method:
                 image[depths.index(entry["depth"]), lengths.index(entry["length"])] = entry["score"]
-        panel.imshow(image, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        panel.imshow(image, cmap="RdYlGn", vmin=-0.4, vmax=1.4, aspect="auto")
         for row in range(len(depths)):
             for column in range(len(lengths)):
                 if not image[row, column].isnan():
@@ -465,7 +465,9 @@ def draw_timeline(results, path):
             bars = [
                 (1e3 * (s - start), 1e3 * took) for s, took, k in spans if k == kind and s + took >= start and s <= end
             ]
-            shown[kind] = axes.broken_barh(bars, (place - 0.35, 0.7), color=KINDS[kind], linewidth=0)
+            shown[kind] = axes.broken_barh(
+                bars, (place - 0.35, 0.7), color=KINDS[kind], edgecolor=KINDS[kind], linewidth=0.6
+            )
     axes.set_yticks(range(len(lanes)), list(lanes))
     axes.invert_yaxis()
     for border in borders:

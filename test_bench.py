@@ -167,6 +167,14 @@ def test_times_follow_from_the_bytes():
         assert times[name] == (pytest.approx(streamed + 30 * link.fetched), pytest.approx(times[name][0] / 1e9))
 
 
+def test_staggered_calibration_moves_as_much_more_evenly():
+    link, config = bench.Link.of(LLAMA, Config(), 32768, 0.0), Config(stagger_calibration=True)
+    plain, even = (bench.schedule(LLAMA, c, link, 1e9, 0.0, 10)[1] for c in (Config(), config))
+    assert plain[-1] == pytest.approx(even[-1])
+    longest = [max(b - a for a, b in zip(ends, ends[1:])) for ends in (plain, even)]
+    assert longest[1] < 0.4 * longest[0]
+
+
 def test_prefetching_hides_behind_compute():
     """With nothing to stream: hidden while a token's copies are shorter than its compute, else the link decides."""
     config, compute = Config(dense_layers=0, calibration_interval=10**6), 0.01
