@@ -442,8 +442,14 @@ def test_bad_data(tmp_path, text, tiny_llm, capsys):
     assert collect(tmp_path, text) == 0
     assert collect(tmp_path, text, "--block-size", "32") == 2
     one_line(capsys, "block_size = 16, not 32")
-    assert train(tmp_path) == 0
     out = tmp_path / "out" / "p.safetensors"
+    out.parent.mkdir(exist_ok=True)
+    out.write_bytes(b"somebody's work")
+    assert train(tmp_path) == 2
+    one_line(capsys, "exists", "--out")
+    assert out.read_bytes() == b"somebody's work"
+    assert train(tmp_path, "--restart") == 0
+    capsys.readouterr()
     before = out.read_bytes()
     assert train(tmp_path, "--steps", "6") == 2
     one_line(capsys, "checkpoint", "steps", "--restart")

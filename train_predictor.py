@@ -415,6 +415,7 @@ LOSSES = {"mse": mse_loss, "intensity": intensity_loss}
 
 INPUT_SCALE = 32.0  # rows are multiplied by it and conv1 divided, so that Adam's steps there are relatively larger
 BUDGETS = (256, 512, 1024)
+MIN_MIDDLE_BLOCKS = 32  # a window with fewer teaches no choice
 
 
 def scaled(state, factor):
@@ -499,38 +500,42 @@ def validate_closed_loop(windows, weights, config, seed, budget=512, n_heads=24,
     return statistics.fmean(values)
 
 
+def open_data(args):
+    """Config, training windows, and the few validation windows that a curve is drawn from."""
+    training, validation = open_windows(args.data, "train"), open_windows(args.data, "validation")
+    config = replace(training[0].config, calibration_interval=args.calibration_interval)
+    training = [window for window in training if window.middle[0][1] - window.middle[0][0] >= MIN_MIDDLE_BLOCKS]
+    if not training:
+        raise InputError(f"the windows in {args.data} leave too few blocks to choose from: collect longer contexts")
+    if training[0].rows < config.history_len + args.span:
+        raise InputError(f"windows of {training[0].rows} rows are shorter than H + --span = H + {args.span}: lower it")
+    largest = 2 * replace(config, budget=max(BUDGETS)).topk_blocks
+    long = [window for window in validation if window.middle[0][1] - window.middle[0][0] >= largest] or validation
+    return config, training, long[:: max(1, len(long) // args.validation_windows)][: args.validation_windows]
+
+
 def train(args):
     """Fit the predictor to args.data; args.out gets the weights of the best validation recovery. Resumes."""
     out = pathlib.Path(args.out)
     checkpoint = out.with_suffix(".checkpoint")
     make_folder(out.parent)
-    training = open_windows(args.data, "train")
-    validation = open_windows(args.data, "validation")
-    config = replace(training[0].config, calibration_interval=args.calibration_interval)
-    training = [window for window in training if window.middle[0][1] - window.middle[0][0] >= 32]
-    largest = 2 * replace(config, budget=max(BUDGETS)).topk_blocks
-    validation = [window for window in validation if window.middle[0][1] - window.middle[0][0] >= largest] or validation
-    if not training:
-        raise InputError(
-            f"no window in {args.data} is long enough to leave blocks to choose from: collect longer contexts"
-        )
-    if training[0].rows < config.history_len + args.span:
-        raise InputError(
-            f"windows of {training[0].rows} rows are shorter than {config.history_len} + --span {args.span}: lower it"
-        )
-    validation = validation[:: max(1, len(validation) // args.validation_windows)][: args.validation_windows]
+    config, training, validation = open_data(args)
     predictor = load_predictor(args.init_from) if args.init_from else starting_point(args.seed)
     predictor.load_state_dict(scaled(predictor.state_dict(), INPUT_SCALE))
     parameters = dict(predictor.requires_grad_(True).named_parameters())
-    average = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = torch.optim.Adam(predictor.parameters(), lr=args.lr, betas=(0.9, 0.98))
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "quiet", "function")}
-    curve, best, done = [], -1.0, 0
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    settings = {
+        name: str(getattr(args, name)) for name in vars(args) if name not in ("out", "quiet", "function", "restart")
+    }
+    curve, done = [], 0
     if checkpoint.exists() and not args.restart:
         state = load_checkpoint(checkpoint, settings)
         predictor.load_state_dict(state["predictor"])
         optimizer.load_state_dict(state["optimizer"])
-        average, curve, best, done = state["average"], state["curve"], state["best"], state["done"]
+        average, curve, done = state["average"], state["curve"], state["done"]
+    elif out.exists() and not args.restart:
+        raise InputError(f"{out} exists, with no checkpoint to go on from: give another --out, or --restart")
     running = curve[-1]["loss"] if curve else None
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=args.quiet)
     for step in bar:
@@ -541,11 +546,13 @@ def train(args):
         loss = LOSSES[args.loss](scores, mass, valid)
         if not loss.isfinite():
             raise InputError(
-                f"the loss is {loss.item()} at step {step}: lower --lr; the best weights so far stay in {out}"
+                f"the loss is {loss.item()} at step {step}: lower --lr; {out} keeps the best weights so far"
             )
-        optimizer.param_groups[0]["lr"] = (
-            args.lr * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / args.steps)) / 2
-        )
+        if step == 0:
+            curve.append(assess(average, loss.item(), 0, validation, config, args))
+            keep_best(average, curve, training[0].about, config, args)
+        cosine = (1 + math.cos(math.pi * step / args.steps)) / 2
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 50) * cosine
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
@@ -556,25 +563,32 @@ def train(args):
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % args.validate_every and step + 1 < args.steps:
             continue
-        weights = scaled(average, 1 / INPUT_SCALE)
-        true = validate(validation, weights, config)
-        closed = validate_closed_loop(validation[:2], weights, config, args.seed)
-        curve.append(
-            {"step": step + 1, "loss": running, "closed loop, 512": closed}
-            | {f"true history, {b}": r for b, r in true.items()}
-        )
-        bar.set_postfix(loss=f"{running:.3f}", recovery=f"{true[512]:.4f}", closed=f"{closed:.4f}")
-        if true[512] + closed > best:
-            best = true[512] + closed
-            about = {name: training[0].about[name] for name in ("llm", "corpus", "block_size", "select_heads")}
-            about |= {"history_len": config.history_len, "seed": args.seed, "steps": step + 1, "loss": args.loss}
-            about |= {"validation_recovery": json.dumps({name: round(value, 4) for name, value in curve[-1].items()})}
-            save_atomically(weights, out, about)
+        curve.append(assess(average, running, step + 1, validation, config, args))
+        bar.set_postfix({name: f"{value:.4f}" for name, value in curve[-1].items() if name.endswith("512")})
+        keep_best(average, curve, training[0].about, config, args)
         state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-        save_checkpoint(state | {"curve": curve, "best": best, "done": step + 1, "settings": settings}, checkpoint)
+        save_checkpoint(state | {"curve": curve, "done": step + 1, "settings": settings}, checkpoint)
         draw_curve(curve, out.with_suffix(".png"))
-    for row in curve[-1:]:
-        print(", ".join(f"{name}: {value:.4g}" for name, value in row.items()))
+    print(", ".join(f"{name}: {value:.4g}" for name, value in curve[-1].items()))
+
+
+def assess(weights, loss, step, validation, config, args):
+    """A row of the curve."""
+    weights = scaled(weights, 1 / INPUT_SCALE)
+    closed = validate_closed_loop(validation[:2], weights, config, args.seed)
+    true = validate(validation, weights, config)
+    return {"step": step, "loss": loss, "closed loop, 512": closed} | {f"true history, {b}": r for b, r in true.items()}
+
+
+def keep_best(weights, curve, about, config, args):
+    """Write the weights, if the last row of the curve is the best: at 512, true history and closed loop together."""
+    quality = [row["true history, 512"] + row["closed loop, 512"] for row in curve]
+    if quality[-1] < max(quality):
+        return
+    about = {name: about[name] for name in ("llm", "corpus", "block_size", "select_heads")}
+    about |= {"history_len": config.history_len, "seed": args.seed, "steps": curve[-1]["step"], "loss": args.loss}
+    about |= {"validation_recovery": json.dumps({name: round(value, 4) for name, value in curve[-1].items()})}
+    save_atomically(scaled(weights, 1 / INPUT_SCALE), pathlib.Path(args.out), about)
 
 
 def load_checkpoint(path, settings):
@@ -583,7 +597,7 @@ def load_checkpoint(path, settings):
         noted = state["settings"]
     except Exception as error:  # unpickling a foreign file can fail in any way
         raise InputError(f"checkpoint {path} cannot be read ({first_line(error)}): --restart begins anew") from None
-    changed = [name for name in settings if noted.get(name) != settings[name] and name != "restart"]
+    changed = [name for name in settings if noted.get(name) != settings[name]]
     if changed:
         name = changed[0]
         raise InputError(
@@ -618,12 +632,13 @@ def draw_curve(curve, path):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     steps = [row["step"] for row in curve]
-    left.plot(steps, [row["loss"] for row in curve])
-    left.set(title="loss (running mean)", xlabel="step")
-    for name in curve[0]:
+    left.plot(steps, [row["loss"] for row in curve], marker=".")
+    left.set(title="loss, running mean", xlabel="step")
+    for name, start in curve[0].items():
         if name not in ("step", "loss"):
-            right.plot(steps, [row[name] for row in curve], label=name)
-    right.set(title="validation recovery", xlabel="step")
+            gains = [100 * (row[name] - start) for row in curve]
+            right.plot(steps, gains, marker=".", label=f"{name}: from {start:.4f}")
+    right.set(title="validation recovery, points above the start", xlabel="step")
     right.legend(fontsize=7)
     save_figure(figure, path)
 
