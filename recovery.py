@@ -212,7 +212,9 @@ def judge_context(model, predictor, config, context, methods, results, args, bar
             for method in results.missing(methods, mode="true history", **run):
                 layers = dense.recovery[run["select_heads"], budget, method.name]
                 results.add(method, layers, mode="true history", **run)
-            for method in results.missing(methods, mode="closed loop", **run):
+            missing = results.missing(methods, mode="closed loop", **run)
+            bar.update(len(methods) - len(missing))
+            for method in missing:
                 layers = closed_loop(model, decoder, method, budget, context.tokens[n_prompt:])
                 if method.name == OURS:
                     spent = decoder.stats.predict_multiply_adds, decoder.stats.full_multiply_adds, args.steps

@@ -632,7 +632,7 @@ def draw_curve(curve, path):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     steps = [row["step"] for row in curve]
-    left.plot(steps, [row["loss"] for row in curve], marker=".")
+    left.plot(steps[1:], [row["loss"] for row in curve[1:]], marker=".")  # the start's loss is of one batch only
     left.set(title="loss, running mean", xlabel="step")
     for name, start in curve[0].items():
         if name not in ("step", "loss"):
