@@ -157,13 +157,13 @@ def find_patterns(rows, block_size):
     if rows.shape[0] > block_size and rows.shape[2] > 2:
         new, old = rows[block_size:], rows[:-block_size]
         scores["sequential"] = (similarity(new[..., 1:], old[..., :-1]) - similarity(new, old)).mean(0)
-    rest = rows - rows.mean(0)  # (R, heads, n)
-    power = rest.square().sum((0, 2)).clamp_min(1e-9)  # (heads,)
-    lags = range(1, max(2, rows.shape[0] // 3))
-    echo = torch.stack([(rest[lag:] * rest[:-lag]).sum((0, 2)) / power for lag in lags])  # (lags, heads)
-    scores["seasonal"] = torch.minimum(echo, echo - echo.cummin(0).values).amax(0)
+    rest = rows.sqrt() - rows.sqrt().mean(0)  # (R, heads, n): without the root, a few bright cells decide
+    power = rest.square().mean((0, 2)).clamp_min(1e-9)  # (heads,)
+    lags = range(1, max(2, rows.shape[0] // 2))
+    echo = torch.stack([(rest[lag:] * rest[:-lag]).mean((0, 2)) / power for lag in lags])  # (lags, heads)
+    scores["seasonal"] = (echo - echo.cummin(0).values).amax(0)
     found = {}
-    for pattern in ("sequential", "seasonal", "re-access"):
+    for pattern in ("seasonal", "sequential", "re-access"):
         if pattern in scores:
             score = scores[pattern] * spread
             score[list(found.values())] = -torch.inf
