@@ -41,6 +41,7 @@ except ImportError:  # the torch backend does without
     triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
 
 POOL_CHUNK_TOKENS = 1024  # keys whose logits the reference pooling holds at once
+CONVOLVED_CELLS = 1 << 18  # cells of the image that the reference convolves at once
 PROGRAMS_PER_MULTIPROCESSOR = 2  # that the splits of a KV cache aim at
 TILE_BYTES = 16384  # of K or of V that a program loads at once; several such loads are in flight
 COPY_PROGRAMS = 16  # a copy occupies so many multiprocessors, no more
@@ -351,6 +352,9 @@ def contributions_reference(strip, weights, left, right, top, bottom):
     strip  (heads, rows, columns); each flag says whether that side is the image's own edge, hence zero-padded. A side
            that is not gives two rows or columns of the strip for context.
     """
+    parts = strip.split(max(1, CONVOLVED_CELLS // strip[0].numel()))
+    if len(parts) > 1:
+        return torch.cat([contributions_reference(part, weights, left, right, top, bottom) for part in parts])
     pad = (int(left), int(right), int(top), int(bottom))
     x = F.relu(F.conv2d(F.pad(strip[:, None], pad), weights["conv1.weight"], weights["conv1.bias"]))
     x = F.relu(F.conv2d(F.pad(x, pad), weights["conv2.weight"], weights["conv2.bias"]))  # (heads, 32, rows', columns')
