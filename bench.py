@@ -953,8 +953,9 @@ def check(args):
     for path in (args.json, args.png, args.trace):
         if path and not (os.access(pathlib.Path(path).parent, os.W_OK) and not pathlib.Path(path).is_dir()):
             raise InputError(f"cannot write {path}: a file in a folder that exists would do")
-    if args.contexts and min(args.contexts) < 1024 or args.layers < 1:
-        raise InputError("contexts must be of 1024 tokens or more, and layers 1 or more")
+    shortest = 128 if args.end_to_end else 1024
+    if args.contexts and min(args.contexts) < shortest or args.layers < 1:
+        raise InputError(f"contexts must be of {shortest} tokens or more, and layers 1 or more")
     if args.rounds < 2:
         raise InputError(f"--rounds {args.rounds}: at least 2 would do")
     if not (0 < args.link_gb_s < float("inf") and 0 <= args.memory_gb_s < float("inf")):
