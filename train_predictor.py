@@ -421,7 +421,7 @@ MIN_MIDDLE_BLOCKS = 32  # a window with fewer teaches no choice
 def scaled(state, factor):
     """Weights whose scores of image * factor are factor times those of `state` of image."""
     powers = {"conv1.weight": -1, "conv3.weight": 1, "conv3.bias": 1}
-    return {name: w.detach().clone() * factor ** powers.get(name, 0) for name, w in state.items()}
+    return {name: w.detach().contiguous() * factor ** powers.get(name, 0) for name, w in state.items()}
 
 
 def draw_batch(windows, rng, args, history_len):
