@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import safetensors.torch
@@ -167,6 +168,10 @@ class KVCache:
         self.v[layer].flatten(1, 2)[:, start:end] = v
         return self.k[layer]  # (Hk, capacity, b, D)
 
+    def on_side(self, *tensors):
+        """There is no side stream."""
+        return nullcontext()
+
     def begin_counting(self):
         """Nothing moves."""
 
@@ -264,13 +269,13 @@ class SparseDecoder:
         out, lse = self.cache.attend(layer, q[:, 0], blocks, self.n_tokens, row)
         turn = self.step + layer if c.stagger_calibration else self.step
         calibrate = blocks is not None and turn % c.calibration_interval == 0
-        if calibrate:
-            pooled, true_lse = self.cache.pool(layer, q, self.n_tokens)  # (Hq, 1, N), (Hq, 1)
-            row[:, : pooled.shape[-1]] = self.group_mean(pooled)[:, 0]  # (heads, N)
-            self.stats.recovery.append(torch.exp(lse - true_lse[:, 0]))  # (Hq,)
         self.count_reads(blocks, calibrate)
-        if self.cache.overlaps:
-            with self.cache.on_side():
+        with self.cache.on_side(q, lse):  # nothing from here on is needed for this token
+            if calibrate:
+                pooled, true_lse = self.cache.pool(layer, q, self.n_tokens)  # (Hq, 1, N), (Hq, 1)
+                row[:, : pooled.shape[-1]] = self.group_mean(pooled)[:, 0]  # (heads, N)
+                self.stats.recovery.append(torch.exp(lse - true_lse[:, 0]))  # (Hq,)
+            if self.cache.overlaps:
                 self.predict_next(slice(layer - c.dense_layers, layer - c.dense_layers + 1))
         return out[:, None]
 
@@ -407,6 +412,8 @@ def generate(
 
 def format_stats(decoder: SparseDecoder) -> str:
     """The counters as a few lines for people."""
+    if decoder.history.is_cuda:
+        torch.cuda.synchronize(decoder.history.device)
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
     megabytes = {
         name: getattr(stats, name) / steps / 1e6 for name in ("kv_bytes", "calibration_bytes", "dense_kv_bytes")

@@ -735,8 +735,8 @@ class Link:
 def schedule(m: LlamaConfig, c: Config, link: Link, bytes_per_second, compute_seconds, n_tokens_decoded):
     """When what happens with prefetching: ({lane: [(start, seconds, kind)]}, [when each token ends]).
 
-    A model: layers take the same time; dense layers, and all layers of a calibrating step, wait for what they stream;
-    the rest of the selection of a layer's next step is copied as soon as the layer has attended and the link is free.
+    A model: layers take the same time; dense layers wait for what they stream; as soon as a layer has attended and the
+    link is free, the keys that calibrate it are streamed, and what its next selection lacks is copied.
     """
     compute, copies, ends = [], [], []
     now = free = 0.0
@@ -745,19 +745,23 @@ def schedule(m: LlamaConfig, c: Config, link: Link, bytes_per_second, compute_se
         for layer in range(m.n_layers):
             dense = layer < c.dense_layers
             turn = step + layer if c.stagger_calibration else step
-            streams = link.full if dense else link.keys * (turn % c.calibration_interval == 0)
             now = max(now, ready[layer])
-            if streams:
-                begin = max(now, free)
-                free = begin + streams / bytes_per_second
-                copies.append((begin, free - begin, "streamed: dense layer" if dense else "streamed: calibration"))
             compute.append((now, compute_seconds / m.n_layers, "layer"))
+            copied = [("fetched for the next token", link.fetched)]
+            if dense:
+                free = max(now, free)
+                copied = [("streamed: dense layer", link.full)]
+            elif turn % c.calibration_interval == 0:
+                copied.insert(0, ("streamed: calibration", link.keys))
             now += compute_seconds / m.n_layers
-            now = max(now, free) if streams else now
-            if not dense:
-                begin = max(now, free)
-                free = ready[layer] = begin + link.fetched / bytes_per_second
-                copies.append((begin, free - begin, "fetched for the next token"))
+            free = free if dense else max(now, free)
+            for kind, amount in copied:
+                copies.append((free, amount / bytes_per_second, kind))
+                free += amount / bytes_per_second
+            if dense:
+                now = max(now, free)
+            else:
+                ready[layer] = free
         ends.append(now)
     return {"compute": compute, "link to the host": copies}, ends
 

@@ -8,7 +8,7 @@
 A new selection is compared with what the slots hold: blocks that stay keep their slot, the others are copied into the
 slots of those that left. On a GPU that happens on a side stream, layer by layer, while the token's later layers run;
 the next token's attention in that layer waits for one event. Dense layers, and the keys that calibration needs, stream
-through two buffers: one is filled while the other is read.
+through two buffers, the keys on the side stream too, as no token waits for its own calibration.
 
 Reading order: `OffloadedCache.write`, `select`, `attend`, and `stream` with its two users.
 
@@ -99,10 +99,15 @@ class OffloadedCache:
             f"{per_token['written']:,.3f} MB written back",
         ]
 
-    def on_side(self):
-        """The side stream, once it has waited for what the compute stream was given; without a GPU, nothing to do."""
+    def on_side(self, *tensors):
+        """The side stream, once it has waited for what the compute stream was given; without a GPU, nothing to do.
+
+        `tensors` of the compute stream are read there: their memory is not given away before that.
+        """
         if not self.side:
             return nullcontext()
+        for tensor in tensors:
+            tensor.record_stream(self.side)
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self.side)
 

@@ -169,8 +169,8 @@ def test_times_follow_from_the_bytes():
 
 def test_staggered_calibration_moves_as_much_more_evenly():
     link, config = bench.Link.of(LLAMA, Config(), 32768, 0.0), Config(stagger_calibration=True)
-    plain, even = (bench.schedule(LLAMA, c, link, 1e9, 0.0, 10)[1] for c in (Config(), config))
-    assert plain[-1] == pytest.approx(even[-1])
+    plain, even = (bench.schedule(LLAMA, c, link, 1e9, 0.0, 41)[1] for c in (Config(), config))
+    assert plain[-1] == pytest.approx(even[-1], rel=0.05)
     longest = [max(b - a for a, b in zip(ends, ends[1:])) for ends in (plain, even)]
     assert longest[1] < 0.4 * longest[0]
 
@@ -230,7 +230,7 @@ def test_lanes_of_a_trace():
     [
         ([], "is required"),
         (["--kernels", "--offload"], "not allowed with"),
-        (["--end-to-end", "--contexts", "16"], "1024 tokens or more"),
+        (["--end-to-end", "--contexts", "16"], "128 tokens or more"),
         (["--end-to-end", "--contexts", "9000", "--model-shape", "smollm2-135m"], "is too long"),
         (["--end-to-end", "--json", "nowhere/x.json"], "a file in a folder that exists"),
         (["--end-to-end", "--rounds", "1"], "at least 2"),
