@@ -776,12 +776,14 @@ def offload_times(m, c, link, bytes_per_second, compute_seconds):
         "the selection anew, awaited": streamed + sparse * link.wanted,
         "the difference, awaited": streamed + sparse * link.fetched,
         "the difference, ahead of time": streamed + sparse * link.fetched,
+        "the same, calibration staggered": streamed + sparse * link.fetched,
     }
     seconds_of = {name: compute_seconds + amount / bytes_per_second for name, amount in moved.items()}
     seconds_of["everything, streamed"] = max(compute_seconds, m.n_layers * link.full / bytes_per_second)
-    ends = schedule(m, c, link, bytes_per_second, compute_seconds, 2 * c.calibration_interval)[1]
-    steady = (ends[-1] - ends[c.calibration_interval - 1]) / c.calibration_interval
-    seconds_of["the difference, ahead of time"] = steady
+    for name, stagger in (("the difference, ahead of time", False), ("the same, calibration staggered", True)):
+        config, interval = replace(c, stagger_calibration=stagger), c.calibration_interval
+        ends = schedule(m, config, link, bytes_per_second, compute_seconds, 3 * interval)[1]
+        seconds_of[name] = (ends[-1] - ends[interval - 1]) / (2 * interval)
     return {name: (amount, seconds_of[name]) for name, amount in moved.items()}
 
 

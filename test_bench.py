@@ -195,7 +195,7 @@ def test_offload_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("A model, not a measurement") and "a lower bound" in printed
     rows = json.loads((tmp_path / "o.json").read_text())["modelled"]
-    assert len(rows) == 8 and {row["context"] for row in rows} == {4096, 32768}
+    assert len(rows) == 10 and {row["context"] for row in rows} == {4096, 32768}
     assert (tmp_path / "o.png").stat().st_size < 200_000
 
 
