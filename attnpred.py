@@ -656,17 +656,22 @@ def draw_run(plots, recorder, path):
         raise InputError(f"cannot write the plot {path} ({error.strerror})") from None
 
 
-def main(argv=None) -> int:
+def exit_status(program, command) -> int:
+    """Call `command`; 2 and one line on standard error for what a user can mend, 130 for Ctrl-C, else 0."""
     try:
-        run(parse_args(argv))
+        command()
     except (InputError, ModelError, FetchError) as error:
-        print(f"attnpred: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has left; nothing is to be said to it at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def main(argv=None) -> int:
+    return exit_status("attnpred", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -38,12 +38,13 @@ from attnpred import (
     OneLineParser,
     SparseDecoder,
     decode_one_token,
+    exit_status,
     load_predictor,
     prefill,
 )
-from model import Llama, LlamaConfig, ModelError, _targets, load_model
+from model import Llama, LlamaConfig, _targets, load_model
 from offload import OffloadedCache
-from weights.fetch_llm import FetchError, fetch_default_llm
+from weights.fetch_llm import fetch_default_llm
 
 LLAMA_8B = dict(n_heads=32, n_kv_heads=8, head_dim=128)
 CONTEXTS = (8192, 32768, 131072)
@@ -649,7 +650,7 @@ def bench_end_to_end(model, weights, predictor, config, contexts, rounds, backen
     }
     dense = replace(config, dense_layers=model.config.n_layers)
     if importlib.util.find_spec("transformers") is None:
-        print("bench.py: transformers is not installed: left out", file=sys.stderr)
+        print("bench: transformers is not installed: left out", file=sys.stderr)
         kinds.pop("transformers")
     else:
         Transformers(model, 16).step()  # what importing it takes is no part of a measurement
@@ -662,7 +663,7 @@ def bench_end_to_end(model, weights, predictor, config, contexts, rounds, backen
                     contenders[name].step()
                 memory[name] = peak.taken
             except torch.OutOfMemoryError:
-                print(f"bench.py: {name} at {n_tokens} tokens: out of memory, left out", file=sys.stderr)
+                print(f"bench: {name} at {n_tokens} tokens: out of memory, left out", file=sys.stderr)
                 torch.cuda.empty_cache()
         times = interleaved(contenders, rounds - 1, group)
         for name, took in times.items():
@@ -872,7 +873,7 @@ def measure_offload(args, predictor, config, results):
                 contender = Ours(model, predictor, c, n_tokens - n_steps, n_steps, "triton", **how)
                 took = statistics.median(interleaved({name: contender}, args.rounds, group)[name])
             except torch.OutOfMemoryError:
-                print(f"bench.py: {name} at {n_tokens} tokens: out of memory, left out", file=sys.stderr)
+                print(f"bench: {name} at {n_tokens} tokens: out of memory, left out", file=sys.stderr)
                 contender = None
                 torch.cuda.empty_cache()
                 continue
@@ -1023,16 +1024,12 @@ def write(results, args):
         raise InputError(f"cannot write the results ({error}): make room and run again") from None
 
 
-def main(argv=None):
-    try:
+def main(argv=None) -> int:
+    def command():
         args = parse_args(argv)
         write(run(args), args)
-    except (InputError, ModelError, FetchError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return exit_status("bench", command)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,20 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from attnpred import DEFAULT_PREDICTOR, Config, InputError, OneLineParser, ShownDefaults, load_predictor, prefill
-from model import ModelError, load_model
+from attnpred import (
+    DEFAULT_PREDICTOR,
+    Config,
+    InputError,
+    OneLineParser,
+    ShownDefaults,
+    exit_status,
+    load_predictor,
+    prefill,
+)
+from model import load_model
 from rivals import RIVALS, DecayedMean, Rival, RivalDecoder
 from train_predictor import Document, draw_contexts, python_documents
-from weights.fetch_llm import DEFAULT_LLM, FetchError, fetch_default_llm
+from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
 
 # --------------------------------------------------------------------------------------------------------------------
 # Methods, and decoding with many of them at once
@@ -844,14 +853,7 @@ def run(args):
 
 
 def main(argv=None) -> int:
-    try:
-        run(parse_args(argv))
-    except (InputError, ModelError, FetchError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status("evaluate", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

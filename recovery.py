@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 import kernels
-from attnpred import DEFAULT_PREDICTOR, Config, InputError, OneLineParser, decode_one_token, load_predictor
-from model import ModelError, causal_attention, load_model
+from attnpred import DEFAULT_PREDICTOR, Config, InputError, OneLineParser, decode_one_token, exit_status, load_predictor
+from model import causal_attention, load_model
 from rivals import RIVALS, Convolution, RivalDecoder, Seen, block_mass
 from train_predictor import (
     add_corpus,
@@ -37,7 +37,7 @@ from train_predictor import (
     scores_of_rows,
     text_documents,
 )
-from weights.fetch_llm import FetchError, fetch_default_llm
+from weights.fetch_llm import fetch_default_llm
 
 OURS = "AttentionPredictor"
 
@@ -348,14 +348,7 @@ def parse_args(argv):
 
 
 def main(argv=None) -> int:
-    try:
-        run(parse_args(argv))
-    except (InputError, ModelError, FetchError) as error:
-        print(f"recovery: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status("recovery", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -244,4 +244,4 @@ def test_lanes_of_a_trace():
 def test_bad_input_is_one_line(options, message, capsys):
     assert bench.main(options) == 2
     error = capsys.readouterr().err
-    assert error.startswith("bench.py: ") and error.count("\n") == 1 and message in error
+    assert error.startswith("bench: ") and error.count("\n") == 1 and message in error

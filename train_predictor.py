@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
-from attnpred import Config, InputError, OneLineParser, Predictor, load_predictor
-from model import ModelError, causal_attention, load_model
+from attnpred import Config, InputError, OneLineParser, Predictor, exit_status, load_predictor
+from model import causal_attention, load_model
 from rivals import block_mass
-from weights.fetch_llm import DEFAULT_LLM, FetchError, fetch_default_llm
+from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
 
 # --------------------------------------------------------------------------------------------------------------------
 # Corpus
@@ -725,15 +725,11 @@ def add_corpus(sub):
 
 
 def main(argv=None) -> int:
-    try:
+    def command():
         args = parse_args(argv)
         args.function(args)
-    except (InputError, ModelError, FetchError) as error:
-        print(f"train_predictor: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return exit_status("train_predictor", command)
 
 
 if __name__ == "__main__":
