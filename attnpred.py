@@ -180,6 +180,10 @@ class KVCache:
 
     def attend(self, layer, q, blocks, n_tokens, row):
         """`kernels.sparse_decode` over a layer's blocks."""
+        if row is None and self.backend == "torch":  # a dense layer leaves no row: the library's own attention would do
+            k, v = (cache[layer].flatten(1, 2)[None, :, :n_tokens] for cache in (self.k, self.v))  # (1, Hk, T, D)
+            out = F.scaled_dot_product_attention(q.unflatten(0, (k.shape[1], -1))[None], k, v)  # (1, Hk, G, D)
+            return out[0].flatten(0, 1), None
         return kernels.sparse_decode(q, self.k[layer], self.v[layer], blocks, n_tokens, row, self.backend)
 
     def pool(self, layer, q, n_tokens):

@@ -99,9 +99,9 @@ def test_the_host_holds_every_full_block_and_grows_in_place(select_heads, dense_
     cache = offloaded.cache
     assert len(cache.segments) > 3 and cache.segments[0][1].shape[1] == 6
     host = torch.cat([segment for _, segment in cache.segments], 1)  # (L, blocks, Hk, 2, b, D)
-    full = 105 // 8
-    torch.testing.assert_close(host[:, :full, :, 0].transpose(1, 2), resident.cache.k[:, :, :full])
-    torch.testing.assert_close(host[:, :full, :, 1].transpose(1, 2), resident.cache.v[:, :, :full])
+    full, close = 105 // 8, dict(atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(host[:, :full, :, 0].transpose(1, 2), resident.cache.k[:, :, :full], **close)
+    torch.testing.assert_close(host[:, :full, :, 1].transpose(1, 2), resident.cache.v[:, :, :full], **close)
 
 
 def test_counters_are_exact(monkeypatch):
