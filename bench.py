@@ -607,17 +607,23 @@ def least_bytes(model, decoder, n_tokens):
 
 
 def interleaved(contenders, rounds, group):
-    """{name: [seconds a token, one a round]}: the contenders take turns, `group` tokens each."""
+    """{name: [[seconds of each token], one list a round]}: the contenders take turns, `group` tokens each."""
     times = {name: [] for name in contenders}
     for contender in contenders.values():
         contender.step()
     for _ in range(rounds):
         for name, contender in contenders.items():
-            begun = time.perf_counter()
+            marks = [time.perf_counter()]
             for _ in range(group):
                 contender.step()
-            times[name].append((time.perf_counter() - begun) / group)
+                marks.append(time.perf_counter())
+            times[name].append([b - a for a, b in zip(marks, marks[1:])])
     return times
+
+
+def a_token(rounds):
+    """Seconds a token: the median over rounds of their means."""
+    return statistics.median(statistics.mean(tokens) for tokens in rounds)
 
 
 def bench_end_to_end(model, weights, predictor, config, contexts, rounds, backend, copy_size=1 << 28):
@@ -640,15 +646,18 @@ def bench_end_to_end(model, weights, predictor, config, contexts, rounds, backen
         f"a copy moves {bandwidth / 1e9:,.1f} GB/s\n"
     )
     print(
-        "| context | | ms a token | tokens/s | against dense | of the bandwidth's limit | memory beside weights, MB |"
+        "| context | | ms a token | slowest of a round | tokens/s | against dense | of the bandwidth's limit "
+        "| memory beside weights, MB |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     kinds = {
         "dense": lambda n: Ours(model, predictor, dense, n, n_steps, backend),
         "sparse": lambda n: Ours(model, predictor, config, n, n_steps, backend),
+        "sparse, staggered": lambda n: Ours(model, predictor, staggered, n, n_steps, backend),
         "transformers": lambda n: Transformers(model, n),
     }
     dense = replace(config, dense_layers=model.config.n_layers)
+    staggered = replace(config, stagger_calibration=True)
     if importlib.util.find_spec("transformers") is None:
         print("bench: transformers is not installed: left out", file=sys.stderr)
         kinds.pop("transformers")
@@ -667,12 +676,12 @@ def bench_end_to_end(model, weights, predictor, config, contexts, rounds, backen
                 torch.cuda.empty_cache()
         times = interleaved(contenders, rounds - 1, group)
         for name, took in times.items():
-            decoder = contenders[name].decoder if name == "sparse" else None
-            median = statistics.median(took)
-            row = {"context": n_tokens, "name": name, "seconds": median, "memory": memory[name], "rounds": took}
+            decoder = contenders[name].decoder if name.startswith("sparse") else None
+            row = {"context": n_tokens, "name": name, "seconds": a_token(took), "memory": memory[name], "rounds": took}
+            row["slowest"] = statistics.median(map(max, took))
             row["least_seconds"] = least_bytes(model, decoder, n_tokens) / bandwidth
             if "dense" in times:
-                row["speedup"] = statistics.median(d / t for d, t in zip(times["dense"], took))
+                row["speedup"] = statistics.median(sum(d) / sum(t) for d, t in zip(times["dense"], took))
             results["rows"].append(row)
         if "sparse" in contenders:
             sparse = next(row for row in results["rows"] if row["context"] == n_tokens and row["name"] == "sparse")
@@ -700,6 +709,7 @@ def format_speed(row):
         f"{row['context']:,}",
         row["name"],
         f"{1e3 * row['seconds']:,.1f}",
+        f"{1e3 * row['slowest']:,.1f}",
         f"{1 / row['seconds']:,.1f}",
         f"{row['speedup']:.2f}x" if "speedup" in row else "–",
         f"{row['least_seconds'] / row['seconds']:.0%}",
@@ -871,7 +881,7 @@ def measure_offload(args, predictor, config, results):
             c = dense if name.startswith("dense") else config
             try:
                 contender = Ours(model, predictor, c, n_tokens - n_steps, n_steps, "triton", **how)
-                took = statistics.median(interleaved({name: contender}, args.rounds, group)[name])
+                took = a_token(interleaved({name: contender}, args.rounds, group)[name])
             except torch.OutOfMemoryError:
                 print(f"bench: {name} at {n_tokens} tokens: out of memory, left out", file=sys.stderr)
                 contender = None
