@@ -180,7 +180,7 @@ class KVCache:
 
     def attend(self, layer, q, blocks, n_tokens, row):
         """`kernels.sparse_decode` over a layer's blocks."""
-        if row is None and self.backend == "torch":  # a dense layer leaves no row: the library's own attention would do
+        if row is None and self.backend == "torch":  # a dense layer leaves no row: the library's attention does
             k, v = (cache[layer].flatten(1, 2)[None, :, :n_tokens] for cache in (self.k, self.v))  # (1, Hk, T, D)
             out = F.scaled_dot_product_attention(q.unflatten(0, (k.shape[1], -1))[None], k, v)  # (1, Hk, G, D)
             return out[0].flatten(0, 1), None
@@ -205,7 +205,7 @@ class Stats:
     finish_seconds: float = 0.0  # prediction and selection, where the host waits for them: on a CPU
     predict_multiply_adds: int = 0
     full_multiply_adds: int = 0  # had the whole image been convolved at each step
-    recovery: list = field(default_factory=list)  # (heads,) tensors: share of true attention, on calibration steps
+    recovery: list = field(default_factory=list)  # (Hq,) tensors: share of true attention, on calibration steps
 
 
 class SparseDecoder:
