@@ -90,9 +90,11 @@ class OffloadedCache:
         per_token |= {"streamed": self.streamed_bytes, "written": self.written_bytes}
         per_token = {name: amount / steps / 1e6 for name, amount in per_token.items()}
         held = 1 - per_token["fetched"] / max(per_token["wanted"], 1e-9)
+        fewer = f"{full / self.resident_bytes:.1f}x fewer"
+        if full < self.resident_bytes:
+            fewer = "at this length nothing is saved"
         return [
-            f"resident   {self.resident_bytes / 1e6:,.2f} MB of the cache's {full / 1e6:,.2f} MB on the device: "
-            f"{full / self.resident_bytes:.1f}x fewer",
+            f"resident   {self.resident_bytes / 1e6:,.2f} MB on the device, the whole cache {full / 1e6:,.2f} MB: {fewer}",
             f"host       {per_token['fetched']:,.2f} MB a token fetched, {held:.1%} of the selection was there already "
             f"(refetching all of it: {per_token['wanted']:,.2f} MB)",
             f"           {per_token['streamed']:,.2f} MB streamed for dense layers and calibration, "
