@@ -94,7 +94,7 @@ class OffloadedCache:
         if full < self.resident_bytes:
             fewer = "at this length nothing is saved"
         return [
-            f"resident   {self.resident_bytes / 1e6:,.2f} MB on the device, the whole cache {full / 1e6:,.2f} MB: {fewer}",
+            f"resident   {self.resident_bytes / 1e6:,.2f} MB of KV, the whole cache {full / 1e6:,.2f} MB: {fewer}",
             f"host       {per_token['fetched']:,.2f} MB a token fetched, {held:.1%} of the selection was there already "
             f"(refetching all of it: {per_token['wanted']:,.2f} MB)",
             f"           {per_token['streamed']:,.2f} MB streamed for dense layers and calibration, "
