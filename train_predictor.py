@@ -239,6 +239,13 @@ def collect(args):
                 save_atomically({"pooled": pooled, "mass": mass}, path, about)
 
 
+def refuse_changes(noted, settings, what, remedy):
+    """InputError for the first of the settings that is not as it was noted."""
+    for name, value in settings.items():
+        if noted.get(name) != value:
+            raise InputError(f"{what} {name} = {noted.get(name)}, not {value}: {remedy}")
+
+
 def settle(path, settings):
     """One folder, one kind of data: note the settings, or insist on those noted before."""
     try:
@@ -249,12 +256,7 @@ def settle(path, settings):
         noted = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be written or read ({error}): give another folder with --data") from None
-    changed = [name for name in settings if noted.get(name) != settings[name]]
-    if changed:
-        name = changed[0]
-        raise InputError(
-            f"{path.parent} was collected with {name} = {noted.get(name)}, not {settings[name]}: give another --data"
-        )
+    refuse_changes(noted, settings, f"{path.parent} was collected with", "give another --data")
 
 
 def make_folder(path) -> pathlib.Path:
@@ -597,12 +599,7 @@ def load_checkpoint(path, settings):
         noted = state["settings"]
     except Exception as error:  # unpickling a foreign file can fail in any way
         raise InputError(f"checkpoint {path} cannot be read ({first_line(error)}): --restart begins anew") from None
-    changed = [name for name in settings if noted.get(name) != settings[name]]
-    if changed:
-        name = changed[0]
-        raise InputError(
-            f"checkpoint {path} has {name} = {noted.get(name)}, not {settings[name]}: --restart begins anew"
-        )
+    refuse_changes(noted, settings, f"checkpoint {path} has", "--restart begins anew")
     return state
 
 
