@@ -42,7 +42,7 @@ from attnpred import (
     load_predictor,
     prefill,
 )
-from model import Llama, LlamaConfig, _targets, load_model
+from model import Llama, LlamaConfig, checkpoint_targets, load_model
 from offload import OffloadedCache
 from weights.fetch_llm import fetch_default_llm
 
@@ -513,7 +513,7 @@ class Transformers:
 
 def hugging_face_names(model):
     """{tensor's name in a checkpoint: the part of the model's parameters that it is}."""
-    return {name: part.data for name, part in _targets(model).items()}
+    return {name: part.data for name, part in checkpoint_targets(model).items()}
 
 
 class peak_memory:
@@ -988,7 +988,7 @@ def check(args):
 def run(args):
     check(args)
     on_gpu = torch.cuda.is_available()
-    if (args.kernels or on_gpu) and (kernels.triton is None or kernels._interpreted()) and (on_gpu or not args.kernels):
+    if (args.kernels or on_gpu) and (kernels.triton is None or kernels.interpreted()) and (on_gpu or not args.kernels):
         raise InputError("needs Triton, and TRITON_INTERPRET unset")
     if args.kernels:
         if not on_gpu:

@@ -55,7 +55,7 @@ from attnpred import (
 )
 from model import load_model
 from rivals import RIVALS, DecayedMean, Rival, RivalDecoder
-from train_predictor import Document, draw_contexts, python_documents
+from train_predictor import draw_contexts, python_documents, read_texts, refuse_changes
 from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Prompt:
 
     def __init__(self, model, predictor, config, tokens, n_new, methods):
         self.model, self.predictor, self.config, self.capacity = model, predictor, config, len(tokens) + n_new
-        everything = FULL.config(replace(config, select_heads="q"), 0, self.capacity)
+        everything = FULL.config(config, 0, self.capacity)
         rivals = tuple(method.rival for method in methods if method.rival) or (None,)
         self.base = RivalDecoder(replace(everything, select_heads="q"), model, predictor, self.capacity, rivals)
         self.logits = prefill(model, self.base, torch.tensor(tokens))
@@ -174,10 +174,7 @@ class Outcomes:
             self.done = {tuple(row[name] for name in self.key) for row in self.rows}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.path} is damaged ({error}): move it away, or give another --out") from None
-        for name in settings:
-            if noted.get(name) != settings[name]:
-                found, wanted = noted.get(name), settings[name]
-                raise InputError(f"{self.path} was made with {name} = {found}, not {wanted}: give another --out")
+        refuse_changes(noted, settings, f"{self.path} was made with", "give another --out")
         if self.torn:
             self.path.write_text("".join(line + "\n" for line in lines))
         if not lines:
@@ -248,18 +245,6 @@ def texts_of(args, tokenizer, length, count):
             f"--text holds {len(tokens)} tokens, {length * count} are needed: give more, or --contexts fewer"
         )
     return [(f"text {i}, {length} tokens", tokens[i * length : (i + 1) * length]) for i in range(count)]
-
-
-def read_texts(paths):
-    documents = []
-    for path in paths:
-        try:
-            documents.append(Document(str(path), pathlib.Path(path).read_text("utf-8")))
-        except OSError as error:
-            raise InputError(f"text {path} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from None
-    return documents
 
 
 def follow(bench, prompt, decoders, tokens):

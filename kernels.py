@@ -109,7 +109,7 @@ def _jit(*varying):
     return triton.jit(do_not_specialize=varying) if triton else lambda kernel: kernel
 
 
-def _interpreted():
+def interpreted():
     return triton is not None and triton.knobs.runtime.interpret
 
 
@@ -121,14 +121,14 @@ def use_triton(backend, device):
         return False
     if triton is None:
         raise RuntimeError('backend="triton" needs Triton (pip install triton); backend="torch" does without')
-    if device.type == "cpu" and not _interpreted():
+    if device.type == "cpu" and not interpreted():
         raise RuntimeError('backend="triton" needs a GPU, or its interpreter: set TRITON_INTERPRET=1')
     return True
 
 
 def _operand(dtype):
     """What tl.dot multiplies: the inputs' own dtype, but float32 in the interpreter, which has no bfloat16 products."""
-    if _interpreted():
+    if interpreted():
         return tl.float32
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
@@ -329,8 +329,6 @@ def pool_history(q, k_cache, n_tokens, backend="torch"):
 # The history is a ring of H rows: row r of the window (0 the oldest) lies in slot (newest + 1 + r) mod H. The
 # contributions p live in a ring of the same shape and slots.
 # --------------------------------------------------------------------------------------------------------------------
-
-Weights = dict[str, torch.Tensor]  # the predictor's state dict, see attnpred.Predictor
 
 
 def window_slots(newest, history_len, device=None):
@@ -1291,7 +1289,7 @@ def ahead_of_time(targets=tuple(TARGETS), models=tuple(MODELS)):
 def main(targets):
     if unknown := set(targets) - set(TARGETS):
         sys.exit(f"kernels.py: unknown target {', '.join(unknown)}; known: {', '.join(TARGETS)}")
-    if triton is None or _interpreted():
+    if triton is None or interpreted():
         sys.exit("kernels.py: compiling needs Triton, and TRITON_INTERPRET unset")
     print(
         "| kernel, grid | model, tokens | target | registers | spilled | shared | MB (x least) | M mul-adds (x least) |"

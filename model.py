@@ -388,7 +388,7 @@ def _find_folder(name_or_path):
         raise ModelError(f"{name_or_path}: neither a folder nor fetched from the hub: {_one_line(error)}")
 
 
-def _targets(model):
+def checkpoint_targets(model):
     """Where each tensor of the checkpoint goes: its Hugging Face name -> the slice of a parameter that it fills."""
     c = model.config
     d_q, d_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -412,7 +412,7 @@ def _targets(model):
 
 def _fill(model, folder):
     """Copies the checkpoint, memory-mapped, tensor by tensor into the model's parameters."""
-    targets = _targets(model)
+    targets = checkpoint_targets(model)
     missing = set(targets)
     for path in _checkpoint_files(folder):
         try:

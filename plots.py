@@ -35,12 +35,12 @@ ATTENTION = "magma"
 RECENT_BLOCKS = 10
 
 
-def save(figure, path):
+def save(figure, path, dpi=100):
     """As a PNG, under a scratch name first."""
     path = pathlib.Path(path)
     scratch = path.with_name(f".{path.name}.partial")
     try:
-        figure.savefig(scratch, dpi=100, format="png", metadata={"Software": None})
+        figure.savefig(scratch, dpi=dpi, format="png", metadata={"Software": None})
         os.replace(scratch, path)
     finally:
         plt.close(figure)

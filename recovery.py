@@ -33,6 +33,7 @@ from train_predictor import (
     in_blocks,
     make_folder,
     python_documents,
+    refuse_changes,
     save_figure,
     scores_of_rows,
     text_documents,
@@ -133,9 +134,7 @@ class Results:
                 noted = self.content["settings"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path} is no file of earlier results ({error}): give another --json") from None
-            changed = [name for name in settings if noted.get(name) != settings[name]]
-            if changed:
-                raise InputError(f"{path} was made with {changed[0]} = {noted.get(changed[0])}: give another --json")
+            refuse_changes(noted, settings, f"{path} was made with", "give another --json")
         weights = b"".join(w.numpy().tobytes() for w in predictor.state_dict().values())
         self.predictor = hashlib.sha256(weights).hexdigest()[:16]
         known = self.content["entries"]
@@ -237,6 +236,15 @@ def closed_loop(model, decoder, method, budget, tokens):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+BY_LAYER = OURS, "oracle", "decayed mean", "Quest", "SnapKV", "H2O", "StreamingLLM"  # compared layer by layer
+
+
+def shown_by_layer(args):
+    """The runs that are: the first selection and length, the middle budget."""
+    budget = args.budgets[len(args.budgets) // 2]
+    return dict(mode="closed loop", select_heads=args.select_heads[0], length=args.lengths[0], budget=budget)
+
+
 def tables(results, args) -> str:
     """Markdown: methods by length and budget for each mode and selection, then layers, then multiply-adds."""
     methods = [OURS, *RIVALS]
@@ -258,16 +266,10 @@ def tables(results, args) -> str:
             gaps = zip(values[OURS], values["decayed mean"], values["oracle"])
             cells = [f"{(ours - decayed) / (oracle - decayed):.0%}" for ours, decayed, oracle in gaps]
             lines.append("| *gap from decayed mean to oracle closed* | " + " | ".join(cells) + " |")
-    at = dict(
-        mode="closed loop",
-        select_heads=args.select_heads[0],
-        length=args.lengths[0],
-        budget=args.budgets[len(args.budgets) // 2],
-    )
-    shown = [OURS, "oracle", "decayed mean", "Quest", "SnapKV", "H2O", "StreamingLLM"]
-    by_layer = [results.layers(method=m, **at) for m in shown]
+    at = shown_by_layer(args)
+    by_layer = [results.layers(method=m, **at) for m in BY_LAYER]
     title = "Recovery by layer, {mode}, `--select-heads {select_heads}`, {budget} of {length}:".format(**at)
-    lines += ["", title, "", "| layer | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    lines += ["", title, "", "| layer | " + " | ".join(BY_LAYER) + " |", "|---" * (len(BY_LAYER) + 1) + "|"]
     for i, row in enumerate(zip(*by_layer)):
         lines.append(f"| {i + args.dense_layers} | " + " | ".join(f"{x:.3f}" for x in row) + " |")
     lines += ["", "Multiply-adds of the predictor, a decoded token:", ""]
@@ -280,14 +282,9 @@ def tables(results, args) -> str:
 def draw_layers(results, args, path):
     import matplotlib.pyplot as plt
 
-    at = dict(
-        mode="closed loop",
-        select_heads=args.select_heads[0],
-        length=args.lengths[0],
-        budget=args.budgets[len(args.budgets) // 2],
-    )
+    at = shown_by_layer(args)
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for name in ("oracle", OURS, "decayed mean", "Quest", "SnapKV", "H2O", "StreamingLLM"):
+    for name in BY_LAYER:
         layers = results.layers(method=name, **at)
         first = args.dense_layers
         style = dict(color="black", linewidth=2) if name == OURS else dict(linewidth=1)

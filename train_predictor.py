@@ -70,16 +70,22 @@ def python_documents() -> dict[str, list[Document]]:
     }
 
 
-def text_documents(paths) -> dict[str, list[Document]]:
-    """The user's own files. One alone is cut into sections, so that there are documents to split."""
+def read_texts(paths) -> list[Document]:
+    """The user's own files, whole. Raises InputError for one that cannot be read as UTF-8."""
     documents = []
-    for path in map(pathlib.Path, paths):
+    for path in paths:
         try:
-            documents.append(Document(str(path), path.read_text("utf-8")))
+            documents.append(Document(str(path), pathlib.Path(path).read_text("utf-8")))
         except OSError as error:
             raise InputError(f"text {path} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise InputError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from None
+    return documents
+
+
+def text_documents(paths) -> dict[str, list[Document]]:
+    """The user's own files, cut into sections, so that there are documents to split even where there is one file."""
+    documents = read_texts(paths)
     if not any(document.text.strip() for document in documents):
         raise InputError("the text is empty: give files with some text")
     sections = []
@@ -641,14 +647,12 @@ def draw_curve(curve, path):
 
 
 def save_figure(figure, path):
-    import matplotlib.pyplot as plt
+    import plots
 
     try:
-        figure.savefig(path, dpi=90)
+        plots.save(figure, path, dpi=90)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror})") from None
-    finally:
-        plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------------------------
