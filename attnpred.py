@@ -2,9 +2,9 @@
 
     python attnpred.py --prompt "Why is the sky blue?"
 
-Reading order: `Config` (the method's parameters), `Predictor` (the network), `SparseDecoder` (what one sequence keeps
-between tokens, and the method's five steps: prefill, predict, select, attend, calibrate), `generate`, the command line.
-The arithmetic is in kernels.py, the language model in model.py.
+Reading order: `Config` (the parameters), `Predictor` (the network), `SparseDecoder` (the method: prefill, attend,
+calibrate, predict, select), `KVCache` and `OffloadedCache` (where K and V are), `generate`, the command line. The
+arithmetic is in kernels.py, the language model in model.py.
 
 Source: Yang et al., AttentionPredictor: Temporal Patterns Matter for KV Cache Compression, NeurIPS 2025
 (arXiv 2502.04077).
@@ -17,8 +17,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import safetensors.torch
@@ -28,14 +27,14 @@ import torch.nn.functional as F
 
 import kernels
 from model import Llama, LlamaConfig, ModelError, TextStream, causal_attention, load_model
-from offload import OffloadedCache
 from weights.fetch_llm import DEFAULT_LLM, FetchError, fetch_default_llm
 
 DEFAULT_PREDICTOR = pathlib.Path(__file__).parent / "weights" / "predictor.safetensors"
+HISTORY_DTYPE = torch.float16  # of the history and of the contributions; predictions are computed in float32
 
 
 class InputError(Exception):
-    """Something that the user gave cannot be used; the message says, in one line, what is wrong and what would do."""
+    """The user gave something that cannot be used; the message says in one line what is wrong and what to do."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -43,49 +42,75 @@ class InputError(Exception):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def parameter(default, symbol, paper, help, choices=None):
+    return field(default=default, metadata=dict(symbol=symbol, paper=paper, help=help, choices=choices))
+
+
 @dataclass(frozen=True)
 class Config:
-    """The method's parameters, in tokens unless said otherwise. Raises InputError where they contradict each other."""
+    """The method's parameters. Raises InputError where they contradict each other."""
 
-    block_size: int = 16  # b: tokens to a block
-    history_len: int = 64  # H: rows of pooled attention kept
-    sink_tokens: int = 64  # S: first tokens, always attended
-    local_tokens: int = 64  # R: last tokens, always attended
-    budget: int = 1024  # B: tokens attended per head and step, sink and local counted in
-    calibration_interval: int = 5  # M: every M-th step the true row enters the history
-    dense_layers: int = 2  # the first layers, always dense
-    select_heads: str = "kv"  # "kv": a group of queries selects together; "q": each query head for itself
-    stagger_calibration: bool = False  # calibrate when (step + layer) mod M = 0: no token pays for all layers
+    block_size: int = parameter(16, "b", 16, "tokens per block")
+    history_len: int = parameter(64, "H", 64, "rows of pooled attention kept")
+    sink_tokens: int = parameter(64, "S", 64, "first tokens, always attended")
+    local_tokens: int = parameter(64, "R", 64, "last tokens, always attended")
+    budget: int = parameter(1024, "B", 1024, "tokens attended per head, sink and local tokens included")
+    calibration_interval: int | str = parameter(
+        "auto", "M", 5, "every M-th step the true attention row enters the history; auto: 8, doubled while T / M > 2 B"
+    )
+    selection_interval: int | None = parameter(
+        None, "P", 1, "every P-th step the blocks for the next P tokens are predicted and selected; default: M"
+    )
+    history_rows: str = parameter(
+        "true", "", "every", "every: each step leaves a row, true or sparse; true: only calibrated steps do",
+        ("every", "true"),
+    )  # fmt: skip
+    dense_layers: int = parameter(0, "", 2, "first layers, always dense")
+    share_budget: str = parameter(
+        "layer", "", "head", "layer: a layer's heads share their blocks, the best scores of all; head: K blocks each",
+        ("layer", "head"),
+    )  # fmt: skip
+    select_heads: str = parameter(
+        "kv", "", "q", "kv: the query heads of a KV head select together; q: each for itself", ("kv", "q")
+    )
+
+    @classmethod
+    def paper(cls, **changes) -> "Config":
+        """The paper's setting, with changes."""
+        return cls(**({f.name: f.metadata["paper"] for f in dataclasses.fields(cls)} | changes))
 
     def __post_init__(self):
         b = self.block_size
         if not (8 <= b <= 64 and b & (b - 1) == 0):
-            raise InputError(f"block size {b} is not supported: 8, 16, 32 or 64 would do")
+            raise InputError(f"block_size = {b} is not supported: use 8, 16, 32 or 64")
         for name in ("sink_tokens", "local_tokens", "budget"):
             value = getattr(self, name)
             if value < 0 or value % b:
                 raise InputError(
-                    f"{name} = {value} is not a multiple of the block size: {max(0, value) // b * b + b} would do"
+                    f"{name} = {value} is not a multiple of the block size: try {max(0, value) // b * b + b}"
                 )
         if self.local_tokens < b:
-            raise InputError(f"local_tokens = {self.local_tokens} must hold at least one block: {b} would do")
+            raise InputError(f"local_tokens = {self.local_tokens} must hold at least one block: try {b}")
         if self.budget < self.sink_tokens + self.local_tokens:
-            raise InputError(
-                f"budget = {self.budget} is below sink_tokens + local_tokens, which are always attended: "
-                f"at least {self.sink_tokens + self.local_tokens} would do"
-            )
+            least = self.sink_tokens + self.local_tokens
+            raise InputError(f"budget = {self.budget} is below sink_tokens + local_tokens: use at least {least}")
         if self.history_len < 5:
-            raise InputError(f"history_len = {self.history_len} is too short for the convolution: at least 5 would do")
-        if self.calibration_interval < 1:
-            raise InputError(f"calibration_interval = {self.calibration_interval} must be at least 1")
+            raise InputError(f"history_len = {self.history_len} is too short for the convolution: use at least 5")
+        if self.calibration_interval != "auto" and self.calibration_interval < 1:
+            raise InputError(f"calibration_interval = {self.calibration_interval} must be auto or at least 1")
+        if self.selection_interval is not None and self.selection_interval < 1:
+            raise InputError(f"selection_interval = {self.selection_interval} must be at least 1")
         if self.dense_layers < 0:
             raise InputError(f"dense_layers = {self.dense_layers} must not be negative")
-        if self.select_heads not in ("kv", "q"):
-            raise InputError(f"select_heads = {self.select_heads!r} is not known: kv or q would do")
+        for f in dataclasses.fields(self):
+            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
+                raise InputError(
+                    f"{f.name} = {getattr(self, f.name)!r} is unknown: use {' or '.join(f.metadata['choices'])}"
+                )
 
     @property
     def topk_blocks(self) -> int:
-        """K: blocks chosen from the middle."""
+        """K: blocks selected from the middle, per head."""
         return (self.budget - self.sink_tokens - self.local_tokens) // self.block_size
 
     def n_blocks(self, n_tokens: int) -> int:
@@ -93,15 +118,38 @@ class Config:
         return -(-n_tokens // self.block_size)
 
     def middle(self, n_tokens: int) -> tuple[int, int]:
-        """The blocks [start, end) between sink and local window. end <= start when there are none.
+        """The blocks [start, end) between the sink and the local window; end <= start when there are none.
 
-        The local window is block-aligned: the last R / b full blocks, and the partial one behind them.
+        The local window is block-aligned: the last R / b full blocks and the partial block after them.
         """
         return self.sink_tokens // self.block_size, (n_tokens - self.local_tokens) // self.block_size
 
+    def fits(self, n_tokens: int) -> bool:
+        """Whether the budget covers a text of n_tokens, so that there is nothing to select."""
+        start, end = self.middle(n_tokens)
+        return end - start <= self.topk_blocks
+
+    def intervals(self, n_tokens: int) -> tuple[int, int]:
+        """M and P at n_tokens. With "auto", calibration (T / M keys a token) never reads more than attention does."""
+        m = self.calibration_interval
+        if m == "auto":
+            m = 8
+            while n_tokens > 2 * self.budget * m:
+                m *= 2
+        return m, self.selection_interval or m
+
+    def tail_blocks(self, n_tokens: int) -> int:
+        """The local window, partial block included, and the blocks that begin before the next selection."""
+        longest_wait = self.intervals(n_tokens + 2 * self.intervals(n_tokens)[1])[1]
+        return self.local_tokens // self.block_size + 1 + self.n_blocks(longest_wait)
+
+    def row_stride(self, n_tokens: int) -> int:
+        """Tokens from one row of the history to the next."""
+        return 1 if self.history_rows == "every" else self.intervals(n_tokens)[0]
+
 
 class Predictor(nn.Module):
-    """The shared convolution, 4,833 parameters: an image of pooled attention rows -> one score a block."""
+    """The shared convolution, 4,833 parameters: an image of pooled attention rows -> one score per block."""
 
     def __init__(self):
         super().__init__()
@@ -116,9 +164,10 @@ class Predictor(nn.Module):
 
 
 def load_predictor(path) -> Predictor:
-    """A predictor from a .safetensors file, or from a pickled state dict such as the authors publish, read as data.
+    """Read a predictor from a .safetensors file or from a pickled state dict, such as the authors publish.
 
-    Raises InputError for a file that is missing, unreadable, or holds other keys or shapes, NaN or infinity.
+    Pickles are read with weights_only=True, so that no code in them runs. Raises InputError for a file that is missing,
+    unreadable, or holds other keys or shapes, NaN or infinity.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -128,67 +177,69 @@ def load_predictor(path) -> Predictor:
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged input the restricted unpickler raises whatever it trips over
+    except Exception as error:  # the unpickler raises many types of exception on damaged input
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"predictor {path} cannot be read ({reason}); a whole, plain state dict would do") from None
+        raise InputError(f"predictor {path} cannot be read ({reason}): give a complete state dict") from None
     predictor = Predictor()
-    wanted = {name: tuple(tensor.shape) for name, tensor in predictor.state_dict().items()}
-    if not isinstance(state, dict) or set(state) != set(wanted):
-        found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise InputError(f"predictor {path} holds other keys ({found}): {', '.join(wanted)} would do")
-    for name, shape in wanted.items():
-        if not isinstance(state[name], torch.Tensor) or tuple(state[name].shape) != shape:
-            raise InputError(f"predictor {path}: {name} has another shape than {shape}")
-        if not state[name].isfinite().all():
-            raise InputError(f"predictor {path}: {name} holds NaN or infinity; train or fetch it again")
-    predictor.load_state_dict(state)
-    return predictor.requires_grad_(False).to(memory_format=torch.channels_last)  # a CPU convolves faster so
+    try:
+        predictor.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError):
+        wanted = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in predictor.state_dict().items())
+        raise InputError(f"predictor {path} must hold these tensors and no others: {wanted}") from None
+    if not all(tensor.isfinite().all() for tensor in predictor.state_dict().values()):
+        raise InputError(f"predictor {path} holds NaN or infinity; train or fetch it again")
+    return predictor.requires_grad_(False)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The state of one sequence
+# The method
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class KVCache:
-    """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come."""
+@dataclass
+class BlockLists:
+    """What each selection head of each sparse layer attends to: its blocks in the order sink, selected, tail.
 
-    overlaps = False  # nothing to fetch, so the next selection can wait for the end of the token
+    The lists of one layer lie one after another, A blocks in all. The tail is the local window and room for the tokens
+    that come before the next selection. All blocks are full but the one that holds the current token, which is the last
+    one that a length reaches.
+    """
 
-    def __init__(self, c: Config, m: LlamaConfig, capacity_tokens, dtype, device, backend):
-        self.backend = backend
-        shape = (m.n_layers, m.n_kv_heads, c.n_blocks(capacity_tokens), c.block_size, m.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (L, Hk, capacity, b, D)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)  # (L, Hk, capacity, b, D)
+    ids: torch.Tensor  # (L', A) int64: head * capacity + block
+    starts: torch.Tensor  # (L', heads) int64: where each head's list starts in ids
+    lengths: torch.Tensor  # (L', heads) int64: tokens attended; one more with each token
+    places: torch.Tensor  # (L', k) int64: where the selected blocks stand in ids
+    capacity: int
 
-    def write(self, layer, k, v, start):
-        """Store k, v (Hk, T, D) as the tokens start ... start + T - 1 of a layer. Returns its keys, for pooling."""
-        end = start + k.shape[1]
-        self.k[layer].flatten(1, 2)[:, start:end] = k
-        self.v[layer].flatten(1, 2)[:, start:end] = v
-        return self.k[layer]  # (Hk, capacity, b, D)
+    @classmethod
+    def build(cls, selected, heads, capacity, n_tokens, sink, end, tail, block_size):
+        """From the selected blocks (L', k) int64, as ids, ascending; `sink` and `tail` blocks, those from `end` on."""
+        device, k = selected.device, selected.shape[1]
+        head = selected // capacity  # (L', k)
+        count = F.one_hot(head, heads).sum(1)  # (L', heads): a head has 0 ... k of them
+        size = sink + count + tail  # (L', heads)
+        starts = size.cumsum(1) - size  # (L', heads)
+        rank = torch.arange(k, device=device) - (count.cumsum(1) - count).gather(1, head)  # (L', k) in the head's own
+        places = starts.gather(1, head) + sink + rank  # (L', k)
+        first = torch.arange(heads, device=device)[:, None] * capacity  # (heads, 1): the id of each head's block 0
+        block = torch.arange(max(sink, tail), device=device)
+        sink_ids = (first + block[:sink]).flatten().expand(len(selected), -1)  # (L', heads * sink)
+        tail_ids = (first + (end + block[:tail]).clamp(max=capacity - 1)).flatten().expand(len(selected), -1)
+        ids = selected.new_empty(len(selected), heads * (sink + tail) + k)  # (L', A)
+        ids.scatter_(1, places, selected)
+        ids.scatter_(1, (starts[..., None] + block[:sink]).flatten(1), sink_ids)
+        ids.scatter_(1, ((starts + sink + count)[..., None] + block[:tail]).flatten(1), tail_ids)
+        return cls(ids, starts, (sink + count) * block_size + n_tokens - end * block_size, places, capacity)
 
-    def on_side(self, *tensors):
-        """There is no side stream."""
-        return nullcontext()
+    def replace(self, other, layers):
+        """Take over the lists of some layers, of the same size."""
+        for name in ("ids", "starts", "lengths", "places"):
+            getattr(self, name)[layers] = getattr(other, name)
 
-    def begin_counting(self):
-        """Nothing moves."""
-
-    def select(self, layer, blocks, n_tokens):
-        """Every block is there already."""
-
-    def attend(self, layer, q, blocks, n_tokens, row):
-        """`kernels.sparse_decode` over a layer's blocks."""
-        if row is None and self.backend == "torch":  # a dense layer leaves no row: the library's attention does
-            k, v = (cache[layer].flatten(1, 2)[None, :, :n_tokens] for cache in (self.k, self.v))  # (1, Hk, T, D)
-            out = F.scaled_dot_product_attention(q.unflatten(0, (k.shape[1], -1))[None], k, v)  # (1, Hk, G, D)
-            return out[0].flatten(0, 1), None
-        return kernels.sparse_decode(q, self.k[layer], self.v[layer], blocks, n_tokens, row, self.backend)
-
-    def pool(self, layer, q, n_tokens):
-        """`kernels.pool_history` over all of a layer's keys."""
-        return kernels.pool_history(q, self.k[layer], n_tokens, self.backend)
+    def flat(self):
+        """For kernels: block numbers (L' * A,) int32, and where each list starts among them (L', heads) int32."""
+        layer = torch.arange(len(self.ids), device=self.ids.device)[:, None]  # (L', 1)
+        return (self.ids % self.capacity).flatten().int(), (self.starts + layer * self.ids.shape[1]).int()
 
 
 @dataclass
@@ -199,149 +250,497 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
-    kv_bytes: int = 0  # K and V read by attention, over all decoded tokens
-    calibration_bytes: int = 0  # K read once more by calibration
-    dense_kv_bytes: int = 0  # what dense attention would have read
-    finish_seconds: float = 0.0  # prediction and selection, where the host waits for them: on a CPU
+    attention_bytes: int = 0  # K and V read by attention, over all decoded tokens
+    calibration_bytes: int = 0  # K read by calibration
+    choosing_bytes: int = 0  # history and contributions read by prediction
+    dense_bytes: int = 0  # K and V that dense attention would have read
+    choosing_seconds: float = 0.0  # calibration, prediction and selection, where the host waits for them: on a CPU
     predict_multiply_adds: int = 0
-    full_multiply_adds: int = 0  # had the whole image been convolved at each step
-    recovery: list = field(default_factory=list)  # (Hq,) tensors: share of true attention, on calibration steps
+    recovery: list = field(default_factory=list)  # (L', Hq) tensors: share of true attention, on calibrated steps
+
+    @property
+    def read_bytes(self) -> int:
+        """Everything that decoding read instead of the dense cache."""
+        return self.attention_bytes + self.calibration_bytes + self.choosing_bytes
 
 
 class SparseDecoder:
     """One sequence being decoded: cache, attention history, prediction and selection, for all layers.
 
     `prefill` and `decode_one_token` drive it; its two attention methods are what the model calls in each layer. Layers
-    from `dense_layers` on are sparse and have a history; their tensors are indexed by layer - dense_layers.
+    from `dense_layers` on are sparse and have a history; the tensors of these L' layers are indexed by layer -
+    dense_layers. After every P-th token the blocks for the next P tokens are selected; between, a token only attends.
     """
 
     def __init__(
         self, config: Config, model: Llama, predictor: Predictor, capacity_tokens: int, backend="torch", offload=False
     ):
-        c, m = config, model.config
-        dtype, device = model.embed.dtype, model.embed.device
+        c, m, device, dtype = config, model.config, model.device, model.kv_dtype
         self.config, self.model_config, self.backend = c, m, backend
-        self.itemsize = dtype.itemsize
+        self.dense_layers = min(c.dense_layers, m.n_layers)
+        self.sparse_layers = m.n_layers - self.dense_layers  # L'
         self.heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
-        self.weights = {name: w.to(device) for name, w in predictor.state_dict().items()}
-        if offload:
-            self.cache = OffloadedCache(c, m, self.heads, capacity_tokens, dtype, device, backend)
-        else:
-            self.cache = KVCache(c, m, capacity_tokens, dtype, device, backend)
-        sparse_layers = max(0, m.n_layers - c.dense_layers)
-        ring = (sparse_layers, self.heads, c.history_len, c.n_blocks(capacity_tokens))
-        self.history = torch.zeros(ring, device=device)  # (L', heads, H, capacity): ring of pooled attention rows
-        self.contributions = torch.zeros(ring, device=device)  # as history; see kernels.predict_incremental
+        self.capacity = c.n_blocks(capacity_tokens)
+        self.weights = kernels.prepare_weights(predictor.state_dict(), device)
+        cache = OffloadedCache if offload else KVCache
+        self.cache = cache(c, m, self.heads, capacity_tokens, dtype, device, backend)
+        ring = self.sparse_layers, self.heads, c.history_len, self.capacity
+        self.history = torch.zeros(ring, dtype=HISTORY_DTYPE, device=device)  # ring of pooled attention rows
+        self.contributions = torch.zeros_like(self.history)  # (L', heads, H, capacity); see kernels.predict
         self.newest = c.history_len - 1  # the ring slot of the last row
+        self.new_rows = 0  # rows that entered since the last prediction
         self.predicted_end = 0  # end of the middle at the last prediction; 0: there was none
-        self.blocks = [None] * sparse_layers  # (heads, A) int32: what the next token attends to; None: everything
+        kept = self.sparse_layers, m.n_heads, c.history_len, m.head_dim
+        self.queries = torch.zeros(kept, dtype=dtype, device=device)  # (L', Hq, H, D): ring of the rows' queries
+        self.n_queries, self.last_query = 0, 0  # how many there have been; n_tokens at the newest one
+        self.lse = torch.zeros(self.sparse_layers, m.n_heads, device=device)  # of this step's sparse attention
+        self.fits = True  # the budget covers the text: nothing is selected, no row is written
+        self.lists = None  # BlockLists of the next token
         self.n_tokens = 0
         self.step = 0  # decode steps since prefill
         self.stats = Stats()
 
+    # Prefill
+
+    def begin_prompt(self, n_tokens):
+        self.n_tokens = n_tokens
+        self.fits = not self.sparse_layers or self.config.fits(n_tokens + 1)
+        stride = self.config.row_stride(n_tokens)
+        self.count_query(min(self.config.history_len, -(-n_tokens // stride)))
+
     def prefill_attention(self, layer, q, k, v):
-        """Dense causal attention over the prompt; leaves K and V in the cache and the last H rows in the history.
+        """Dense causal attention over the prompt; K and V enter the cache, the last H rows the history.
 
         q (Hq, T, D), k and v (Hk, T, D) -> (Hq, T, D)
         """
-        k_cache = self.cache.write(layer, k, v, 0)  # (Hk, capacity, b, D)
-        if layer >= self.config.dense_layers:
-            rows = min(self.config.history_len, self.n_tokens)  # a shorter prompt leaves zero rows at the old end
-            pooled, _ = kernels.pool_history(q[:, -rows:], k_cache, self.n_tokens, self.backend)  # (Hq, rows, N)
-            image = self.history[layer - self.config.dense_layers, :, -rows:, : pooled.shape[-1]]  # (heads, rows, N)
-            image.copy_(self.group_mean(pooled))
+        k_cache = self.cache.write_prompt(layer, k, v)  # (Hk, capacity, b, D)
+        if layer >= self.dense_layers:
+            sparse, rows, stride = layer - self.dense_layers, self.n_queries, self.config.row_stride(self.n_tokens)
+            last = q[:, q.shape[1] - 1 - (rows - 1) * stride :: stride]  # (Hq, rows, D)
+            if self.fits:  # pooled when the text outgrows the budget, together with the rows of later tokens
+                self.queries[sparse, :, :rows] = last
+            else:
+                pooled, _ = kernels.pool_history(last, k_cache, self.n_tokens, stride, self.backend)  # (Hq, rows, N)
+                self.store_rows(pooled[None], slice(sparse, sparse + 1))
         return causal_attention(layer, q, k, v)
 
+    # One token
+
     def begin_token(self):
-        """One more token: its row takes the oldest one's slot."""
         self.n_tokens += 1
         self.step += 1
-        self.newest = (self.newest + 1) % self.config.history_len
+        if self.step % self.config.row_stride(self.n_tokens) == 0:
+            self.count_query(1)
+        if self.lists is not None:
+            self.lists.lengths += 1
+        self.cache.begin_token(self.n_tokens)
 
     def decode_attention(self, layer, q, k, v):
-        """Attention of one token over its selected blocks; the row that it leaves, or the true one, enters the history.
-
-        q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)
-        """
-        c = self.config
-        self.cache.write(layer, k, v, self.n_tokens - 1)
-        if layer < c.dense_layers:
-            self.count_reads(None, False)
-            return self.cache.attend(layer, q[:, 0], None, self.n_tokens, None)[0][:, None]
-        blocks = self.blocks_for(layer, q)  # (heads, A)
-        row = self.history[layer - c.dense_layers, :, self.newest]  # (heads, capacity)
-        out, lse = self.cache.attend(layer, q[:, 0], blocks, self.n_tokens, row)
-        turn = self.step + layer if c.stagger_calibration else self.step
-        calibrate = blocks is not None and turn % c.calibration_interval == 0
-        self.count_reads(blocks, calibrate)
-        with self.cache.on_side(q, lse):  # nothing from here on is needed for this token
-            if calibrate:
-                pooled, true_lse = self.cache.pool(layer, q, self.n_tokens)  # (Hq, 1, N), (Hq, 1)
-                row[:, : pooled.shape[-1]] = self.group_mean(pooled)[:, 0]  # (heads, N)
-                self.stats.recovery.append(torch.exp(lse - true_lse[:, 0]))  # (Hq,)
-            if self.cache.overlaps:
-                self.predict_next(slice(layer - c.dense_layers, layer - c.dense_layers + 1))
+        """Attention of one token over its selected blocks: q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)."""
+        self.cache.write_token(layer, k, v)
+        if layer < self.dense_layers or (self.fits and self.cache.holds_everything):
+            out = self.cache.attend_all(layer, q[:, 0])  # (Hq, D)
+        else:
+            out, self.lse[layer - self.dense_layers] = self.cache.attend(layer - self.dense_layers, q[:, 0])
+        if layer >= self.dense_layers and self.last_query == self.n_tokens:
+            self.queries[layer - self.dense_layers, :, (self.n_queries - 1) % self.config.history_len] = q[:, 0]
         return out[:, None]
 
     def finish_token(self):
-        """Predict for the next token, in the layers where that has not been done yet."""
-        if self.step == 0 or not self.cache.overlaps:
-            self.predict_next()
+        """After a step, or the prompt (step 0): calibrate, then predict and select where it is time to."""
+        calibration_interval, selection_interval = self.config.intervals(self.n_tokens)
+        self.cache.end_token(self.n_tokens)
+        if self.step:
+            self.count_reads()
+        if self.step and not self.fits:
+            if self.step % calibration_interval == 0:
+                self.calibrate()
+            elif self.config.history_rows == "every":
+                self.push_row()
+                self.cache.write_rows(self.lse, self.history.flatten(0, 1)[:, self.newest])
+        if self.step % selection_interval == 0 and self.sparse_layers:
+            self.select_next()
+
+    def calibrate(self):
+        """The true attention row of this step enters the history."""
+        newest = (self.n_queries - 1) % self.config.history_len
+        pooled, lse = self.cache.pool(self.queries[:, :, newest : newest + 1], self.n_tokens)  # (L', Hq, 1, N)
+        self.push_row()
+        self.store_rows(pooled)
+        self.stats.recovery.append(torch.exp(self.lse - lse[..., 0]))  # (L', Hq)
+        m = self.model_config
+        keys = self.sparse_layers * m.n_kv_heads * self.n_tokens
+        self.stats.calibration_bytes += keys * m.head_dim * self.queries.element_size()
+
+    def select_next(self):
+        """Predict and select the blocks that the tokens up to the next selection attend to."""
         start, end = self.config.middle(self.n_tokens + 1)
-        self.predicted_end = end if end - start > self.config.topk_blocks else 0
+        if self.config.fits(self.n_tokens + 1):
+            if not self.cache.holds_everything:
+                self.choose(None, start, max(start, end))
+            return
+        if self.fits:  # the text outgrows the budget now: pool the rows of the queries kept so far
+            self.fits = False
+            rows = min(self.n_queries, self.config.history_len)
+            order = (self.n_queries - rows + torch.arange(rows, device=self.queries.device)) % self.config.history_len
+            stride = self.config.row_stride(self.n_tokens)
+            pooled, _ = self.cache.pool(self.queries[:, :, order], self.last_query, stride)  # (L', Hq, rows, N)
+            self.store_rows(pooled)
+        self.choose(self.scores(start, end) if self.config.topk_blocks else None, start, end)
+        self.predicted_end, self.new_rows = end, 0
 
-    def blocks_for(self, layer, q):
-        """The blocks (heads, A) that a sparse layer attends to for q (Hq, 1, D); None: all. A prediction needs no q."""
-        return self.blocks[layer - self.config.dense_layers]
-
-    def group_mean(self, pooled):
-        """(Hq, rows, N) -> (heads, rows, N): with "kv" selection a group's queries share the mean of their rows."""
-        return pooled.unflatten(0, (self.heads, -1)).mean(1)
-
-    def predict_next(self, layers=slice(None)):
-        """Predict and select, for a slice of the sparse layers, the blocks that the next token will attend to."""
-        c, n_tokens = self.config, self.n_tokens + 1
-        start, end = c.middle(n_tokens)
-        selected = range(len(self.blocks))[layers]
-        tables = [None] * len(selected)
-        if end - start > c.topk_blocks and selected:
-            if c.topk_blocks:
-                scores = self.score_blocks(start, end, layers)  # (layers * heads, n)
-                chosen = kernels.select_blocks(scores, c.topk_blocks, self.backend) + start  # (layers * heads, K)
-            else:
-                shape = len(selected) * self.heads, 0
-                chosen = torch.empty(shape, dtype=torch.int32, device=self.history.device)
-            sink, local = (
-                torch.arange(*ends, dtype=torch.int32, device=chosen.device).expand(len(chosen), -1)
-                for ends in ((0, start), (end, c.n_blocks(n_tokens)))
-            )
-            tables = torch.cat([sink, chosen, local], 1).unflatten(0, (len(selected), self.heads))  # (layers, heads, A)
-        for layer, table in zip(selected, tables):
-            self.blocks[layer] = table
-            self.cache.select(layer, table, n_tokens)
-
-    def score_blocks(self, start, end, layers=slice(None)):
-        """Predicted scores of the middle blocks [start, end) of some sparse layers: (layers * heads, end - start)."""
+    def scores(self, start, end, layers=slice(None)):
+        """Predicted scores of the middle blocks [start, end): (layers, heads, end - start) float32."""
         history = self.history[layers].flatten(0, 1)  # (layers * heads, H, capacity)
         contributions = self.contributions[layers].flatten(0, 1)  # (layers * heads, H, capacity)
-        window = self.newest, start, end, max(start, self.predicted_end)
-        if self.step:  # the first prediction, of the whole image, belongs to prefill
-            shape = len(history), self.config.history_len, start, end
-            self.stats.predict_multiply_adds += kernels.predict_multiply_adds(*shape, window[-1])
-            self.stats.full_multiply_adds += kernels.predict_multiply_adds(*shape)
-        return kernels.predict_incremental(history, contributions, *window, self.weights, self.backend)
+        valid_end = max(start, self.predicted_end)
+        if self.step:  # the first prediction belongs to prefill
+            shape = *history.shape[:2], self.new_rows, start, end, valid_end
+            self.stats.predict_multiply_adds += kernels.predict_multiply_adds(*shape)
+            rows = history.shape[1] + 4  # H - 4 - new rows of contributions, new rows + 8 of history
+            self.stats.choosing_bytes += len(history) * rows * (end - start) * history.element_size()
+        scores = kernels.predict(
+            history, contributions, self.newest, self.new_rows, start, end, valid_end, self.weights, self.backend
+        )  # (layers * heads, n)
+        return scores.unflatten(0, (-1, self.heads))
 
-    def count_reads(self, blocks, calibrate):
-        """Count the cache bytes that one layer's attention reads for one token."""
-        n_kv_heads, block_size = self.model_config.n_kv_heads, self.config.block_size
-        key_bytes = self.model_config.head_dim * self.itemsize
-        heads, attended = n_kv_heads, self.n_tokens
-        if blocks is not None:
-            padding = -self.n_tokens % block_size  # places behind the last token, in its block
-            heads, attended = len(blocks), blocks.shape[1] * block_size - padding
-        self.stats.kv_bytes += 2 * heads * attended * key_bytes
-        self.stats.dense_kv_bytes += 2 * n_kv_heads * self.n_tokens * key_bytes
-        self.stats.calibration_bytes += n_kv_heads * self.n_tokens * key_bytes if calibrate else 0
+    def choose(self, scores, start, end, layers=slice(None)):
+        """Select the blocks with the highest scores (layers, heads, n), and have the cache make them ready.
+
+        scores is None where all of the middle is selected, or nothing.
+        """
+        c, n, device = self.config, end - start, self.history.device
+        head = torch.arange(self.heads, device=device)[:, None]  # (heads, 1)
+        if scores is not None and c.share_budget == "layer":
+            k = self.heads * c.topk_blocks
+            best = kernels.select_blocks(scores.flatten(1), k, self.backend).long()  # (layers, heads * K)
+            selected = best // n * self.capacity + best % n + start
+        else:
+            if scores is not None:
+                best = kernels.select_blocks(scores.flatten(0, 1), c.topk_blocks, self.backend)  # (layers * heads, K)
+            else:
+                kept = torch.arange(n if self.fits else 0, device=device)
+                best = kept.expand(len(range(self.sparse_layers)[layers]) * self.heads, -1)
+            best = best.unflatten(0, (-1, self.heads)).long()  # (layers, heads, k)
+            selected = (head * self.capacity + best + start).flatten(1)  # (layers, heads * k)
+        tail = c.tail_blocks(self.n_tokens)
+        sink = min(start, c.n_blocks(self.n_tokens + 1)) if self.fits else start
+        end = max(sink, end)
+        lists = BlockLists.build(selected, self.heads, self.capacity, self.n_tokens, sink, end, tail, c.block_size)
+        self.attended_tokens = selected.shape[1] * c.block_size + self.heads * (
+            self.n_tokens - (end - sink) * c.block_size
+        )
+        if layers == slice(None):
+            self.lists = lists
+        else:
+            self.lists.replace(lists, layers)
+        self.cache.select(self.lists, layers)
+
+    # What it knows of itself
+
+    def count_query(self, rows):
+        self.n_queries, self.last_query = self.n_queries + rows, self.n_tokens
+
+    def push_row(self):
+        """The next row takes the oldest one's slot in the ring."""
+        self.newest = (self.newest + 1) % self.config.history_len
+        self.new_rows += 1
+
+    def store_rows(self, pooled, layers=slice(None)):
+        """Make pooled (layers, Hq, rows, N) the last rows of the history."""
+        rows, n_blocks = pooled.shape[2:]
+        slots = (self.newest - rows + 1 + torch.arange(rows, device=pooled.device)) % self.config.history_len  # (rows,)
+        self.history[layers, :, slots, :n_blocks] = self.group_mean(pooled).to(self.history.dtype)
+
+    def group_mean(self, pooled):
+        """(layers, Hq, ...) -> (layers, heads, ...): with "kv" selection a group's queries share their mean row."""
+        return pooled.unflatten(1, (self.heads, -1)).mean(2)
+
+    def window(self):
+        """The history, oldest row first: (L', heads, H, capacity) float32."""
+        order = (self.newest + 1 + torch.arange(self.config.history_len)) % self.config.history_len  # (H,)
+        return self.history[:, :, order.to(self.history.device)].float()
+
+    def attended(self, layer, n_blocks):
+        """Which blocks (heads, n_blocks) bool a sparse layer attends to in this step."""
+        if self.lists is None:
+            return torch.ones(self.heads, n_blocks, dtype=torch.bool, device=self.history.device)
+        ids, starts, lengths = (x[layer] for x in (self.lists.ids, self.lists.starts, self.lists.lengths))
+        place = torch.arange(len(ids), device=ids.device)  # (A,)
+        listed = (place >= starts[:, None]) & (place < (starts + -(-lengths // self.config.block_size))[:, None])
+        mask = torch.zeros(self.heads * self.capacity, dtype=torch.bool, device=ids.device)
+        mask[ids[listed.any(0)]] = True
+        return mask.view(self.heads, -1)[:, :n_blocks]
+
+    def count_reads(self):
+        """Count the cache bytes that attention read for one token."""
+        m = self.model_config
+        row_bytes = 2 * m.head_dim * self.queries.element_size()  # a token's K and V of one head
+        dense = m.n_kv_heads * self.n_tokens
+        sparse = dense
+        if self.lists is not None:
+            self.attended_tokens += self.heads
+            sparse = self.attended_tokens
+        self.stats.attention_bytes += row_bytes * (self.dense_layers * dense + self.sparse_layers * sparse)
+        self.stats.dense_bytes += row_bytes * m.n_layers * dense
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Where K and V are
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come.
+
+    With the torch backend, `select` copies the selected blocks together once, and the following tokens attend to this
+    contiguous working set. With Triton the kernel reads the blocks where they are, through a table of addresses.
+    """
+
+    holds_everything = True  # so while the text fits the budget, attend_all serves
+
+    def __init__(self, c: Config, m: LlamaConfig, heads, capacity_tokens, dtype, device, backend, n_layers=None):
+        self.block_size, self.heads, self.backend = c.block_size, heads, backend
+        self.n_kv_heads, self.group = m.n_kv_heads, m.n_heads // heads
+        self.capacity = c.n_blocks(capacity_tokens)
+        n_layers = m.n_layers if n_layers is None else n_layers
+        shape = (2, n_layers, m.n_kv_heads, self.capacity, c.block_size, m.head_dim)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v = self.kv  # (L, Hk, capacity, b, D) each
+        self.dense_layers = min(c.dense_layers, m.n_layers)
+        self.keeps_rows = c.history_rows == "every"
+        self.lists = self.working = None  # (2, L', A * b, D): the selected blocks, with the torch backend
+
+    def write_prompt(self, layer, k, v):
+        """Store k, v (Hk, T, D). Returns the layer's keys (Hk, capacity, b, D)."""
+        self.kv[0, layer].flatten(1, 2)[:, : k.shape[1]] = k
+        self.kv[1, layer].flatten(1, 2)[:, : k.shape[1]] = v
+        return self.k[layer]
+
+    def begin_token(self, n_tokens):
+        """The next writes and reads belong to token n_tokens - 1."""
+        self.n_tokens = n_tokens
+        self.find_lists()
+
+    def find_lists(self):
+        """Note where in the working set, or in the table, each list starts and ends now."""
+        if self.lists is None:
+            return
+        self.lengths = self.lists.lengths.int()  # (L', heads)
+        if self.backend == "torch":
+            first = self.lists.starts * self.block_size  # (L', heads) tokens
+            self.runs = list(zip(first.tolist(), self.lists.lengths.tolist()))
+            self.newest = first + self.lists.lengths - 1  # (L', heads): the current token's copies
+
+    def write_token(self, layer, k, v):
+        """Store k, v (Hk, 1, D) of the current token."""
+        kv = torch.stack((k, v))[:, :, 0]  # (2, Hk, D)
+        self.kv[:, layer].flatten(2, 3)[:, :, self.n_tokens - 1] = kv
+        if self.working is not None and layer >= self.dense_layers:
+            if self.heads > self.n_kv_heads:
+                kv = kv.repeat_interleave(self.heads // self.n_kv_heads, 1)  # (2, heads, D)
+            layer -= self.dense_layers
+            self.working[:, layer].index_copy_(1, self.newest[layer], kv)
+
+    def end_token(self, n_tokens):
+        """Nothing is left to do."""
+
+    def select(self, lists, layers=slice(None)):
+        """Make the blocks of these sparse layers' lists ready for attention."""
+        self.lists, b = lists, self.block_size
+        ids = lists.ids[layers]  # (layers, A)
+        layer = torch.arange(len(lists.ids), device=ids.device)[layers, None] + self.dense_layers  # (layers, 1)
+        kv_head = ids // self.capacity * self.n_kv_heads // self.heads  # (layers, A)
+        address = ((layer * self.n_kv_heads + kv_head) * self.capacity + ids % self.capacity).flatten()
+        if self.backend == "triton" or self.keeps_rows:
+            self.columns, self.starts = lists.flat()
+            self.block_max = self.kv.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
+        if self.backend == "triton":
+            self.table = address.int()  # (L' * A,)
+            return
+        shape = 2, len(lists.ids), lists.ids.shape[1] * b, self.kv.shape[-1]
+        if self.working is None or self.working.shape != shape:
+            self.working = self.kv.new_empty(shape)  # (2, L', A * b, D)
+        for cached, copied in zip(self.kv, self.working[:, layers]):
+            blocks = cached.view(-1, b * shape[-1])  # (L * Hk * capacity, b * D)
+            torch.index_select(blocks, 0, address, out=copied.view(len(address), -1))
+        self.find_lists()
+
+    def attend(self, layer, q):
+        """Attention of q (Hq, D) over the lists of a sparse layer -> out (Hq, D), log-sum-exp (Hq,)."""
+        if self.backend == "triton":
+            k, v = self.kv.flatten(1, 3)  # (L * Hk * capacity, b, D) each
+            lists = self.table, self.starts[layer], self.lengths[layer], self.block_max
+            return kernels.sparse_decode(q, k, v, *lists, self.backend)
+        size = self.lists.ids.shape[1]
+        block_max = self.block_max[:, layer * size : (layer + 1) * size] if self.keeps_rows else None  # (G, A)
+        k, v = self.working[:, layer]  # (A * b, D) each
+        starts, lengths = self.runs[layer]
+        return kernels.attend_lists(q, k, v, starts, lengths, self.block_size, block_max)
+
+    def attend_all(self, layer, q):
+        """Dense attention of q (Hq, D) -> (Hq, D)."""
+        if self.backend == "triton":  # every block is in the list
+            k, v = self.kv[:, layer].flatten(1, 2)  # (Hk * capacity, b, D) each
+            table = torch.arange(len(k), dtype=torch.int32, device=q.device)  # (Hk * capacity,)
+            starts = table[:: self.capacity].contiguous()  # (Hk,)
+            lengths = torch.full_like(starts, self.n_tokens)  # (Hk,)
+            block_max = q.new_empty(len(q) // self.n_kv_heads, len(k), dtype=torch.float32)
+            return kernels.sparse_decode(q, k, v, table, starts, lengths, block_max, self.backend)[0]
+        k, v = self.kv[:, layer].flatten(2, 3)[:, None, :, : self.n_tokens]  # (1, Hk, T, D) each
+        return F.scaled_dot_product_attention(q.unflatten(0, (self.n_kv_heads, -1))[None], k, v)[0].flatten(0, 1)
+
+    def pool(self, q, n_tokens, stride=1):
+        """`kernels.pool_history` in all sparse layers: q (L', Hq, rows, D) -> (L', Hq, rows, N), (L', Hq, rows)."""
+        keys = self.kv[0, self.dense_layers :].flatten(0, 1)  # (L' * Hk, capacity, b, D)
+        pooled, lse = kernels.pool_history(q.flatten(0, 1), keys, n_tokens, stride, self.backend)
+        return pooled.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+
+    def write_rows(self, lse, rows):
+        """The rows (L' * heads, capacity) that this step's attention leaves, from its lse (L', Hq)."""
+        lists = self.columns, self.starts.flatten(), self.lengths.flatten()
+        kernels.write_rows(self.block_max, lse.flatten(), *lists, rows, self.block_size, self.backend)
+
+
+class OffloadedCache:
+    """Stands in for KVCache where K and V live in host memory, a block's K and V side by side.
+
+    The device has slots: for each sparse layer heads * K that hold the selected blocks, and for each head those of the
+    sink and of the tail. A new selection copies only the blocks that no slot holds yet. A block is written to the host
+    when it is full. Calibration pools the keys in host memory, where they are. Dense layers stay on the device.
+    """
+
+    holds_everything = False
+
+    def __init__(self, c: Config, m: LlamaConfig, heads, capacity_tokens, dtype, device, backend):
+        self.block_size, self.heads, self.backend = c.block_size, heads, backend
+        self.n_kv_heads, self.group = m.n_kv_heads, m.n_heads // heads
+        self.capacity, self.device = c.n_blocks(capacity_tokens), torch.device(device)
+        self.dense_layers = min(c.dense_layers, m.n_layers)
+        self.dense = KVCache(c, m, heads, capacity_tokens, dtype, device, backend, n_layers=self.dense_layers)
+        self.keeps_rows = c.history_rows == "every"
+        self.sink = c.sink_tokens // c.block_size
+        self.ring = c.tail_blocks(capacity_tokens)
+        self.selectable = heads * c.topk_blocks  # slots of a layer that hold selected blocks
+        sparse, block = m.n_layers - self.dense_layers, (2, c.block_size, m.head_dim)
+        pinned = self.device.type == "cuda"
+        self.host = torch.zeros(sparse, m.n_kv_heads, self.capacity, *block, dtype=dtype, pin_memory=pinned)
+        n_slots = self.selectable + heads * (self.sink + self.ring)
+        self.slots = torch.zeros(sparse, n_slots, *block, dtype=dtype, device=device)  # (L', slots, 2, b, D)
+        self.home = self.slots[:, self.selectable :].unflatten(1, (heads, -1))  # (L', heads, sink + ring, 2, b, D)
+        self.held = torch.full((sparse, self.selectable), -1, dtype=torch.int32, device=device)  # ids in the slots
+        self.lists = None
+        self.fetched = torch.zeros((), dtype=torch.int64, device=device)  # blocks copied into slots, of all heads
+        self.selected = 0  # blocks selected, of all heads
+        self.written_bytes = 0  # to the host
+
+    @property
+    def block_bytes(self) -> int:
+        """K and V of one head's block."""
+        return self.slots[0, 0].numel() * self.slots.element_size()
+
+    @property
+    def device_bytes(self) -> int:
+        """K and V that the device has room for."""
+        return sum(t.numel() * t.element_size() for t in (self.slots, self.dense.kv))
+
+    def home_of(self, block):
+        """The place in `home` of a block, an int or a tensor, of the sink or the tail."""
+        if isinstance(block, int):
+            return block if block < self.sink else self.sink + block % self.ring
+        return torch.where(block < self.sink, block, self.sink + block % self.ring)
+
+    def write_prompt(self, layer, k, v):
+        """Store k, v (Hk, T, D). Returns the keys in blocks (Hk, N, b, D)."""
+        if layer < self.dense_layers:
+            return self.dense.write_prompt(layer, k, v)
+        blocks = torch.stack((k, v), 1)  # (Hk, 2, T, D)
+        blocks = F.pad(blocks, (0, 0, 0, -k.shape[1] % self.block_size)).unflatten(2, (-1, self.block_size))
+        blocks = blocks.transpose(1, 2)  # (Hk, N, 2, b, D)
+        n_blocks, layer = blocks.shape[1], layer - self.dense_layers
+        self.host[layer, :, :n_blocks].copy_(blocks)
+        for block in {*range(min(self.sink, n_blocks)), *range(max(0, n_blocks - self.ring), n_blocks)}:
+            each = blocks[:, block].repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, 2, b, D)
+            self.home[layer, :, self.home_of(block)] = each
+        return blocks[:, :, 0]
+
+    def begin_token(self, n_tokens):
+        self.n_tokens = self.dense.n_tokens = n_tokens
+        if self.lists is not None:
+            self.lengths = self.lists.lengths.int()  # (L', heads)
+
+    def write_token(self, layer, k, v):
+        """Store k, v (Hk, 1, D) of the current token in its block's slots."""
+        if layer < self.dense_layers:
+            return self.dense.write_token(layer, k, v)
+        block, offset = divmod(self.n_tokens - 1, self.block_size)
+        kv = torch.cat((k, v), 1).repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, 2, D)
+        self.home[layer - self.dense_layers, :, self.home_of(block), :, offset] = kv
+
+    def end_token(self, n_tokens):
+        if n_tokens % self.block_size == 0:
+            self.write_back(n_tokens // self.block_size - 1)
+
+    def write_back(self, block):
+        """Copy a block of the tail to the host, in all layers."""
+        source = self.home[:, :: self.heads // self.n_kv_heads, self.home_of(block)]  # (L', Hk, 2, b, D)
+        self.host[:, :, block].copy_(source)
+        self.written_bytes += source.numel() * source.element_size()
+
+    def select(self, lists, layers=slice(None)):
+        """Copy the selected blocks that no slot holds yet, and note which slots the lists are in."""
+        assert layers == slice(None)
+        self.lists, n_layers = lists, len(lists.ids)
+        layer = torch.arange(n_layers, device=lists.ids.device)[:, None]  # (L', 1)
+        wanted = lists.ids.gather(1, lists.places).int()  # (L', k)
+        wanted = F.pad(wanted, (0, self.selectable - wanted.shape[1]), value=-1)  # (L', heads * K)
+        slots, fetch, self.held = kernels.assign_slots(wanted, self.held, self.backend)
+        source = (layer * self.n_kv_heads + fetch // self.capacity * self.n_kv_heads // self.heads) * self.capacity
+        source = torch.where(fetch < 0, -1, source + fetch % self.capacity)  # (L', heads * K): blocks of the host
+        row = layer * self.slots.shape[1]  # (L', 1): a layer's first slot
+        kernels.copy_blocks(
+            self.host.flatten(0, 2).flatten(1), self.slots.flatten(0, 1).flatten(1),
+            source.flatten().int(), (row + slots).flatten().int(), self.backend,
+        )  # fmt: skip
+        self.fetched += (fetch >= 0).sum()
+        self.selected += lists.places.numel()
+        head, block = lists.ids // self.capacity, lists.ids % self.capacity  # (L', A)
+        table = self.selectable + head * (self.sink + self.ring) + self.home_of(block)
+        table.scatter_(1, lists.places, slots[:, : lists.places.shape[1]].long())
+        self.table = (row + table).flatten().int()  # (L' * A,)
+        self.columns, self.starts = lists.flat()
+        self.block_max = self.slots.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
+
+    def attend(self, layer, q):
+        """As KVCache.attend."""
+        k, v = self.slots.flatten(0, 1).unbind(1)  # (L' * slots, b, D) each
+        block_max = self.block_max if self.keeps_rows or self.backend == "triton" else None
+        lists = self.table, self.starts[layer], self.lengths[layer], block_max
+        return kernels.sparse_decode(q, k, v, *lists, self.backend)
+
+    def attend_all(self, layer, q):
+        """A dense layer's attention."""
+        return self.dense.attend_all(layer, q)
+
+    def pool(self, q, n_tokens, stride=1):
+        """As KVCache.pool, on the host: the queries go there, the rows come back."""
+        self.write_back((self.n_tokens - 1) // self.block_size)
+        keys = self.host.flatten(0, 1)[:, :, 0]  # (L' * Hk, capacity, b, D)
+        pooled, lse = kernels.pool_history(q.flatten(0, 1).cpu(), keys, n_tokens, stride, "torch")
+        return pooled.unflatten(0, q.shape[:2]).to(q.device), lse.unflatten(0, q.shape[:2]).to(q.device)
+
+    write_rows = KVCache.write_rows
+
+    def format_stats(self, n_tokens, steps) -> list[str]:
+        """Lines for people about `steps` decoded tokens, n_tokens in all."""
+        whole = self.host.numel() // self.capacity * n_tokens // self.block_size * self.host.element_size()
+        whole += self.dense.kv.numel() // self.capacity * n_tokens // self.block_size * self.host.element_size()
+        fetched, selected = (int(n) * self.block_bytes / steps / 1e6 for n in (self.fetched, self.selected))
+        return [
+            f"device     {self.device_bytes / 1e6:,.2f} MB of KV slots; the whole cache is {whole / 1e6:,.2f} MB",
+            f"link       {fetched:,.3f} MB a token fetched, of {selected:,.3f} MB selected; "
+            f"{self.written_bytes / steps / 1e6:,.3f} MB a token written back",
+        ]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -351,23 +750,22 @@ class SparseDecoder:
 
 @torch.inference_mode()
 def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Run the prompt, tokens (T,), and predict for the first new token. Returns the next token's logits (vocab,)."""
-    decoder.n_tokens = len(tokens)
+    """Run the prompt, tokens (T,), and select blocks for the first new tokens. Returns the next logits (vocab,)."""
+    decoder.begin_prompt(len(tokens))
     logits = model(tokens, torch.arange(len(tokens), device=tokens.device), decoder.prefill_attention)  # (vocab,)
     decoder.finish_token()
-    decoder.cache.begin_counting()
     return logits
 
 
 @torch.inference_mode()
 def decode_one_token(model: Llama, decoder: SparseDecoder, token: torch.Tensor) -> torch.Tensor:
-    """Append token (1,), attend sparsely, predict for the token after it. Returns the next token's logits (vocab,)."""
+    """Append token (1,), attend sparsely, and select for later tokens when it is time. Returns logits (vocab,)."""
     decoder.begin_token()
     position = torch.full((1,), decoder.n_tokens - 1, device=token.device)
     logits = model(token, position, decoder.decode_attention)  # (vocab,)
     began = time.perf_counter()
     decoder.finish_token()
-    decoder.stats.finish_seconds += time.perf_counter() - began
+    decoder.stats.choosing_seconds += time.perf_counter() - began
     return logits
 
 
@@ -384,29 +782,22 @@ def generate(
     model: Llama, decoder: SparseDecoder, tokens: list[int], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0
 ) -> Iterator[int]:
     """Yield up to max_new_tokens tokens that continue `tokens`, ending before an end-of-sequence token."""
-    stats, device = decoder.stats, model.embed.device
+    stats, device = decoder.stats, model.device
     generator = torch.Generator(device).manual_seed(seed)
-    ahead = device.type == "cuda"  # the next step is launched before the host has seen this step's token
-
-    def step(token):
-        stats.decode_tokens += 1
-        return sample(decode_one_token(model, decoder, token), temperature, top_p, generator)  # (1,)
-
     began = time.perf_counter()
     token = sample(prefill(model, decoder, torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
-    token.item()  # wait for it
+    value = token.item()
     stats.prefill_tokens, stats.prefill_seconds = len(tokens), time.perf_counter() - began
     for left in reversed(range(max_new_tokens)):
-        began = time.perf_counter()
-        following = step(token) if left and ahead else None
-        value = token.item()
-        stats.decode_seconds += time.perf_counter() - began
         if value in model.config.eos_token_ids:
             return
         yield value
-        began = time.perf_counter()
-        token = step(token) if left and not ahead else following
-        stats.decode_seconds += time.perf_counter() - began
+        if left:
+            began = time.perf_counter()
+            token = sample(decode_one_token(model, decoder, token), temperature, top_p, generator)  # (1,)
+            value = token.item()
+            stats.decode_tokens += 1
+            stats.decode_seconds += time.perf_counter() - began
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -416,41 +807,44 @@ def generate(
 
 def format_stats(decoder: SparseDecoder) -> str:
     """The counters as a few lines for people."""
-    if decoder.history.is_cuda:
-        torch.cuda.synchronize(decoder.history.device)
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
-    megabytes = {
-        name: getattr(stats, name) / steps / 1e6 for name in ("kv_bytes", "calibration_bytes", "dense_kv_bytes")
-    }
-    read = megabytes["kv_bytes"] + megabytes["calibration_bytes"]
     prefill_speed = stats.prefill_tokens / max(stats.prefill_seconds, 1e-9)
-    decode_speed = stats.decode_tokens / max(stats.decode_seconds, 1e-9)
+    attention, calibration, choosing = (
+        getattr(stats, f"{name}_bytes") / steps / 1e6 for name in ("attention", "calibration", "choosing")
+    )
     lines = [
         f"prefill    {stats.prefill_tokens:,} tokens, {prefill_speed:,.0f} tokens/s",
-        f"decode     {stats.decode_tokens:,} tokens, {decode_speed:,.1f} tokens/s",
+        f"KV read    {attention:,.2f} MB a token by attention + {calibration:,.2f} by calibration + "
+        f"{choosing:,.2f} to choose",
     ]
-    if stats.decode_tokens:
-        lines.append(
-            f"KV read    {read:,.2f} MB a token ({megabytes['kv_bytes']:,.2f} attention + "
-            f"{megabytes['calibration_bytes']:,.2f} calibration), dense {megabytes['dense_kv_bytes']:,.2f} MB: "
-            f"{megabytes['dense_kv_bytes'] / read:.1f}x compression"
-        )
     if stats.recovery:
         recovery = torch.stack(stats.recovery).mean().item()
-        lines.append(
-            f"recovery   {recovery:.3f} of the true attention, over {len(stats.recovery)} calibrated layer steps"
-        )
+        lines.append(f"recovery   {recovery:.3f} of the true attention, mean of {len(stats.recovery)} calibrated steps")
     if stats.predict_multiply_adds:
         lines.append(
-            f"predictor  {stats.predict_multiply_adds / steps / 1e6:,.0f} M multiply-adds a token, "
-            f"{stats.full_multiply_adds / stats.predict_multiply_adds:.1f}x fewer than recomputing; "
-            f"{1e3 * stats.finish_seconds / steps:.1f} ms, {stats.finish_seconds / stats.decode_seconds:.0%} of time"
+            f"predictor  {stats.predict_multiply_adds / steps / 1e6:,.1f} M multiply-adds a token; calibrating, "
+            f"predicting and selecting took {stats.choosing_seconds / stats.decode_seconds:.0%} of the time"
         )
-    else:
-        lines.append("predictor  not needed: every token fits the budget, or every layer is dense")
     if isinstance(decoder.cache, OffloadedCache):
         lines += decoder.cache.format_stats(decoder.n_tokens, steps)
     return "\n".join(lines)
+
+
+def format_summary(decoder: SparseDecoder) -> str:
+    """One line: speed, and bytes read against dense decoding."""
+    stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
+    line = (
+        f"{decoder.stats.decode_tokens:,} tokens, {stats.decode_tokens / max(stats.decode_seconds, 1e-9):,.1f} tokens/s"
+    )
+    if stats.decode_tokens:
+        read, dense = stats.read_bytes / steps / 1e6, stats.dense_bytes / steps / 1e6
+        line += f", KV read {read:,.1f} MB a token, dense {dense:,.1f} MB"
+    if not decoder.sparse_layers:
+        return line
+    if decoder.fits:
+        budget = decoder.config.budget
+        return f"{line}: all {decoder.n_tokens:,} tokens fit the budget of {budget:,}; a longer text shows the method"
+    return f"{line}: {stats.dense_bytes / max(stats.read_bytes, 1):.1f}x less"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -463,55 +857,58 @@ class ShownDefaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def parse_args(argv):
+def auto_or_int(text):
+    return text if text == "auto" else int(text)
+
+
+def add_method_options(parser):
+    """An option for each parameter of Config; unless given, it is not in the namespace."""
+    group = parser.add_argument_group("method (README.md explains the parameters)")
+    group.add_argument("--paper", action="store_true", help="the paper's setting; other options change it")
+    for f in dataclasses.fields(Config):
+        paper = "" if f.metadata["paper"] == f.default else f"; paper: {f.metadata['paper']}"
+        default = "" if f.default is None else f" (default: {f.default}{paper})"
+        kind = str if f.metadata["choices"] else auto_or_int if f.type == int | str else int
+        option = "--" + f.name.replace("_", "-")
+        group.add_argument(
+            option,
+            type=kind,
+            choices=f.metadata["choices"],
+            default=argparse.SUPPRESS,
+            help=f.metadata["help"] + default,
+        )
+
+
+def config_of(args) -> Config:
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    return Config.paper(**given) if args.paper else Config(**given)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=ShownDefaults)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to answer")
     source.add_argument("--prompt-file", help="read the text from this file; - for standard input")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="stop after so many tokens")
-    parser.add_argument("--stats", action="store_true", help="end with speed, bytes read, recovery and predictor cost")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw history, predictions, blocks, recovery, bytes")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="stop after this many tokens")
+    parser.add_argument("--stats", action="store_true", help="end with bytes read, recovery and predictor cost")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", help=f"Hugging Face folder or hub id (default: {DEFAULT_LLM}, fetched once)")
     group.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the convolution: safetensors or state dict")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     dtypes, backends = ["auto", "float32", "bfloat16", "float16"], ["auto", "torch", "triton"]
-    group.add_argument("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on a GPU, else float32")
+    group.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights; auto: bfloat16")
     group.add_argument("--backend", default="auto", choices=backends, help="auto: triton on a GPU, else torch")
-
-    group.add_argument("--offload", action="store_true", help="keep the KV cache in host memory, fetch ahead")
-
-    group = parser.add_argument_group("method (see the README)")
+    group.add_argument("--offload", action="store_true", help="keep the KV cache in host memory")
     group.add_argument("--dense", action="store_true", help="attend to everything in every layer")
-    group.add_argument("--select-heads", default=Config.select_heads, choices=["kv", "q"], help=HELP["select_heads"])
-    group.add_argument("--stagger-calibration", action="store_true", help=HELP["stagger_calibration"])
-    for parameter in dataclasses.fields(Config):
-        if parameter.type is int:
-            option = "--" + parameter.name.replace("_", "-")
-            group.add_argument(option, type=int, default=parameter.default, help=HELP[parameter.name])
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
-    group.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the most probable tokens of this total probability"
-    )
+    group.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total")
     group.add_argument("--seed", type=int, default=0, help="of the sampling")
-    return parser.parse_args(argv)
-
-
-HELP = {
-    "block_size": "tokens to a block",
-    "history_len": "rows of pooled attention kept",
-    "sink_tokens": "first tokens, always attended",
-    "local_tokens": "last tokens, always attended",
-    "budget": "tokens attended per head and step, sink and local counted in",
-    "calibration_interval": "every so many steps the true attention row enters the history",
-    "dense_layers": "first layers, always dense",
-    "select_heads": "kv: the queries that share a KV head select together; q: each for itself",
-    "stagger_calibration": "spread calibration over steps by layer",
-}
+    add_method_options(parser)
+    return parser
 
 
 def read_prompt(args) -> str:
@@ -543,10 +940,10 @@ def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
     except (RuntimeError, AssertionError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name} is not available: cpu would do")
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(args.dtype) or getattr(
-        torch, args.dtype
-    )
+        raise InputError(f"device {name} is not available: try cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
     backend = args.backend if args.backend != "auto" else "triton" if device.type == "cuda" else "torch"
     try:
         kernels.use_triton(backend, device)
@@ -559,15 +956,15 @@ def check_limits(args):
     if args.max_new_tokens < 1:
         raise InputError(f"max-new-tokens {args.max_new_tokens} must be at least 1")
     if not (0 <= args.temperature < float("inf")):
-        raise InputError(f"temperature {args.temperature} must be a number from 0 up")
+        raise InputError(f"temperature {args.temperature} must be at least 0")
     if not 0 < args.top_p <= 1:
-        raise InputError(f"top-p {args.top_p} must lie above 0 and at most at 1")
+        raise InputError(f"top-p {args.top_p} must be above 0 and at most 1")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"seed {args.seed} must lie in 0 ... 2^63 - 1")
 
 
 def free_memory(device) -> int | None:
-    """Bytes that can still be had on a device; None where the system does not tell."""
+    """Bytes that can still be allocated on a device; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -576,55 +973,58 @@ def free_memory(device) -> int | None:
         return None
 
 
-def check_memory(config: Config, m: LlamaConfig, capacity_tokens, dtype, device, offload):
-    """Raise InputError, before anything is computed, where the cache does not fit; say what would."""
+def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, backend, offload) -> tuple[int, int]:
+    """Bytes that decoding allocates on the device and in host memory, beside weights and activations."""
+    heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
+    dense = min(c.dense_layers, m.n_layers)
+    block = 2 * c.block_size * m.head_dim * dtype.itemsize  # K and V of one head
+    every_block = m.n_kv_heads * c.n_blocks(capacity_tokens) * block  # of one layer
+    rows = 2 * heads * c.history_len * c.n_blocks(capacity_tokens) * HISTORY_DTYPE.itemsize  # history, contributions
+    kept = m.n_heads * c.history_len * m.head_dim * dtype.itemsize  # queries
+    slots = heads * (c.sink_tokens // c.block_size + c.topk_blocks + c.tail_blocks(capacity_tokens)) * block
+    sparse = rows + kept + (slots if offload or (backend == "torch" and not c.fits(capacity_tokens)) else 0)
+    resident = m.n_layers - (m.n_layers - dense) * offload
+    return resident * every_block + (m.n_layers - dense) * sparse, (m.n_layers - resident) * every_block
 
-    def fits(what, need, place, free, remedy):
+
+def check_memory(c: Config, m: LlamaConfig, capacity_tokens, dtype, device, backend, offload):
+    """Raise InputError, before anything is computed, where decoding would not fit into memory; say what to do."""
+    needs = zip(memory_needed(c, m, capacity_tokens, dtype, backend, offload), (device, torch.device("cpu")))
+    for need, place in needs:
+        free = free_memory(place)
         if free is not None and need > free:
-            raise InputError(f"{what} needs {need / 1e9:,.2f} GB {place}, {free / 1e9:,.2f} GB are free: {remedy}")
-
-    token = 2 * m.n_layers * m.n_kv_heads * m.head_dim * dtype.itemsize
-    host, free = torch.device("cpu"), free_memory(device)
-    if not offload:
-        remedy = "--offload, a shorter prompt or fewer --max-new-tokens would do"
-        fits(f"a KV cache of {capacity_tokens:,} tokens", token * capacity_tokens, f"on {device}", free, remedy)
-        return
-    room = free_memory(host)
-    remedy = f"{(room or 0) // token:,} tokens, prompt and answer together, would fit"
-    fits(f"a KV cache of {capacity_tokens:,} tokens", token * capacity_tokens, "of host memory", room, remedy)
-    heads = m.n_kv_heads if config.select_heads == "kv" else m.n_heads
-    block = max(1, m.n_layers - config.dense_layers) * heads * 2 * config.block_size * m.head_dim * dtype.itemsize
-    fewer = config.topk_blocks - -(-(OffloadedCache.device_bytes(config, m, heads, dtype) - (free or 0)) // block)
-    least = config.sink_tokens + config.local_tokens
-    remedy = f"--budget {least + fewer * config.block_size} would fit" if fewer >= 0 else "no budget would fit"
-    what = f"the slots for a budget of {config.budget:,} tokens"
-    fits(what, OffloadedCache.device_bytes(config, m, heads, dtype), f"on {device}", free, remedy)
+            where = "host memory" if place.type == "cpu" else f"memory of {place}"
+            remedy = "a shorter prompt, fewer --max-new-tokens" + ("" if offload else " or --offload")
+            raise InputError(
+                f"decoding {capacity_tokens:,} tokens needs {need / 1e9:,.2f} GB of {where}, {free / 1e9:,.2f} GB are "
+                f"free: try {remedy}"
+            )
 
 
-def run(args):
-    """Answer the prompt on standard output; statistics go to standard error."""
+def run(args, make_decoder=SparseDecoder) -> SparseDecoder:
+    """Answer the prompt on standard output; statistics go to standard error. Returns the decoder."""
     check_limits(args)
-    names = [f.name for f in dataclasses.fields(Config)]
-    config = Config(**{name: getattr(args, name) for name in names})
+    config = config_of(args)
     text = read_prompt(args)
-    plots = import_plots(args) if args.plot else None
     device, dtype, backend = choose_device(args)
     predictor = load_predictor(args.predictor)
     model, tokenizer = load_model(args.model or str(fetch_default_llm()), dtype, device)
+    m = model.config
     if args.dense:
-        config = dataclasses.replace(config, dense_layers=model.config.n_layers)
+        config = dataclasses.replace(config, dense_layers=m.n_layers)
+    if backend == "triton" and not kernels.supports(m.head_dim, config.block_size, model.kv_dtype.itemsize):
+        shape = f"head dimension {m.head_dim}, blocks of {config.block_size} tokens"
+        print(f"attnpred: there is no kernel for {shape}: using the torch backend", file=sys.stderr)
+        backend = "torch"
     if not args.raw:
         text = tokenizer.chat([{"role": "user", "content": text}]) if tokenizer.has_chat_template else text
     tokens = tokenizer.encode(text)
-    room = model.config.context_len - len(tokens)
+    room = m.context_len - len(tokens)
     if room < 1:
-        raise InputError(
-            f"the prompt has {len(tokens):,} tokens, the model's context {model.config.context_len:,}: shorten it"
-        )
+        raise InputError(f"the prompt has {len(tokens):,} tokens, the model's context {m.context_len:,}: shorten it")
     max_new_tokens = min(args.max_new_tokens, room)
-    check_memory(config, model.config, len(tokens) + max_new_tokens, dtype, device, args.offload)
-    decoder = SparseDecoder(config, model, predictor, len(tokens) + max_new_tokens, backend, args.offload)
-    recorder = plots.Recorder(decoder) if args.plot else None
+    check_memory(config, m, len(tokens) + max_new_tokens, model.kv_dtype, device, backend, args.offload)
+    decoder = make_decoder(config, model, predictor, len(tokens) + max_new_tokens, backend, args.offload)
     stream = TextStream(tokenizer)
     try:
         for token in generate(model, decoder, tokens, max_new_tokens, args.temperature, args.top_p, args.seed):
@@ -633,31 +1033,21 @@ def run(args):
         print(stream.flush(), flush=True)
         if args.stats:
             print(format_stats(decoder), file=sys.stderr)
-    if args.plot:
-        draw_run(plots, recorder, args.plot)
+        print(f"attnpred: {format_summary(decoder)}", file=sys.stderr)
+    return decoder
 
 
-def import_plots(args):
-    """plots.py, once it is clear that --plot can be drawn. The module is not needed otherwise, nor is matplotlib."""
-    folder = pathlib.Path(args.plot).parent
-    if not args.plot.endswith(".png") or not os.access(folder, os.W_OK) or pathlib.Path(args.plot).is_dir():
-        raise InputError(f"cannot write the plot {args.plot}: FILE.png in a folder that exists would do")
-    if args.dense or args.max_new_tokens < 2:
-        raise InputError("--plot shows sparse decoding: leave out --dense, and generate 2 tokens or more")
+def write_atomically(path, write: Callable[[pathlib.Path], object]):
+    """Have `write` fill a temporary file beside `path`, then give it that name: readers see the old file or the new."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
-        import plots
-    except ImportError as error:
-        raise InputError(f"--plot needs {error.name}: pip install {error.name}") from None
-    return plots
-
-
-def draw_run(plots, recorder, path):
-    if not recorder.recovery:
-        raise InputError("nothing to plot: the answer ended before a second token was decoded")
-    try:
-        plots.draw_run(recorder, path)
+        write(temporary)
+        os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"cannot write the plot {path} ({error.strerror})") from None
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def exit_status(program, command) -> int:
@@ -669,13 +1059,13 @@ def exit_status(program, command) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has left; nothing is to be said to it at exit either
+    except BrokenPipeError:  # stdout was closed (for example by `head`); avoid a second error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def main(argv=None) -> int:
-    return exit_status("attnpred", lambda: run(parse_args(argv)))
+    return exit_status("attnpred", lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

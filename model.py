@@ -10,11 +10,12 @@ attend(layer, q, k, v) -> out, with q and out (Hq, T, D), k and v (Hk, T, D), q 
 Source: Touvron et al., LLaMA (arXiv 2302.13971), and Hugging Face's checkpoint layout and RoPE scalings.
 """
 
-import codecs
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import huggingface_hub
@@ -151,95 +152,119 @@ def causal_attention(layer, q, k, v):
     return out[0]  # (Hq, T, D)
 
 
-def uninitialised(*shape, dtype, device):
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+class Linear(nn.Linear):
+    """y = x W^T + b. A wider x than W widens W, one matrix at a time: see `product_dtype`."""
+
+    def forward(self, x):  # (T, n_in) -> (T, n_out)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-def is_one_row(x):
-    """Whether x is a decode step's single row on a CPU, where fewer and other operations than a prefill's are fast."""
-    return x.is_cpu and x.numel() == x.shape[-1]
-
-
-class Linear(nn.Module):
-    """y = x Wᵀ + b."""
-
-    def __init__(self, n_in, n_out, bias, dtype, device):
-        super().__init__()
-        self.weight = uninitialised(n_out, n_in, dtype=dtype, device=device)
-        self.bias = uninitialised(n_out, dtype=dtype, device=device) if bias else None
-
-    def forward(self, x):
-        if is_one_row(x):  # mv reads bfloat16 weights 1.4 times as fast as F.linear
-            y = torch.mv(self.weight, x.reshape(-1))  # (n_out,)
-            return (y if self.bias is None else y + self.bias).view(
-                *x.shape[:-1], -1
-            )  # (1, n_out), (n_out,) for (n_in,)
-        return F.linear(x, self.weight, self.bias)  # (T, n_out)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, n, eps, dtype, device):
-        super().__init__()
-        self.eps, self.eps_1x1 = eps, torch.full((1, 1), eps)
-        self.weight = uninitialised(n, dtype=dtype, device=device)
-
-    def forward(self, x):
-        if is_one_row(x):  # F.rms_norm is nine operations there, this is five
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x, dtype):  # (T, C) -> (T, C) in dtype
+        if x.is_cpu and len(x) == 1:  # four operations instead of nine: 60 norms a token
             row = x.float()  # (1, C)
-            mean_square = torch.addmm(self.eps_1x1, row, row.t(), alpha=1 / row.numel())  # (1, 1), eps added
-            return (row * mean_square.rsqrt_()).to(x.dtype) * self.weight  # (1, C)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # (T, C), float32 inside
+            mean_square = torch.addmm(row.new_full((1, 1), self.eps), row, row.mT, alpha=1 / row.numel())  # (1, 1)
+            return (row * mean_square.rsqrt_()).to(dtype) * self.weight.to(dtype)  # (1, C)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(dtype)
+
+
+def product_dtype(weight, n_rows) -> torch.dtype:
+    """The dtype in which n_rows are multiplied by a weight: its own, but float32 where a CPU is slow at it.
+
+    One row, a decode step, waits for the weight's bytes and is multiplied in its dtype everywhere.
+    """
+    if weight.is_cpu and n_rows > 1 and not multiplies(weight.dtype):
+        return torch.float32
+    return weight.dtype
+
+
+@cache
+def multiplies(dtype) -> bool:
+    """Whether this CPU multiplies matrices of a dtype natively: a narrow one is slower than float32 otherwise."""
+    if dtype == torch.float32:
+        return True
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    return getattr(torch.ops.mkldnn, name)()
+
+
+@contextmanager
+def fast_rows(one_row_on_cpu):
+    """oneDNN multiplies one row by a bfloat16 matrix at half the speed of PyTorch's own code: turn it off for that."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(enabled and not one_row_on_cpu)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 class Block(nn.Module):
-    """Attention, then SwiGLU, each behind a norm and added to the residual stream."""
+    """Attention, then SwiGLU; each normalises its input and adds its output to the residual stream."""
 
-    def __init__(self, layer, config, dtype, device):
+    def __init__(self, layer, config):
         super().__init__()
         self.layer, self.config = layer, config
-        c, factory = config, dict(dtype=dtype, device=device)
+        c = config
         d_q, d_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        self.attn_norm = RMSNorm(c.d_model, c.rms_eps, **factory)
-        self.qkv = Linear(c.d_model, d_q + 2 * d_kv, c.attention_bias, **factory)  # rows: q, then k, then v
-        self.attn_out = Linear(d_q, c.d_model, c.attention_bias, **factory)
-        self.mlp_norm = RMSNorm(c.d_model, c.rms_eps, **factory)
-        self.gate_up = Linear(c.d_model, 2 * c.d_ff, c.mlp_bias, **factory)  # rows: gate, then up
-        self.down = Linear(c.d_ff, c.d_model, c.mlp_bias, **factory)
+        self.attn_norm = RMSNorm(c.d_model, c.rms_eps)
+        self.qkv = Linear(c.d_model, d_q + 2 * d_kv, c.attention_bias)  # rows: q, then k, then v
+        self.attn_out = Linear(d_q, c.d_model, c.attention_bias)
+        self.mlp_norm = RMSNorm(c.d_model, c.rms_eps)
+        self.gate_up = Linear(c.d_model, 2 * c.d_ff, c.mlp_bias)  # rows: gate, then up
+        self.down = Linear(c.d_ff, c.d_model, c.mlp_bias)
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, cos, sin, attend, kv_dtype):
         T, n_heads, n_kv_heads = x.shape[0], self.config.n_heads, self.config.n_kv_heads
-        heads = self.qkv(self.attn_norm(x)).view(T, -1, self.config.head_dim).transpose(0, 1)  # (Hq + 2 Hk, T, D)
+        dtype = product_dtype(self.qkv.weight, T)
+        heads = (
+            self.qkv(self.attn_norm(x, dtype)).view(T, -1, self.config.head_dim).transpose(0, 1)
+        )  # (Hq + 2 Hk, T, D)
+        heads = heads.to(kv_dtype)
         q, k = rotate(heads[:-n_kv_heads], cos, sin).split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
         out = attend(self.layer, q, k, heads[-n_kv_heads:])  # (Hq, T, D)
-        x = x + self.attn_out(out.transpose(0, 1).reshape(T, -1))  # (T, C)
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)  # (T, F), (T, F)
+        x = x + self.attn_out(out.transpose(0, 1).reshape(T, -1).to(dtype))  # (T, C)
+        gate, up = self.gate_up(self.mlp_norm(x, dtype)).chunk(2, dim=-1)  # (T, F), (T, F)
         return x + self.down(F.silu(gate) * up)  # (T, C)
 
 
 class Llama(nn.Module):
-    """The parameters are left uninitialised: load_model fills them."""
+    """The parameters are left uninitialised: `load_model` fills them."""
 
     def __init__(self, config: LlamaConfig, dtype=torch.float32, device="cpu"):
         super().__init__()
         self.config = config
-        factory = dict(dtype=dtype, device=device)
-        self.embed = uninitialised(config.vocab_size, config.d_model, **factory)
-        self.blocks = nn.ModuleList(Block(layer, config, **factory) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.rms_eps, **factory)
-        self.head = Linear(config.d_model, config.vocab_size, False, **factory)
+        on_cpu = torch.device(device).type == "cpu"
+        self.residual_dtype = torch.float32 if on_cpu else dtype  # costs a CPU nothing, and keeps more of the answer
+        self.kv_dtype = torch.float32 if on_cpu and not multiplies(dtype) else dtype  # of q, k, v and so of a cache
+        with torch.device("meta"):
+            self.embed = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+            self.blocks = nn.ModuleList(Block(layer, config) for layer in range(config.n_layers))
+            self.norm = RMSNorm(config.d_model, config.rms_eps)
+            self.head = Linear(config.d_model, config.vocab_size, False)
+        self.to_empty(device=device).to(dtype).requires_grad_(False)
         if config.tie_embeddings:
             self.head.weight = self.embed
-        self.cos, self.sin = rope_tables(config, device)  # (context_len, D/2), float32 whatever the dtype
+        for name, table in zip(("cos", "sin"), rope_tables(config, device)):  # (context_len, D/2) float32
+            self.register_buffer(name, table, persistent=False)
+
+    @property
+    def device(self):
+        return self.embed.device
+
+    @property
+    def dtype(self):
+        return self.embed.dtype
 
     @torch.inference_mode()
     def hidden(self, tokens, positions, attend):
         """tokens (T,) int64 at positions (T,) int64 -> the final, normed hidden states (T, C)."""
-        x = F.embedding(tokens, self.embed)  # (T, C)
+        x = F.embedding(tokens, self.embed).to(self.residual_dtype)  # (T, C)
         cos, sin = self.cos[positions], self.sin[positions]  # (T, D/2), (T, D/2)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (T, D), (T, D)
         for block in self.blocks:
-            x = block(x, cos, sin, attend)  # (T, C)
-        return self.norm(x)  # (T, C)
+            x = block(x, cos, sin, attend, self.kv_dtype)  # (T, C)
+        return self.norm(x, product_dtype(self.head.weight, len(x)))  # (T, C)
 
     @torch.inference_mode()
     def logits(self, hidden):
@@ -249,18 +274,12 @@ class Llama(nn.Module):
     @torch.inference_mode()
     def forward(self, tokens, positions, attend):
         """tokens (T,) int64 at positions (T,) int64 -> the last position's logits (V,) float32."""
-        return self.logits(self.hidden(tokens, positions, attend)[-1])  # (V,)
+        with fast_rows(len(tokens) == 1 and self.embed.is_cpu):
+            return self.logits(self.hidden(tokens, positions, attend)[-1:])[0]  # (V,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
-
-
-def _byte_of_char():
-    """The byte that each character of a byte-level vocabulary (GPT-2) stands for: itself if printable."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class Tokenizer:
@@ -283,10 +302,6 @@ class Tokenizer:
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         self.chat_template = template_path.read_text(encoding="utf-8") if template_path.is_file() else template
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.skipped_ids = {token_id for token_id, token in added.items() if token.special}
-        decoder = json.loads(self.tokenizer.to_str())["decoder"]
-        self.byte_of_char = _byte_of_char() if "ByteLevel" in json.dumps(decoder) else None
 
     @property
     def has_chat_template(self) -> bool:
@@ -300,19 +315,6 @@ class Tokenizer:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes, perhaps a part of a character, that a token adds to the text; none for a special token."""
-        piece = self.tokenizer.id_to_token(token_id)
-        if piece is None or token_id in self.skipped_ids:
-            return b""
-        if self.byte_of_char:
-            if all(char in self.byte_of_char for char in piece):
-                return bytes(self.byte_of_char[char] for char in piece)
-            return piece.encode()
-        if len(piece) == 6 and piece.startswith("<0x"):  # SentencePiece's byte fallback
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace("▁", " ").encode()
 
     def chat(self, messages: list[dict]) -> str:
         """The chat template's text for messages [{"role": ..., "content": ...}, ...], ending where the answer starts.
@@ -339,19 +341,22 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns token ids into text as they come: only whole characters, nothing lost, nothing twice."""
+    """Turns token ids into text as they come: whole characters only, nothing lost, nothing twice."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.tokenizer, self.ids, self.shown = tokenizer.tokenizer, [], ""
+        self.stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes; a character's first bytes wait for the rest."""
-        return self.decoder.decode(self.tokenizer.token_bytes(token_id))
+        self.ids.append(token_id)
+        text = self.stream.step(self.tokenizer, token_id) or ""
+        self.shown += text
+        return text
 
     def flush(self) -> str:
         """What still waits: U+FFFD for a character that was cut off."""
-        return self.decoder.decode(b"", final=True)
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)[len(self.shown) :]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

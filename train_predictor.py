@@ -1,19 +1,18 @@
-"""Trains the predictor: collects attention histories of an LLM, and fits the shared convolution to them.
+"""Train the predictor: collect attention histories of an LLM, and fit the shared convolution to them.
 
     python train_predictor.py collect --data data
-    python train_predictor.py train --data data --out weights/predictor.safetensors
+    python train_predictor.py train --data data --out predictor.safetensors
 
-Reading order: the corpus (documents, their split, contexts), `record` (one dense pass -> windows of pooled rows),
-`Window` (a file that training reads), `partially_observed` (what sparse decoding would see of it), `scores_of_rows`
-(many predictions in one pass), the losses, `train`, the command line. The method is in attnpred.py; recovery.py judges
-the outcome.
+Reading order: the corpus (documents, their split, contexts), `record` (one dense pass -> windows of history rows and
+block masses), `Window` (a file that training reads), `observe` (the history that sparse decoding would have built),
+`scores_of_rows` (many predictions in one pass), the losses, `train`, the command line. Both commands may be
+interrupted: the same command continues. The method is in attnpred.py; experiments/evaluate.py judges the outcome.
 """
 
-import argparse
 import hashlib
+import io
 import json
 import math
-import os
 import pathlib
 import random
 import statistics
@@ -27,21 +26,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import attnpred
 import kernels
-from attnpred import Config, InputError, OneLineParser, Predictor, exit_status, load_predictor
+from attnpred import Config, InputError, Predictor, load_predictor, write_atomically
 from model import causal_attention, load_model
-from rivals import block_mass
 from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
 
 # --------------------------------------------------------------------------------------------------------------------
 # Corpus
 # --------------------------------------------------------------------------------------------------------------------
 
-SPLITS = {
-    "train": range(0, 8),
-    "validation": range(8, 9),
-    "test": range(9, 10),
-}  # by the last digit of a document's hash
+SPLITS = ["train"] * 8 + ["validation", "test"]  # by the last digit of a document's hash
 MIN_DOCUMENT_CHARS = 1000
 
 
@@ -52,9 +47,8 @@ class Document:
 
     @property
     def split(self) -> str:
-        """By a hash of the text, so that no text is on two sides, whatever its name."""
-        digit = int(hashlib.sha256(self.text.encode()).hexdigest(), 16) % 10
-        return next(split for split, digits in SPLITS.items() if digit in digits)
+        """From a hash of the text, so that no text is in two splits, whatever its name."""
+        return SPLITS[int(hashlib.sha256(self.text.encode()).hexdigest(), 16) % 10]
 
 
 def python_documents() -> dict[str, list[Document]]:
@@ -70,60 +64,51 @@ def python_documents() -> dict[str, list[Document]]:
     }
 
 
-def read_texts(paths) -> list[Document]:
-    """The user's own files, whole. Raises InputError for one that cannot be read as UTF-8."""
-    documents = []
+def text_documents(paths) -> dict[str, list[Document]]:
+    """The user's own UTF-8 files, cut into sections, so that even one file gives documents for every split."""
+    sections = []
     for path in paths:
         try:
-            documents.append(Document(str(path), pathlib.Path(path).read_text("utf-8")))
+            text = pathlib.Path(path).read_text("utf-8")
         except OSError as error:
             raise InputError(f"text {path} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise InputError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from None
-    return documents
-
-
-def text_documents(paths) -> dict[str, list[Document]]:
-    """The user's own files, cut into sections, so that there are documents to split even where there is one file."""
-    documents = read_texts(paths)
-    if not any(document.text.strip() for document in documents):
+        size = max(MIN_DOCUMENT_CHARS, min(20000, len(text) // 100))
+        sections += [Document(f"{path}:{start}", text[start : start + size]) for start in range(0, len(text), size)]
+    if not any(section.text.strip() for section in sections):
         raise InputError("the text is empty: give files with some text")
-    sections = []
-    for document in documents:
-        size = max(MIN_DOCUMENT_CHARS, min(20000, len(document.text) // 100))
-        for start in range(0, len(document.text), size):
-            sections.append(Document(f"{document.name}:{start}", document.text[start : start + size]))
     return {"text": sections}
 
 
 @dataclass(frozen=True)
 class Context:
-    """Tokens for one dense pass, and where they come from."""
+    """Tokens for one dense pass, where they come from, and the text lengths at which a window of rows ends."""
 
     name: str
     tokens: list[int]
-    ends: list[int]  # a window of rows is recorded up to each of these positions
+    ends: list[int]
 
 
-def draw_contexts(documents, split, lengths, count, n_windows, rows, tokenizer, seed):
-    """Yield `count` contexts of a split: kinds of text and lengths take turns, every third one is a chat if it can be.
+def draw_contexts(documents, split, lengths, count, n_windows, window_tokens, tokenizer, seed):
+    """Yield `count` contexts of a split. Kinds of text and lengths alternate; every third context is a chat.
 
-    Documents are packed one behind another until a context is full, in an order drawn from the seed. Raises
-    InputError where a split holds too little text for its longest context.
+    Documents are concatenated until a context is full, in an order drawn from the seed. Raises InputError where a
+    split has too little text for its longest context.
     """
     rng = random.Random(f"{seed} {split}")
     pools = {}
     for kind, members in documents.items():
         kept = {d.text: d for d in members if d.split == split and len(d.text) >= MIN_DOCUMENT_CHARS}
-        pools[kind] = sorted(kept.values(), key=lambda d: d.name)
-    queues = {kind: [] for kind in pools}
-    kinds = [kind for kind in pools if pools[kind]]
-    if not kinds:
+        if kept:
+            pools[kind] = sorted(kept.values(), key=lambda d: d.name)
+    if not pools:
         raise InputError(
-            f"no text in the {split} split: give more, or longer, documents (from {MIN_DOCUMENT_CHARS} characters)"
+            f"no text in the {split} split: give more documents of {MIN_DOCUMENT_CHARS} characters or more"
         )
+    queues = {kind: [] for kind in pools}
     for index in range(count):
-        kind, length = kinds[index % len(kinds)], lengths[index // len(kinds) % len(lengths)]
+        kind, length = list(pools)[index % len(pools)], lengths[index // len(pools) % len(lengths)]
         names, ids = [], []
         for _ in range(2 * len(pools[kind])):  # no document more than twice in a context
             if len(ids) >= length:
@@ -134,19 +119,17 @@ def draw_contexts(documents, split, lengths, count, n_windows, rows, tokenizer, 
             names.append(document.name)
             ids += tokenizer.encode(document.text + "\n\n", special_tokens=False)
         if len(ids) < length:
-            raise InputError(
-                f"the {split} split holds only {len(ids)} tokens for a context of {length}: give more text"
-            )
+            raise InputError(f"the {split} split has only {len(ids)} tokens for a context of {length}: give more text")
         chat = index % 3 == 2 and tokenizer.has_chat_template
-        tokens = chat_tokens(tokenizer, ids, length, rows, rng) if chat else ids[:length]
-        low = min(max(rows, 1024), length)
+        tokens = chat_tokens(tokenizer, ids, length, rng) if chat else ids[:length]
+        low = min(max(window_tokens, 1024), length)
         ends = sorted({rng.randint(low, length) for _ in range(n_windows - 1)} | {length})
         yield Context(f"{split} {index}: {'chat about ' if chat else ''}{kind} {', '.join(names)}", tokens, ends)
 
 
-def chat_tokens(tokenizer, ids, length, rows, rng):
+def chat_tokens(tokenizer, ids, length, rng):
     """Exactly `length` tokens: a document, the request to repeat a passage of it, and that passage as the answer."""
-    answer_len = min(rows + 64, length // 4)
+    answer_len = min(256, length // 4)
     start = rng.randint(0, max(0, length - 3 * answer_len))
     answer = ids[start : start + answer_len]
     opening = tokenizer.decode(answer[:12])
@@ -162,107 +145,103 @@ def chat_tokens(tokenizer, ids, length, rows, rng):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def in_blocks(k, block_size):
-    """Keys (Hk, T, D) as a cache (Hk, N, b, D), the last block padded with zeros."""
-    k = F.pad(k, (0, 0, 0, -k.shape[1] % block_size))
-    return k.unflatten(1, (-1, block_size))
+MAX_LOGITS = 1 << 24  # computed at a time by `record`: 64 MB
+
+
+def block_mass(q, k, n_tokens, block_size):
+    """The share of each row's attention that each block carries, with causal masking, in float32.
+
+    q (Hq, rows, D): the last `rows` queries of a text of n_tokens; k (Hk, >= n_tokens, D) -> (Hq, rows, N)
+    """
+    rows, head_dim = q.shape[1:]
+    q = q.float().unflatten(0, (len(k), -1)) * head_dim**-0.5  # (Hk, G, rows, D)
+    logits = q @ k[:, None, :n_tokens].float().mT  # (Hk, G, rows, T)
+    key = torch.arange(n_tokens, device=q.device)
+    logits.masked_fill_(key > key[n_tokens - rows :, None], -torch.inf)
+    p = F.pad(logits.softmax(-1), (0, -n_tokens % block_size))  # (Hk, G, rows, N * b)
+    return p.unflatten(-1, (-1, block_size)).sum(-1).flatten(0, 1)
 
 
 @torch.inference_mode()
-def record(model, config: Config, tokens, ends, rows):
-    """One dense pass over tokens -> for each end: pooled rows and block masses, both (L', heads, rows, N) float16.
+def record(model, config: Config, tokens, ends, rows, stride):
+    """One dense pass over tokens -> for each end a window: pooled and mass, both (L', heads, rows, N) float16.
 
-    The rows are those of the positions end - rows ... end - 1. Everything is pooled as soon as a layer has its q and
-    k, so that memory holds the outcome, never an attention matrix.
+    Row r belongs to position p = end - 1 - (rows - 1 - r) * stride. Its pooled row is what a true row of the history
+    is there; its mass is the mean of the block masses of the `stride` positions up to p. Each layer is pooled as soon
+    as its q and k are known, so no attention matrix is kept.
     """
-    m = model.config
+    m, device = model.config, model.device
     heads = m.n_kv_heads if config.select_heads == "kv" else m.n_heads
     shape = m.n_layers - config.dense_layers, heads, rows
-    windows = [[torch.empty(*shape, config.n_blocks(end), dtype=torch.float16) for _ in range(2)] for end in ends]
+    kept = dict(dtype=attnpred.HISTORY_DTYPE)
+    windows = [[torch.empty(*shape, config.n_blocks(end), **kept) for _ in range(2)] for end in ends]
+
+    def group_mean(x):  # (Hq, ...) -> (heads, ...)
+        return x.unflatten(0, (heads, -1)).mean(1)
 
     def attend(layer, q, k, v):
         if layer >= config.dense_layers:
-            k_cache = in_blocks(k, config.block_size)  # (Hk, N, b, D)
+            padded = F.pad(k, (0, 0, 0, -k.shape[1] % config.block_size))
+            k_cache = padded.unflatten(1, (-1, config.block_size))  # (Hk, N, b, D)
             for end, (pooled, mass) in zip(ends, windows):
-                last = q[:, end - rows : end]  # (Hq, rows, D)
-                maxima, _ = kernels.pool_history(last, k_cache, end)  # (Hq, rows, N)
-                sums = block_mass(last, k_cache, end)  # (Hq, rows, N)
-                pooled[layer - config.dense_layers] = maxima.unflatten(0, (heads, -1)).mean(1)
-                mass[layer - config.dense_layers] = sums.unflatten(0, (heads, -1)).mean(1)
+                last = q[:, end - 1 - (rows - 1) * stride : end : stride]  # (Hq, rows, D)
+                maxima, _ = kernels.pool_history(last, k_cache, end, stride)  # (Hq, rows, N)
+                pooled[layer - config.dense_layers] = group_mean(maxima)
+                chunk = max(1, MAX_LOGITS // (len(q) * end * stride))  # rows at a time
+                for first in range(0, rows, chunk):
+                    stop = min(first + chunk, rows)
+                    length = end - (rows - stop) * stride  # of the text up to the chunk's last row
+                    sums = block_mass(q[:, length - (stop - first) * stride : length], k, length, config.block_size)
+                    sums = group_mean(sums).unflatten(1, (-1, stride)).mean(2)  # (heads, chunk, up to N)
+                    sums = F.pad(sums, (0, mass.shape[-1] - sums.shape[-1]))  # (heads, chunk, N)
+                    mass[layer - config.dense_layers, :, first:stop] = sums
         return causal_attention(layer, q, k, v)
 
-    model.hidden(torch.tensor(tokens), torch.arange(len(tokens)), attend)
+    model(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device), attend)
     return windows
 
 
-def save_atomically(tensors, path, metadata):
-    """Write a safetensors file under a scratch name first: what has the right name is whole. Raises InputError."""
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        safetensors.torch.save_file(tensors, scratch, {name: str(value) for name, value in metadata.items()})
-        os.replace(scratch, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"cannot write {path} ({error}): what was there stays; make room and run again") from None
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def collect(args):
-    """Record windows of training and validation contexts into args.data; those that are there already are kept."""
+    """Record windows of training and validation contexts in --data; windows that exist already are kept."""
     config = Config(select_heads=args.select_heads, block_size=args.block_size, dense_layers=args.dense_layers)
-    if args.rows < config.history_len + 1:
-        raise InputError(
-            f"a window of {args.rows} rows holds no row behind a history: at least {config.history_len + 1} would do"
-        )
-    if min(args.lengths) < args.rows:
-        raise InputError(
-            f"a context of {min(args.lengths)} tokens is shorter than a window of {args.rows} rows: give longer ones"
-        )
+    if args.rows <= config.history_len:
+        raise InputError(f"windows of {args.rows} rows have no row after a history: try {config.history_len + 128}")
+    if min(args.lengths) < args.rows * args.stride:
+        needed = f"{args.rows} rows at a stride of {args.stride} need {args.rows * args.stride}"
+        raise InputError(f"a context of {min(args.lengths)} tokens is too short: {needed}")
     documents = text_documents(args.text) if args.text else python_documents()
-    model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
+    device, dtype, _ = attnpred.choose_device(args)
+    model, tokenizer = load_model(args.model or str(fetch_default_llm()), dtype, device)
+    if config.dense_layers >= model.config.n_layers:
+        raise InputError(f"dense layers {config.dense_layers}: the model has {model.config.n_layers} in all")
     if max(args.lengths) > model.config.context_len:
         raise InputError(f"the model's context is {model.config.context_len} tokens: {max(args.lengths)} is too long")
-    corpus = (
-        "own files" if args.text else f"CPython {sys.version.split()[0]}: pydoc_data.topics and the standard library"
-    )
-    common = {"llm": pathlib.Path(args.model).name if args.model else DEFAULT_LLM, "corpus": corpus, "seed": args.seed}
-    common |= {name: getattr(config, name) for name in WINDOW_SETTINGS} | {"rows": args.rows}
+    python = f"CPython {sys.version.split()[0]}: pydoc_data.topics and the standard library"
+    settings = {name: str(getattr(args, name)) for name in WINDOW_SETTINGS}
+    settings |= {"llm": pathlib.Path(args.model).name if args.model else DEFAULT_LLM}
+    settings |= {"corpus": "own files" if args.text else python}
     data = make_folder(args.data)
-    settle(data / "settings.json", common)
+    for path in sorted(data.glob("*.safetensors"))[:1]:
+        check_settings(Window(path).about, settings, f"{data} was collected", "give another --data")
+    work = []
     for split, count in (("train", args.contexts), ("validation", args.validation_contexts)):
-        contexts = draw_contexts(documents, split, args.lengths, count, args.windows, args.rows, tokenizer, args.seed)
-        for index, context in enumerate(
-            tqdm(contexts, f"collecting {split}", count, unit="context", disable=args.quiet)
-        ):
-            paths = [data / f"{split}-{index:03d}-{end:05d}.safetensors" for end in context.ends]
-            if all(path.exists() for path in paths):
-                continue
-            windows = record(model, config, context.tokens, context.ends, args.rows)
-            for path, end, (pooled, mass) in zip(paths, context.ends, windows):
-                if not (pooled.isfinite().all() and mass.isfinite().all()):
-                    raise InputError(f"the model's attention over {context.name[:60]!r} is not finite: it is not kept")
-                about = common | {"origin": context.name, "n_tokens": end}
-                save_atomically({"pooled": pooled, "mass": mass}, path, about)
+        amounts = args.lengths, count, args.windows, args.rows * args.stride
+        for index, context in enumerate(draw_contexts(documents, split, *amounts, tokenizer, args.seed)):
+            work.append((context, [data / f"{split}-{index:03d}-{end:05d}.safetensors" for end in context.ends]))
+    for context, paths in tqdm(work, "collecting", unit="context", disable=args.quiet):
+        if all(path.exists() for path in paths):
+            continue
+        windows = record(model, config, context.tokens, context.ends, args.rows, args.stride)
+        for path, end, (pooled, mass) in zip(paths, context.ends, windows):
+            if not (pooled.isfinite().all() and mass.isfinite().all()):
+                raise InputError(f"the attention over {context.name[:60]!r} is not finite: use --dtype float32")
+            about = settings | {"origin": context.name, "n_tokens": end}
+            write_tensors(path, {"pooled": pooled, "mass": mass}, about)
 
 
-def refuse_changes(noted, settings, what, remedy):
-    """InputError for the first of the settings that is not as it was noted."""
-    for name, value in settings.items():
-        if noted.get(name) != value:
-            raise InputError(f"{what} {name} = {noted.get(name)}, not {value}: {remedy}")
-
-
-def settle(path, settings):
-    """One folder, one kind of data: note the settings, or insist on those noted before."""
-    try:
-        if not path.exists():
-            scratch = path.with_name(f".{path.name}.partial")
-            scratch.write_text(json.dumps(settings, indent=1))
-            os.replace(scratch, path)
-        noted = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be written or read ({error}): give another folder with --data") from None
-    refuse_changes(noted, settings, f"{path.parent} was collected with", "give another --data")
+# --------------------------------------------------------------------------------------------------------------------
+# Files, and how an interrupted run continues: every file notes its settings, and a later run insists on the same
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def make_folder(path) -> pathlib.Path:
@@ -270,86 +249,107 @@ def make_folder(path) -> pathlib.Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"folder {path} cannot be made: {error.strerror}") from None
+        raise InputError(f"cannot create folder {path}: {error.strerror}") from None
     return path
+
+
+def write_tensors(path, tensors, about):
+    """A safetensors file with `about` as its metadata."""
+    data = safetensors.torch.save(tensors, {name: str(value) for name, value in about.items()})
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def check_settings(noted, settings, what, remedy):
+    """Raise InputError for the first of the settings that differs from what was noted."""
+    for name, value in settings.items():
+        if noted.get(name) != value:
+            raise InputError(f"{what} with {name} = {noted.get(name)}, not {value}: {remedy}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Training data
 # --------------------------------------------------------------------------------------------------------------------
 
-WINDOW_SETTINGS = ("block_size", "dense_layers", "select_heads", "sink_tokens", "local_tokens")
-
 
 class Window:
-    """One file of `collect`: consecutive rows of every sparse layer and head, read a head at a time."""
+    """One file of `collect`: rows of every sparse layer and head at equal distances, read a few layers at a time."""
 
     def __init__(self, path):
         try:
             file = safetensors.safe_open(path, "pt")
-            about = file.metadata()
-            self.n_tokens = int(about["n_tokens"])
+            self.about = file.metadata()
+            n_tokens, self.stride = int(self.about["n_tokens"]), int(self.about["stride"])
             self.pooled, self.mass = file.get_slice("pooled"), file.get_slice("mass")  # (L', heads, rows, N) each
+            numbers = {name: int(self.about[name]) for name in ("block_size", "dense_layers")}
+            self.config = Config(**numbers, select_heads=self.about["select_heads"])
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path} is no window of `collect` ({error}): remove it, and collect again") from None
-        self.path, self.about = path, about
-        self.config = Config(**{name: type(getattr(Config, name))(about[name]) for name in WINDOW_SETTINGS})
+            raise InputError(f"{path} is not a window of `collect` ({error}): remove it, and collect again") from None
+        self.path = path
         self.layers, self.heads, self.rows, self.n_blocks = self.pooled.get_shape()
-        first = self.n_tokens - self.rows + 1
-        self.middle = [self.config.middle(first + row) for row in range(self.rows)]  # (start, end) when row is computed
+        first = n_tokens - self.rows * self.stride  # tokens before those whose mean mass is row 0
+        self.middle = [self.config.middle(first + row * self.stride + 1) for row in range(self.rows)]
 
-    def all_heads(self):
-        return [(layer, head) for layer in range(self.layers) for head in range(self.heads)]
-
-    def load(self, heads):
-        """pooled and mass of [(sparse layer, head), ...]: (B, rows, N) float32 each. Raises InputError for NaN."""
-        tensors = [
-            torch.stack([part[layer : layer + 1, head : head + 1][0, 0] for layer, head in heads]).float()
-            for part in (self.pooled, self.mass)
-        ]
-        if not all(tensor.isfinite().all() for tensor in tensors):
+    def load(self, layers):
+        """pooled and mass of some sparse layers: (layers, heads, rows, N) float32 each."""
+        pooled, mass = (torch.cat([x[layer : layer + 1] for layer in layers]).float() for x in (self.pooled, self.mass))
+        if not (pooled.isfinite().all() and mass.isfinite().all()):
             raise InputError(f"{self.path} holds NaN or infinity: remove it, and collect again")
-        return tensors
+        return pooled, mass
 
 
-def open_windows(folder, split) -> list[Window]:
-    paths = sorted(pathlib.Path(folder).glob(f"{split}-*.safetensors"))
-    if not paths:
-        raise InputError(f"{folder} holds no {split} windows: `train_predictor.py collect --data {folder}` makes them")
-    return [Window(path) for path in paths]
+def observe(pooled, mass, middle, config, intervals, first, score):
+    """Let a simulated decoding build the history: what sparse attention leaves of true rows, and what it attends to.
 
+    pooled, mass (layers, heads, rows, N); row `first` is decode step 1, the rows before it are the prompt's. Before
+    steps 1, P + 1, ... the blocks for P steps are selected by score(history, row, start, end) -> (layers, heads,
+    end - start), which reads only rows before `row`. Step s leaves its true row if M divides s, else the attended
+    blocks only, divided by the attended mass. (That is exact for one query; where a group shares its mean row, the
+    quotient of the means stands for the mean of the quotients.)
 
-def partially_observed(pooled, mass, middle, topk_blocks, first, phase, decay, interval):
-    """What sparse decoding would have seen of true rows: pooled, mass (B, rows, N) -> (B, rows, N).
-
-    From row `first` on, only sink, local window and the `topk_blocks` best by a decayed mean of the rows before are
-    seen, the others are zero, and what is seen is renormalised; every interval-th row is true. The history that the
-    choice rests on is the one observed so far, as in decoding.
+    Returns the history (layers, heads, rows, N) and the recovered mass (layers, heads, rows - first).
     """
-    rows = pooled.clone()
-    score = pooled[:, 0].clone()  # (B, N)
-    for r in range(1, pooled.shape[1]):
-        start, end = middle[r]
-        if r >= first and (r + phase) % interval and end - start > topk_blocks:
-            seen = torch.ones_like(score)  # (B, N)
-            seen[:, start:end] = 0
-            seen.scatter_(1, score[:, start:end].topk(topk_blocks).indices + start, 1.0)
-            recovery = (mass[:, r] * seen).sum(1, keepdim=True)  # (B, 1)
-            rows[:, r] = pooled[:, r] * seen / recovery.clamp_min(1e-6)
-        score.lerp_(rows[:, r], 1 - decay)
-    return rows
+    calibration, selection = intervals
+    rows, recovery = pooled.clone(), []
+    for row in range(first, pooled.shape[2]):
+        step = row - first + 1
+        if (step - 1) % selection == 0:
+            start, end = middle[row]
+            attended = torch.ones_like(mass[:, :, row])  # (layers, heads, N)
+            attended[..., start:end] = select(score(rows, row, start, end), config)
+        recovery.append((mass[:, :, row] * attended).sum(-1))  # (layers, heads)
+        if step % calibration:
+            rows[:, :, row] *= attended / recovery[-1][..., None].clamp_min(1e-6)
+    return rows, torch.stack(recovery, -1)
+
+
+def select(scores, config):
+    """The mask of the best blocks of scores (layers, heads, n), as SparseDecoder.choose takes them."""
+    shared = scores.flatten(1) if config.share_budget == "layer" else scores.flatten(0, 1)  # (rows, columns)
+    k = config.topk_blocks * (scores.shape[1] if config.share_budget == "layer" else 1)
+    best = kernels.select_blocks(shared, min(k, shared.shape[1])).long()  # (rows, k)
+    return torch.zeros_like(shared).scatter_(1, best, 1.0).view_as(scores)
+
+
+def decayed_mean(decay):
+    """A `score` for `observe`: the mean of the rows before, each weighing `decay` times its successor."""
+
+    def score(rows, row, start, end):
+        weight = decay ** torch.arange(row - 1, -1, -1, device=rows.device)  # (row,)
+        return torch.einsum("lhrn,r->lhn", rows[:, :, :row, start:end], weight)
+
+    return score
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Network and loss
+# Network and losses
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def starting_point(seed, last_rows=0.6, noise=0.3) -> Predictor:
-    """Scores with the mean row plus last_rows times (1, 1.2, 0.35) of the last three; all else is small and random.
+    """Score = mean row + last_rows * (1, 1.2, 0.35) times the last three rows, plus small random terms.
 
-    Channel 1 of the first layer is 1 everywhere. Behind the image's lower edge it is padding, 0: so the second layer
-    can tell the last row from all others, which is the only place in time that this architecture knows.
+    Channel 1 of the first layer is 1 everywhere. Below the last row it is padding, 0: that is how the second layer
+    tells the last rows from the others, because this architecture knows no other position in time.
     """
     predictor = Predictor()
     generator = torch.Generator().manual_seed(seed)
@@ -357,14 +357,12 @@ def starting_point(seed, last_rows=0.6, noise=0.3) -> Predictor:
         for p in predictor.parameters():
             bound = noise * p[0].numel() ** -0.5 if p.ndim > 1 else noise / 3
             p.uniform_(-bound, bound, generator=generator)
-        w1, b1, w2, w3 = (
-            predictor.get_parameter(name) for name in ("conv1.weight", "conv1.bias", "conv2.weight", "conv3.weight")
-        )
+        w1, b1, w2, b2, w3, b3 = predictor.parameters()
         w1[:3] = b1[:3] = 0
         w1[0, 0, 1, 1] = 1  # channel 0: the image
         b1[1] = 1  # channel 1: 1
         w1[2, 0, :2, 1] = torch.tensor([0.7, 1.0])  # channel 2: the image and the row above
-        w2[:2] = predictor.conv2.bias[:2] = predictor.conv3.bias[:] = 0
+        w2[:2] = b2[:2] = b3[:] = 0
         w2[0, 0, 1, 1] = 1  # channel 0: the image
         w2[1, 2, 1, 1], w2[1, 2, 0, 1] = 1, 0.5
         w2[1, 1, 2, 1] = -4  # channel 1: the last rows at the lower edge, 0 elsewhere
@@ -373,48 +371,62 @@ def starting_point(seed, last_rows=0.6, noise=0.3) -> Predictor:
     return predictor
 
 
-def contributions(rows, weights, top, bottom):
-    """kernels.contributions_reference over the whole width: (B, rows, n) -> p where no unknown row is touched."""
-    return kernels.contributions_reference(rows, weights, True, True, top, bottom)
-
-
 def scores_of_rows(rows, targets, weights, history_len):
-    """The predictor's scores for many targets at once: what it says of row t when it sees rows t - H ... t - 1.
+    """The predictor's scores for many targets at once: of row t from the window of rows t - H ... t - 1.
 
-    rows (B, R, n), targets (T,) int64 -> (B, T, n). Inside its window a row's contribution is the same for every
-    target (see kernels.py, section 2), so the slab is convolved once, and each target adds the four rows whose
-    padding is its own.
+    rows (B, R, n), targets (T,) int64 -> (B, T, n). A row in the interior of a window contributes the same to every
+    target (kernels.py, section 2). So all rows are convolved once, and each target adds the two rows at each edge of
+    its own window.
     """
-    n_batch, n_rows, n = rows.shape
-    inner = torch.arange(2, n_rows - 2)  # rows with context on both sides
+    inner = torch.arange(2, rows.shape[1] - 2, device=rows.device)  # rows with two rows on both sides
     within = (inner >= targets[:, None] - history_len + 2) & (inner <= targets[:, None] - 3)  # (T, R - 4)
-    p = contributions(rows, weights, False, False).float()  # (B, R - 4, n)
-    total = torch.einsum("tr,brn->btn", within.float(), p)
-    for first, top in ((targets - history_len, True), (targets - 4, False)):
-        edge = rows[:, first[:, None] + torch.arange(4)].flatten(0, 1)  # (B * T, 4, n)
-        total = total + contributions(edge, weights, top, not top).float().sum(1).view(n_batch, -1, n)
+    p = kernels.contributions_reference(rows, (2, rows.shape[1] - 2, 0), weights).float()  # (B, R - 4, n)
+    total = torch.einsum("tr,brn->btn", within.float(), p)  # (B, T, n)
+    for first, strip in ((targets - history_len, (0, 2, 0)), (targets - 4, (2, 4, 0))):
+        edge = rows[:, first[:, None] + torch.arange(4, device=rows.device)]  # (B, T, 4, n)
+        outer = kernels.contributions_reference(edge.flatten(0, 1), strip, weights).float()  # (B * T, 2, n)
+        total = total + outer.sum(1).view_as(total)
     return total / history_len + weights["conv3.bias"]
 
 
+def scaled(state, factor):
+    """Weights whose scores of image * factor are factor times those of `state` of image."""
+    powers = {"conv1.weight": -1, "conv3.weight": 1, "conv3.bias": 1}
+    return {name: w.detach().contiguous() * factor ** powers.get(name, 0) for name, w in state.items()}
+
+
 def mse_loss(scores, mass, valid):
-    """Of scores against block masses, as the paper trains."""
+    """Squared error of the scores against the mean block masses, as the paper trains."""
     return (scores - mass).square()[valid.expand_as(mass)].mean() * 1e3
 
 
-def intensity_loss(scores, mass, valid):
-    """Cross-entropy of softplus(scores) over its sum against the masses over theirs, all heads weighing the same.
+def intensity(scores):
+    """Scores as positive intensities: FLOOR * softplus(score / FLOOR), and its logarithm.
 
-    The best score is the expected mass itself, up to a factor; unlike with a squared error, small ones count too.
+    Far above FLOOR an intensity is the score itself; far below it the score acts as a logit and still learns.
     """
-    floor = 3e-4  # far below it a score acts as a logit, so that a negative one still learns
-    u = scores / floor
-    log_intensity = torch.where(u < -15, u, torch.log(F.softplus(u) + 1e-9))
-    log_p = F.log_softmax(log_intensity.masked_fill(~valid, -1e4), -1)  # (B, T, n)
+    u = scores / FLOOR
+    return F.softplus(u) * FLOOR, torch.where(u < -15, u, torch.log(F.softplus(u) + 1e-9)) + math.log(FLOOR)
+
+
+def poisson_loss(scores, mass, valid):
+    """Poisson deviance of the intensities from the masses, per row: sum of i - m - m log(i / m), 0 where all are equal.
+
+    On the absolute scale, which compares between heads: a head with little mass in its middle weighs little.
+    """
+    value, log = intensity(scores)
+    return ((value - mass - mass * log + torch.xlogy(mass, mass)) * valid).sum(-1).mean()
+
+
+def share_loss(scores, mass, valid):
+    """Cross-entropy of the intensities over their sum against the masses over theirs: all heads weigh the same."""
+    log_p = F.log_softmax(intensity(scores)[1].masked_fill(~valid, -1e4), -1)  # (B, T, n)
     share = F.normalize(mass * valid, p=1, dim=-1, eps=1e-9)  # (B, T, n)
     return -(log_p * share).sum(-1).mean()
 
 
-LOSSES = {"mse": mse_loss, "intensity": intensity_loss}
+FLOOR = 3e-4
+LOSSES = {"poisson": poisson_loss, "share": share_loss, "mse": mse_loss}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -426,139 +438,142 @@ BUDGETS = (256, 512, 1024)
 MIN_MIDDLE_BLOCKS = 32  # a window with fewer teaches no choice
 
 
-def scaled(state, factor):
-    """Weights whose scores of image * factor are factor times those of `state` of image."""
-    powers = {"conv1.weight": -1, "conv3.weight": 1, "conv3.bias": 1}
-    return {name: w.detach().contiguous() * factor ** powers.get(name, 0) for name, w in state.items()}
+def draw_batch(windows, rng, args, config, intervals):
+    """A slab of history rows of a few whole layers of one window, and targets: a selection's mean mass over P tokens.
 
-
-def draw_batch(windows, rng, args, history_len):
-    """A slab of rows of args.batch heads of one window, partly observed, and its targets.
-
-    Returns rows (B, H + args.span, n), targets (T,) rows of it, their masses (B, T, n), and which columns are of the
-    middle (T, n).
+    Returns rows (B, H + span, n), targets (T,) rows of it before which decoding selects, their masses (B, T, n), and
+    which columns belong to the middle there (T, n). B = layers * heads; n columns are a crop.
     """
-    window = rng.choice(windows)
-    heads = rng.choices(window.all_heads(), k=args.batch)
-    pooled, mass = window.load(heads)  # (B, rows, N) each
-    first = rng.randrange(window.rows - history_len - args.span + 1)
-    kind = rng.random()
-    if kind < args.observed:  # decoding for long, or only since some row of the slab
-        since = 0 if kind < args.observed / 2 else rng.randrange(first, first + history_len)
-        topk = int(math.exp(rng.uniform(math.log(6), math.log(64))))
-        phase, decay = rng.randrange(args.calibration_interval), rng.uniform(0.7, 0.97)
-        pooled = partially_observed(pooled, mass, window.middle, topk, since, phase, decay, args.calibration_interval)
-    targets = torch.arange(history_len + rng.randrange(args.stride), history_len + args.span, args.stride)  # (T,)
-    ends = torch.tensor([window.middle[first + t][1] for t in targets])  # (T,)
-    start, end = window.middle[first + targets[-1]]
+    window, history_len, selection = rng.choice(windows), config.history_len, intervals[1]
+    pooled, mass = window.load(rng.sample(range(window.layers), min(args.layers, window.layers)))
+    first = rng.randrange(window.rows - history_len - args.span - selection + 2)
+    stop = first + history_len + args.span
+    # Decoding began long ago, or at some row of the slab's first history.
+    began = 1 if rng.random() < 0.5 else rng.randrange(max(1, first), first + history_len)
+    if rng.random() < args.observed and intervals[0] > 1:
+        topk, decay = int(math.exp(rng.uniform(math.log(6), math.log(64)))), rng.uniform(0.7, 0.97)
+        budget = config.sink_tokens + config.local_tokens + topk * config.block_size
+        simulated = replace(config, budget=budget), intervals, began, decayed_mean(decay)
+        pooled, _ = observe(pooled[:, :, :stop], mass, window.middle, *simulated)
+    selects = [t for t in range(first + history_len, stop) if (t - began) % selection == 0]
+    targets = torch.tensor(sorted(rng.sample(selects, min(args.targets, len(selects)))))  # (T,) rows of the window
+    ends = torch.tensor([window.middle[t][1] for t in targets])  # (T,)
+    start, end = window.middle[targets[-1]]
     left = rng.randrange(start, max(start, end - args.columns) + 1)
     columns = torch.arange(left, min(end, left + args.columns))  # (n,)
-    rows = pooled[:, first : first + history_len + args.span, columns]
-    return rows, targets, mass[:, first + targets][..., columns], columns < ends[:, None]
+    ahead = mass[..., columns].unfold(2, selection, 1)[:, :, targets].mean(-1)  # (layers, heads, T, n)
+    rows = pooled[:, :, first:stop, columns].flatten(0, 1)  # (B, H + span, n)
+    return rows, targets - first, ahead.flatten(0, 1), columns < ends[:, None]
 
 
-def recovered(scores, mass, middle, topk_blocks):
-    """Recovery, and the blocks, of one row: scores (B, n) of its middle, mass (B, N) -> (B,), and (B, K) int64."""
-    start, end = middle
-    blocks = scores.topk(min(topk_blocks, end - start)).indices + start  # (B, K)
-    return mass[:, :start].sum(1) + mass[:, end:].sum(1) + mass.gather(1, blocks).sum(1), blocks
+def network(weights, history_len):
+    """A `score` for `observe`: the predictor, computed incrementally as in decoding."""
+    last_row = last_end = 0
+    ring = None
 
+    def score(rows, row, start, end):
+        nonlocal ring, last_row, last_end
+        history = rows[:, :, row - history_len : row].roll(row % history_len, 2).flatten(0, 1)  # row r in slot r % H
+        ring = torch.zeros_like(history) if ring is None else ring  # (layers * heads, H, N)
+        new, valid_end = row - last_row, max(start, last_end)
+        newest = (row - 1) % history_len
+        scores = kernels.predict(history, ring, newest, new, start, end, valid_end, weights)
+        last_row, last_end = row, end
+        return scores.unflatten(0, rows.shape[:2])
 
-@torch.no_grad()
-def validate(windows, weights, config, stride=16):
-    """Mean recovery at each of BUDGETS, with true histories, over all heads and every stride-th row."""
-    sums = {budget: [] for budget in BUDGETS}
-    for window in windows:
-        pooled, mass = window.load(window.all_heads())  # (B, rows, N) each
-        targets = torch.arange(config.history_len + stride // 2, window.rows, stride)
-        start, end = window.middle[-1]
-        scores = scores_of_rows(pooled[..., start:end], targets, weights, config.history_len)  # (B, T, n)
-        for i, t in enumerate(targets.tolist()):
-            start, end = window.middle[t]
-            for budget, values in sums.items():
-                topk = replace(config, budget=budget).topk_blocks
-                values.append(recovered(scores[:, i, : end - start], mass[:, t], (start, end), topk)[0].mean().item())
-    return {budget: statistics.fmean(values) for budget, values in sums.items()}
+    return score
 
 
 @torch.no_grad()
-def validate_closed_loop(windows, weights, config, seed, budget=512, n_heads=24, steps=64):
-    """Mean recovery where the history is what the predictor's own choices let it see, on some heads."""
-    values = []
-    topk = replace(config, budget=budget).topk_blocks
+def validate(windows, weights, config, intervals, device="cpu", steps=64):
+    """Mean recovery at each of BUDGETS in closed loop: the history is what the predictor's own selections leave."""
+    weights, recovery = kernels.prepare_weights(weights, device), {budget: [] for budget in BUDGETS}
     for window in windows:
-        heads = random.Random(seed).sample(window.all_heads(), min(n_heads, len(window.all_heads())))
-        pooled, mass = window.load(heads)
-        history = pooled[:, : config.history_len].clone()  # (B, H, N)
-        ring = torch.zeros_like(history)
-        newest, known_end = config.history_len - 1, 0
-        for step, t in enumerate(range(config.history_len, min(window.rows, config.history_len + steps)), 1):
-            start, end = window.middle[t]
-            known_end = max(start, known_end)
-            scores = kernels.predict_incremental(history, ring, newest, start, end, known_end, weights)  # (B, n)
-            recovery, blocks = recovered(scores, mass[:, t], (start, end), topk)
-            values.append(recovery.mean().item())
-            newest, known_end = (newest + 1) % config.history_len, end
-            history[:, newest] = pooled[:, t]
-            if step % config.calibration_interval:
-                seen = torch.ones_like(mass[:, t])  # (B, N)
-                seen[:, start:end] = 0
-                seen.scatter_(1, blocks, 1.0)
-                history[:, newest] *= seen / recovery[:, None]
-    return statistics.fmean(values)
+        stop = config.history_len + steps
+        pooled, mass = (x[:, :, :stop].to(device) for x in window.load(range(window.layers)))
+        for budget, found in recovery.items():
+            score = network(weights, config.history_len)
+            closed = replace(config, budget=budget), intervals, config.history_len, score
+            found.append(observe(pooled, mass, window.middle, *closed)[1].mean().item())
+    return {f"recovery, {budget}": statistics.fmean(found) for budget, found in recovery.items()}
 
 
 def open_data(args):
-    """Config, training windows, and the few validation windows that a curve is drawn from."""
-    training, validation = open_windows(args.data, "train"), open_windows(args.data, "validation")
-    config = replace(training[0].config, calibration_interval=args.calibration_interval)
-    training = [window for window in training if window.middle[0][1] - window.middle[0][0] >= MIN_MIDDLE_BLOCKS]
-    if not training:
-        raise InputError(f"the windows in {args.data} leave too few blocks to choose from: collect longer contexts")
-    if training[0].rows < config.history_len + args.span:
-        raise InputError(f"windows of {training[0].rows} rows are shorter than H + --span = H + {args.span}: lower it")
-    largest = 2 * replace(config, budget=max(BUDGETS)).topk_blocks
-    long = [window for window in validation if window.middle[0][1] - window.middle[0][0] >= largest] or validation
-    return config, training, long[:: max(1, len(long) // args.validation_windows)][: args.validation_windows]
+    """The method's settings, M and P in rows, the training windows, and some validation windows."""
+    found = []
+    for split in ("train", "validation"):
+        windows = [Window(path) for path in sorted(pathlib.Path(args.data).glob(f"{split}-*.safetensors"))]
+        if not windows:
+            raise InputError(f"{args.data} has no {split} windows: `python train_predictor.py collect` records them")
+        middles = [window.middle[min(Config.history_len, window.rows - 1)] for window in windows]  # at the first target
+        windows = [window for window, (start, end) in zip(windows, middles) if end - start >= MIN_MIDDLE_BLOCKS]
+        if not windows:
+            raise InputError(f"{args.data} leaves too few blocks to choose from: collect longer contexts")
+        found.append(windows)
+    training, validation = found
+    stride = training[0].stride
+    calibration = args.calibration_interval or (stride if stride > 1 else Config().intervals(0)[0])
+    selection = args.selection_interval or calibration
+    if stride > 1 and calibration != stride or selection % stride:
+        raise InputError(f"a stride of {stride} needs M = {stride}, P a multiple, not {calibration}, {selection}")
+    rows = "true" if stride > 1 else "every"
+    changes = dict(calibration_interval=calibration, selection_interval=selection, history_rows=rows)
+    config = replace(training[0].config, **changes, share_budget=args.share_budget)
+    intervals = 1 if stride > 1 else calibration, selection // stride
+    longest = training[0].rows - config.history_len - intervals[1] + 1
+    if not intervals[1] <= args.span <= longest:
+        raise InputError(f"--span {args.span} must lie in {intervals[1]} ... {longest}, for this P and these windows")
+    every = max(1, len(validation) // args.validation_windows)
+    return config, intervals, training, validation[::every][: args.validation_windows]
 
 
 def train(args):
-    """Fit the predictor to args.data; args.out gets the weights of the best validation recovery. Resumes."""
+    """Fit the predictor to the windows in --data; --out gets the weights with the best validation recovery."""
     out = pathlib.Path(args.out)
     checkpoint = out.with_suffix(".checkpoint")
     make_folder(out.parent)
-    config, training, validation = open_data(args)
+    device, dtype, _ = attnpred.choose_device(args)
+    config, intervals, training, validation = open_data(args)
     predictor = load_predictor(args.init_from) if args.init_from else starting_point(args.seed)
     predictor.load_state_dict(scaled(predictor.state_dict(), INPUT_SCALE))
-    parameters = dict(predictor.requires_grad_(True).named_parameters())
+    parameters = dict(predictor.to(device).requires_grad_(True).named_parameters())
     optimizer = torch.optim.Adam(predictor.parameters(), lr=args.lr, betas=(0.9, 0.98))
-    average = {name: p.detach().clone() for name, p in parameters.items()}
-    settings = {
-        name: str(getattr(args, name)) for name in vars(args) if name not in ("out", "quiet", "function", "restart")
-    }
+    average = {name: p.detach().clone() for name, p in parameters.items()}  # running mean of the weights
+    settings = {name: str(value) for name, value in vars(args).items() if name not in UNNOTED}
     curve, done = [], 0
     if checkpoint.exists() and not args.restart:
-        state = load_checkpoint(checkpoint, settings)
+        state = load_checkpoint(checkpoint, settings, device)
         predictor.load_state_dict(state["predictor"])
         optimizer.load_state_dict(state["optimizer"])
         average, curve, done = state["average"], state["curve"], state["done"]
     elif out.exists() and not args.restart:
-        raise InputError(f"{out} exists, with no checkpoint to go on from: give another --out, or --restart")
-    running = curve[-1]["loss"] if curve else None
+        raise InputError(f"{out} exists, without a checkpoint to continue from: give another --out, or --restart")
+
+    def assess(loss, step):
+        """Add a row to the curve, and keep the weights if their mean recovery is the best so far."""
+        weights = {name: w.cpu() for name, w in scaled(average, 1 / INPUT_SCALE).items()}
+        recovery = validate(validation, weights, config, intervals, device)
+        curve.append({"step": step, "loss": loss} | recovery)
+        means = [sum(value for name, value in row.items() if name in recovery) for row in curve]
+        if means[-1] == max(means):
+            about = {name: training[0].about[name] for name in ("llm", "corpus", "block_size", "select_heads")}
+            about |= {name: getattr(config, name) for name in METHOD_SETTINGS} | {"seed": args.seed, "loss": args.loss}
+            about |= {"steps": step, "validation": json.dumps({name: round(r, 4) for name, r in recovery.items()})}
+            write_tensors(out, weights, about)
+        write_atomically(out.with_suffix(".json"), lambda path: path.write_text(json.dumps(curve, indent=1)))
+
+    running = curve[-1]["loss"] if curve else None  # running mean of the loss
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=args.quiet)
     for step in bar:
         rng = random.Random(f"{args.seed} {step}")  # of the step alone: a resumed run draws the same batches
-        rows, targets, mass, valid = draw_batch(training, rng, args, config.history_len)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
+        rows, targets, mass, valid = (x.to(device) for x in draw_batch(training, rng, args, config, intervals))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = scores_of_rows(rows * INPUT_SCALE, targets, parameters, config.history_len) / INPUT_SCALE
         loss = LOSSES[args.loss](scores, mass, valid)
         if not loss.isfinite():
-            raise InputError(
-                f"the loss is {loss.item()} at step {step}: lower --lr; {out} keeps the best weights so far"
-            )
+            raise InputError(f"the loss is {loss.item()} at step {step}: lower --lr; {out} keeps the best weights")
         if step == 0:
-            curve.append(assess(average, loss.item(), 0, validation, config, args))
-            keep_best(average, curve, training[0].about, config, args)
+            assess(loss.item(), 0)
         cosine = (1 + math.cos(math.pi * step / args.steps)) / 2
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 50) * cosine
         optimizer.zero_grad()
@@ -569,168 +584,109 @@ def train(args):
             for name, p in parameters.items():
                 average[name].lerp_(p, 1 - min(args.average, (step + 1) / (step + 10)))
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if (step + 1) % args.validate_every and step + 1 < args.steps:
-            continue
-        curve.append(assess(average, running, step + 1, validation, config, args))
-        bar.set_postfix({name: f"{value:.4f}" for name, value in curve[-1].items() if name.endswith("512")})
-        keep_best(average, curve, training[0].about, config, args)
-        state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-        save_checkpoint(state | {"curve": curve, "done": step + 1, "settings": settings}, checkpoint)
-        draw_curve(curve, out.with_suffix(".png"))
+        if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
+            assess(running, step + 1)
+            state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            write_checkpoint(checkpoint, state | {"curve": curve, "done": step + 1, "settings": settings})
+            bar.set_postfix({name: f"{value:.4f}" for name, value in curve[-1].items() if name != "step"})
     print(", ".join(f"{name}: {value:.4g}" for name, value in curve[-1].items()))
 
 
-def assess(weights, loss, step, validation, config, args):
-    """A row of the curve."""
-    weights = scaled(weights, 1 / INPUT_SCALE)
-    closed = validate_closed_loop(validation[:2], weights, config, args.seed)
-    true = validate(validation, weights, config)
-    return {"step": step, "loss": loss, "closed loop, 512": closed} | {f"true history, {b}": r for b, r in true.items()}
+def write_checkpoint(path, state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
 
 
-def keep_best(weights, curve, about, config, args):
-    """Write the weights, if the last row of the curve is the best: at 512, true history and closed loop together."""
-    quality = [row["true history, 512"] + row["closed loop, 512"] for row in curve]
-    if quality[-1] < max(quality):
-        return
-    about = {name: about[name] for name in ("llm", "corpus", "block_size", "select_heads")}
-    about |= {"history_len": config.history_len, "seed": args.seed, "steps": curve[-1]["step"], "loss": args.loss}
-    about |= {"validation_recovery": json.dumps({name: round(value, 4) for name, value in curve[-1].items()})}
-    save_atomically(scaled(weights, 1 / INPUT_SCALE), pathlib.Path(args.out), about)
-
-
-def load_checkpoint(path, settings):
+def load_checkpoint(path, settings, device):
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
         noted = state["settings"]
-    except Exception as error:  # unpickling a foreign file can fail in any way
-        raise InputError(f"checkpoint {path} cannot be read ({first_line(error)}): --restart begins anew") from None
-    refuse_changes(noted, settings, f"checkpoint {path} has", "--restart begins anew")
+    except Exception as error:  # the unpickler raises many types of exception on damaged input
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"checkpoint {path} cannot be read ({reason}): --restart begins anew") from None
+    check_settings(noted, settings, f"checkpoint {path} was written", "--restart begins anew")
     return state
-
-
-def save_checkpoint(state, path):
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        torch.save(state, scratch)
-        os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"cannot write {path} ({first_line(error)}): what was there stays; make room and run again"
-        ) from None
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def first_line(error):
-    return str(error).strip().split("\n")[0]
-
-
-def draw_curve(curve, path):
-    """Loss and validation recovery over the steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    steps = [row["step"] for row in curve]
-    left.plot(steps[1:], [row["loss"] for row in curve[1:]], marker=".")  # the start's loss is of one batch only
-    left.set(title="loss, running mean", xlabel="step")
-    for name, start in curve[0].items():
-        if name not in ("step", "loss"):
-            gains = [100 * (row[name] - start) for row in curve]
-            right.plot(steps, gains, marker=".", label=f"{name}: from {start:.4f}")
-    right.set(title="validation recovery, points above the start", xlabel="step")
-    right.legend(fontsize=7)
-    save_figure(figure, path)
-
-
-def save_figure(figure, path):
-    import plots
-
-    try:
-        plots.save(figure, path, dpi=90)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror})") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
 
+METHOD_SETTINGS = "history_len", "calibration_interval", "selection_interval", "history_rows", "share_budget"
+UNNOTED = "command", "out", "quiet", "restart", "device", "backend"  # may differ when a training continues
+WINDOW_SETTINGS = "seed", "block_size", "dense_layers", "select_heads", "rows", "stride"  # noted in each window
+
+# fmt: off
+# option: (default, help, further arguments of add_argument); a default's type is the option's
+SHARED = {
+    "data": ("data", "folder of the windows"),
+    "seed": (0, "of everything that is drawn at random"),
+    "device": ("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one"),
+    "dtype": ("auto", "of LLM or convolutions; auto: bfloat16", {"choices": ["auto", "float32", "bfloat16"]}),
+    "quiet": (False, "no progress bar"),
+}
+COLLECT = {
+    "text": (None, "own texts, instead of what CPython has", {"nargs": "+", "metavar": "FILE"}),
+    "model": (None, f"Hugging Face folder or hub id of a Llama (default: {DEFAULT_LLM}, fetched once)"),
+    "lengths": ([4096, 8192, 4096], "tokens of a context; the lengths alternate", {"nargs": "+", "type": int}),
+    "contexts": (20, "for training"),
+    "validation-contexts": (6, "for validation"),
+    "windows": (4, "windows of rows recorded of each context"),
+    "rows": (192, "rows in a window"),
+    "stride": (1, "tokens from one row to the next: 1 for history_rows=every, M for history_rows=true"),
+    "select-heads": (Config.select_heads, "one row per KV head, or per query head", {"choices": ["kv", "q"]}),
+    "block-size": (Config.block_size, "tokens per block"),
+    "dense-layers": (Config.dense_layers, "first layers, always dense: not recorded"),
+}
+TRAIN = {
+    "out": ("predictor.safetensors", "the best weights; the checkpoint and the curve (.json) are written beside them"),
+    "init-from": (None, "start from this predictor: safetensors, or a state dict such as the authors publish"),
+    "restart": (False, "ignore a checkpoint, overwrite the weights"),
+    "loss": ("poisson", "absolute scale; share: each head normalised; mse: as the paper", {"choices": LOSSES}),
+    "calibration-interval": (None, "M of decoding (default: 8, or the windows' stride)", {"type": int}),
+    "selection-interval": (None, "P of decoding: the target is the mean mass of P tokens (default: M)", {"type": int}),
+    "share-budget": (Config.share_budget, "how its heads share the budget", {"choices": ["layer", "head"]}),
+    "observed": (0.66, "share of the steps with histories as sparse decoding leaves them; the others are true"),
+    "steps": (4000, "training steps"),
+    "lr": (1e-3, "highest learning rate; rises over 50 steps and falls as a cosine"),
+    "layers": (4, "layers in a step, all heads of each"),
+    "span": (64, "rows after the first history from which targets are drawn"),
+    "targets": (8, "targets in a step, at most"),
+    "columns": (160, "blocks in a crop"),
+    "average": (0.995, "decay of the running mean of the weights, which is what is kept"),
+    "validate-every": (1000, "steps between validations, which also write a checkpoint"),
+    "validation-windows": (4, "windows that a validation reads"),
+}
+# fmt: on
+
 
 def parse_args(argv):
-    parser = OneLineParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    defaults = Config()
-
-    def command(function, text):
-        sub = commands.add_parser(
-            function.__name__, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        sub.set_defaults(function=function)
-        sub.add_argument("--seed", type=int, default=0)
-        sub.add_argument("--quiet", action="store_true", help="no progress bar")
-        return sub
-
-    sub = command(collect, "record attention rows of an LLM, of training and validation texts")
-    sub.add_argument("--data", default="data", help="folder for the windows; an interrupted run goes on there")
-    add_corpus(sub)
-    sub.add_argument(
-        "--lengths", type=int, nargs="+", default=[4096, 8192, 4096], help="tokens of a context; they take turns"
-    )
-    sub.add_argument("--contexts", type=int, default=20, help="for training")
-    sub.add_argument("--validation-contexts", type=int, default=6)
-    sub.add_argument("--windows", type=int, default=4, help="windows of rows recorded of each context")
-    sub.add_argument("--rows", type=int, default=192, help="consecutive rows in a window")
-    sub.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    sub.add_argument("--select-heads", default=defaults.select_heads, choices=["kv", "q"])
-    sub.add_argument("--block-size", type=int, default=defaults.block_size)
-    sub.add_argument("--dense-layers", type=int, default=defaults.dense_layers)
-
-    sub = command(train, "fit the predictor to what collect recorded")
-    sub.add_argument("--data", default="data", help="folder that collect filled")
-    sub.add_argument(
-        "--out", default="predictor.safetensors", help="the best weights; checkpoint and curve lie beside it"
-    )
-    sub.add_argument(
-        "--init-from", help="continue from this predictor: safetensors, or a state dict such as the authors publish"
-    )
-    sub.add_argument("--restart", action="store_true", help="ignore a checkpoint")
-    sub.add_argument("--loss", default="intensity", choices=sorted(LOSSES))
-    sub.add_argument("--steps", type=int, default=4000)
-    sub.add_argument("--lr", type=float, default=1e-3, help="the highest; it rises over 50 steps and falls as a cosine")
-    sub.add_argument("--batch", type=int, default=12, help="heads to a step")
-    sub.add_argument(
-        "--span", type=int, default=32, help="rows behind the first target's history that targets are drawn from"
-    )
-    sub.add_argument("--stride", type=int, default=4, help="every so many of those rows is a target")
-    sub.add_argument("--columns", type=int, default=160, help="blocks to a crop")
-    sub.add_argument(
-        "--observed", type=float, default=0.66, help="share of the steps with partially observed histories"
-    )
-    sub.add_argument("--calibration-interval", type=int, default=defaults.calibration_interval)
-    sub.add_argument(
-        "--average", type=float, default=0.995, help="decay of the running mean of the weights, which is what is kept"
-    )
-    sub.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="convolve in bfloat16")
-    sub.add_argument("--validate-every", type=int, default=1000)
-    sub.add_argument("--validation-windows", type=int, default=4)
+    parser = attnpred.OneLineParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=attnpred.OneLineParser)
+    shown = attnpred.ShownDefaults
+    for function, options in ((collect, COLLECT), (train, TRAIN)):
+        text = function.__doc__.splitlines()[0]
+        sub = commands.add_parser(function.__name__, help=text, description=text, formatter_class=shown)
+        sub.set_defaults(backend="torch")  # training differentiates the PyTorch references of kernels.py
+        for name, (default, help, *more) in (options | SHARED).items():
+            kind = {"action": "store_true"} if default is False else {"type": str if default is None else type(default)}
+            sub.add_argument(f"--{name}", default=default, help=help, **kind | dict(*more))
     return parser.parse_args(argv)
 
 
-def add_corpus(sub):
-    sub.add_argument("--text", nargs="+", metavar="FILE", help="own texts, instead of what CPython has")
-    sub.add_argument("--model", help=f"Hugging Face folder or hub id of a Llama (default: {DEFAULT_LLM}, fetched once)")
+def run(argv):
+    args = parse_args(argv)
+    function, options = {"collect": (collect, COLLECT), "train": (train, TRAIN)}[args.command]
+    for name, (default, *_) in options.items():
+        value = getattr(args, name.replace("-", "_"))
+        if type(default) is int and default > 0 and value < 1:
+            raise InputError(f"{name} {value} must be at least 1")
+    function(args)
 
 
 def main(argv=None) -> int:
-    def command():
-        args = parse_args(argv)
-        args.function(args)
-
-    return exit_status("train_predictor", command)
+    return attnpred.exit_status("train_predictor", lambda: run(argv))
 
 
 if __name__ == "__main__":

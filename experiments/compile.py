@@ -1,0 +1,191 @@
+"""Compiles every kernel ahead of time, for GPUs that need not be present: `python -m experiments.compile [target ...]`.
+
+Patches `triton.JITFunction.run` to record the launches that a prompt and a decode step of the models below make on meta
+tensors, compiles each distinct launch for each target, and prints what the compilers make of it. The exit status is 1
+where a kernel spills registers or needs more shared memory than the target has.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import namedtuple
+from pathlib import Path
+from unittest.mock import patch
+
+import pandas as pd
+import torch
+
+import kernels
+from attnpred import HISTORY_DTYPE, Config, OneLineParser, Predictor, exit_status
+from experiments.tables import markdown
+
+Target = namedtuple("Target", "backend architecture warp_size shared_bytes")
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),  # A100
+    "sm_86": Target("cuda", 86, 32, 99 * 1024),  # RTX 3090
+    "sm_89": Target("cuda", 89, 32, 99 * 1024),  # RTX 4090, L40
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),  # H100
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),  # B200
+    "sm_120": Target("cuda", 120, 32, 99 * 1024),  # RTX 5090
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),  # MI300
+    "gfx90a": Target("hip", "gfx90a", 64, 64 * 1024),  # MI200
+}
+Model = namedtuple("Model", "n_layers n_heads n_kv_heads head_dim n_tokens")
+MODELS = {
+    "Llama-3.1-8B 8K": Model(32, 32, 8, 128, 8192),
+    "Llama-3.1-8B 32K": Model(32, 32, 8, 128, 32768),
+    "Llama-3.1-8B 128K": Model(32, 32, 8, 128, 131072),
+    "SmolLM2-135M 4K": Model(30, 9, 3, 64, 4096),
+}
+Launch = namedtuple("Launch", "kernel grid arguments options")
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS |= {torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8"}
+
+
+def run_launchers(m, c):
+    """Calls each launcher as attnpred.py does, resident and offloaded, with tensors that have no memory."""
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def int32(*shape):
+        return empty(*shape, dtype=torch.int32)
+
+    n_layers, n_heads, heads, head_dim, n_tokens = m
+    n_blocks, (start, end), group = c.n_blocks(n_tokens), c.middle(n_tokens), n_heads // heads
+    new_rows = c.intervals(n_tokens)[1]
+    keys = empty(n_layers, heads, n_blocks, c.block_size, head_dim)
+    queries = empty(n_layers * n_heads, c.history_len, head_dim)
+    history, contributions = (empty(n_layers * heads, c.history_len, n_blocks, dtype=HISTORY_DTYPE) for _ in range(2))
+    weights = kernels.prepare_weights(Predictor().state_dict(), "meta")
+    listed = heads * c.budget // c.block_size  # blocks of one layer
+    table, lists = int32(n_layers * listed), (int32(heads), int32(heads))
+    block_max, k = empty(group, len(table), dtype=torch.float32), heads * c.topk_blocks
+    slots = empty(n_layers * listed, 2, c.block_size, head_dim)
+    host = empty(n_layers * heads * n_blocks, 2 * c.block_size * head_dim)
+    every_block, of_every_head = int32(heads * n_blocks), (int32(heads), int32(heads))
+
+    pooled = empty(n_heads, n_tokens, head_dim)[:, -c.history_len :], keys[0], n_tokens
+    kernels.pool_history(*pooled, backend="triton")
+    kernels.pool_history(queries[:, :1], keys.flatten(0, 1), n_tokens, backend="triton")
+    for valid_end in (start, end - new_rows // c.block_size - 1, end):
+        shape = 0, new_rows, start, end, valid_end
+        scores = kernels.predict(history, contributions, *shape, weights, backend="triton")
+    kernels.select_blocks(scores.view(n_layers, -1), k, backend="triton")
+    kernels.select_blocks(scores, c.topk_blocks, backend="triton")
+    q = empty(n_heads, 1, head_dim)[:, 0]
+    cache = keys.flatten(0, 2)
+    kernels.sparse_decode(q, cache, cache, table, *lists, block_max, backend="triton")
+    kernels.sparse_decode(q, *slots.unbind(1), table, *lists, block_max, backend="triton")
+    every_max = empty(group, len(every_block), dtype=torch.float32)
+    kernels.sparse_decode(q, cache, cache, every_block, *of_every_head, every_max, backend="triton")
+    lse, columns = empty(n_layers * n_heads, dtype=torch.float32), int32(len(table))
+    of_all_layers = int32(n_layers * heads), int32(n_layers * heads)
+    kernels.write_rows(block_max, lse, columns, *of_all_layers, history[:, 0], c.block_size, backend="triton")
+    kernels.assign_slots(int32(n_layers, k), int32(n_layers, k), backend="triton")
+    kernels.copy_blocks(host, slots.flatten(1), int32(n_layers * k), int32(n_layers * k), backend="triton")
+
+
+def record(model, amd):
+    """The launches of that model's prompt and decode step, on an NVIDIA or an AMD GPU."""
+    launches = []
+
+    def run(kernel, *arguments, grid, warmup, **options):
+        names = {parameter.name for parameter in kernel.params}
+        arguments = dict(zip(kernel.arg_names, arguments)) | {n: x for n, x in options.items() if n in names}
+        launches.append(Launch(kernel, grid, arguments, {n: x for n, x in options.items() if n not in names}))
+
+    with patch.object(kernels.triton.JITFunction, "run", run), patch.object(kernels, "is_amd", lambda: amd):
+        run_launchers(MODELS[model], Config())
+    return launches
+
+
+def signature(launch):
+    """Types, constants and attributes with which Triton compiles a launch: it notes ones and multiples of 16."""
+    types, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value, name = launch.arguments[parameter.name], parameter.name
+        if isinstance(value, torch.Tensor):
+            types[name], aligned = POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+            types[name], constants[name], aligned = "constexpr", value, False
+        elif isinstance(value, float):
+            types[name], aligned = "fp32", False
+        else:
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def resources(compiled, backend):
+    """Registers of a thread, bytes spilled by a thread, bytes of a program's shared memory."""
+    if backend == "hip":
+        counts = (
+            re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"]) for name in ("vgpr_count", "vgpr_spill_count")
+        )
+        registers, spilled = (int(count[1]) for count in counts)
+        return registers, 4 * spilled, compiled.metadata.shared
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = Path(kernels.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local, compiled.metadata.shared
+
+
+def compile_all(targets, kernel_names, models):
+    """One row for each distinct launch and target."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # compiled as a launch would be
+    rows, seen = [], set()
+    for name, model in ((name, model) for name in targets for model in models):
+        target = TARGETS[name]
+        for launch in record(model, amd=target.backend == "hip"):
+            source = ASTSource(launch.kernel, *signature(launch))
+            key = source.hash(), *launch.options.items(), name
+            if key in seen or launch.kernel.__name__ not in kernel_names:
+                continue
+            seen.add(key)
+            compiled = kernels.triton.compile(source, target=GPUTarget(*target[:3]), options=launch.options)
+            registers, spilled, shared = resources(compiled, target.backend)
+            cells = launch.kernel.__name__, "×".join(map(str, launch.grid)), model, name, registers, spilled, shared
+            rows.append(dict(zip(("kernel", "grid", "model", "target", "registers", "spilled", "shared"), cells)))
+    return rows
+
+
+def kernel_names():
+    return [name for name in vars(kernels) if name.endswith("_kernel")]
+
+
+def run(arguments):
+    parser = OneLineParser(prog="python -m experiments.compile", description=__doc__.split("\n")[0])
+    parser.add_argument("targets", nargs="*", help=f"of {', '.join(TARGETS)}; default: all")
+    parser.add_argument("--kernel", choices=kernel_names(), help="only this one")
+    parser.add_argument("--model", choices=MODELS, help="only this one")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.targets if name not in TARGETS]:
+        parser.error(f"unknown target {unknown[0]}: try {', '.join(TARGETS)}")
+    if kernels.triton.knobs is None or kernels.interpreted():
+        parser.error("compiling needs Triton, and TRITON_INTERPRET unset")
+    names = [options.kernel] if options.kernel else kernel_names()
+    rows = compile_all(options.targets or TARGETS, names, [options.model] if options.model else MODELS)
+    print(markdown(pd.DataFrame(rows)))
+    bad = [row for row in rows if row["spilled"] or row["shared"] > TARGETS[row["target"]].shared_bytes]
+    if bad:
+        lines = (f"{row['kernel']} on {row['target']}: spilled {row['spilled']}, shared {row['shared']}" for row in bad)
+        sys.exit("\n".join(lines))  # status 1
+
+
+def main(arguments=None):
+    return exit_status("experiments.compile", lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

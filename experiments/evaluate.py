@@ -1,0 +1,598 @@
+"""Quality: the method and its rivals on the same model and texts, compared at equal bytes read from the KV cache.
+
+    python -m experiments.evaluate texts --grid "ours,paper,quest bytes=1/16,1/8,1/4"
+    python -m experiments.evaluate texts --grid "ours M=5,8,16 P=1,M share=head,layer budget=256,512" --worst 5
+    python -m experiments.evaluate needles
+    python -m experiments.evaluate recovery
+    python -m experiments.evaluate lm-eval --lm-tasks my_task --include-path FOLDER
+    python -m experiments.evaluate table
+
+texts     A prompt is read densely, once. Then every setting reads the text's own next tokens, one by one, with what its
+          cache lets it attend to: for each token the KL divergence from full attention, its rank and perplexity.
+needles   Keys hidden in a text: does the greedy answer hold the one that is asked for?
+recovery  Share of the true attention in the attended blocks, each step with full attention's hidden states.
+lm-eval   Tasks of the `lm-eval` package, with their own prompts and metrics, through lm_eval_adapter.py.
+table     Prints the tables of earlier results and computes nothing.
+
+A grid is a method, or several with commas, and values for Config's fields: `M`, `P`, `dense`, `share`, `rows`, `heads`,
+`budget` or a field's whole name; lists with commas are multiplied out. `bytes=1/8` looks for the budget with which the
+setting reads an eighth of the bytes that dense attention reads. Methods: ours, paper (`Config.paper`), full, and the
+rivals by name; `decayed-mean:0.6` has a decay of .6.
+
+Results are lines of JSON, one per text and setting, appended as soon as they are known: a run that was stopped goes on
+where it was, and several runs may share a file. A row of `texts` has
+
+    task text sha256 n_prompt n_new model dtype predictor       what was read, and by which weights
+    setting method bytes_share, and Config's fields by name     `setting` names all but the budget
+    kl nll same                                                 lists, one value per decoded token; nats, nats, 0 or 1
+    recovery recovery_by_layer                                  means over heads, per measured step and per layer
+    attention_bytes calibration_bytes choosing_bytes            counted, per decoded token, ...
+    read_bytes dense_bytes                                      ... their sum, and what dense attention would read
+
+Reading order: `Setting` and `parse_grid`, `counted_bytes`, `Prompt`, `decode_together` (the closed loop), `Store`, the
+tasks, the command line. The tables are in tables.py.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import pathlib
+import random
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from attnpred import DEFAULT_PREDICTOR, Config, InputError, OneLineParser, exit_status, load_predictor
+from experiments import tables
+from experiments.rivals import RIVALS, RivalDecoder
+from model import causal_attention, load_model
+from weights.fetch_llm import fetch_default_llm
+
+RIVAL_GRID = (
+    "ours,paper,decayed-mean:0.9,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle bytes=1/16,1/8,1/4,1/3"
+)
+GRIDS = {  # what a task compares without --grid
+    "texts": ["full", RIVAL_GRID, "paper heads=kv bytes=1/4,1/3"],
+    "needles": ["full,ours,paper,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle budget=512"],
+    "recovery": [
+        "oracle,ours,last-row,decayed-mean:1,decayed-mean:0.9,quest,mean-std,random "
+        "M=1 P=1 dense=2 share=head heads=q budget=256,512,1024"
+    ],
+    "lm-eval": ["full,ours"],
+}
+SHORT = dict(M="calibration_interval", P="selection_interval", dense="dense_layers", share="share_budget")
+SHORT |= dict(rows="history_rows", heads="select_heads")
+LONG = {field: short for short, field in SHORT.items()}
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings, and the bytes that they read
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    method: str
+    config: Config
+    bytes_share: str = ""  # the share of dense attention's bytes for which the budget was chosen, such as "1/8"
+
+    @staticmethod
+    def base(method) -> Config:
+        """What a method is without further changes."""
+        if method == "paper":
+            return Config.paper()
+        if method == "full":
+            return Config(dense_layers=1 << 20)
+        return Config(**(make_rival(method).changes if method != "ours" else {}))
+
+    @property
+    def name(self):
+        base = self.base(self.method)
+        changed = {f: getattr(self.config, f) for f in FIELDS if getattr(self.config, f) != getattr(base, f)}
+        changed.pop("budget", None)
+        return " ".join([self.method, *(f"{LONG.get(f, f)}={value}" for f, value in changed.items())])
+
+
+def make_rival(method):
+    """The rival of a method such as "quest" or "decayed-mean:0.6"; None for ours, paper and full."""
+    name, _, parameter = method.partition(":")
+    if method in ("ours", "paper", "full"):
+        return None
+    try:
+        return RIVALS[name](*([float(parameter)] if parameter else []))
+    except (KeyError, ValueError, TypeError):
+        raise InputError(f"method {method!r} is unknown: use ours, paper, full, {', '.join(RIVALS)}") from None
+
+
+def parse_grid(text):
+    """Yield (method, changes, bytes_share) for every combination: "ours,quest M=5,8 bytes=1/8" are four."""
+    methods, axes = [], {}
+    for word in text.split():
+        name, equals, values = word.partition("=")
+        if not equals:
+            methods += name.split(",")
+            continue
+        name = SHORT.get(name, name)
+        if name not in [*FIELDS, "bytes"]:
+            raise InputError(f"{word!r} in the grid {text!r} is unknown: use bytes, {', '.join([*SHORT, *FIELDS])}")
+        axes[name] = [parse_value(name, value, text) for value in values.split(",")]
+    if "bytes" in axes and "budget" in axes:
+        raise InputError(f"the grid {text!r} has both bytes and budget: leave one out")
+    for method, values in itertools.product(methods or ["ours"], itertools.product(*axes.values())):
+        changes = dict(zip(axes, values))
+        yield method, changes, changes.pop("bytes", "")
+
+
+def parse_value(name, value, text):
+    if name == "selection_interval" and value == "M":
+        return None
+    try:
+        if name == "bytes":
+            return value if 0 < Fraction(value) <= 1 else int("")
+        return int(value) if Config.__dataclass_fields__[name].type in (int, int | None) or value.isdigit() else value
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"{name} = {value!r} in the grid {text!r} must be a number") from None
+
+
+def settings_of(grids, llm, itemsize, n_prompt, n_new) -> list[Setting]:
+    """All settings of some grids at a length: `bytes` becomes a budget. Notes and skips what cannot read so little."""
+    settings = {}
+    for method, changes, share in itertools.chain.from_iterable(map(parse_grid, grids)):
+        setting = Setting(method, dataclasses.replace(Setting.base(method), **changes), share)
+        if share:
+            found = budget_for(setting, float(Fraction(share)), llm, itemsize, n_prompt, n_new)
+            if found is None:
+                print(f"skipped: no budget of {setting.name!r} reads {share} of dense's bytes", file=sys.stderr)
+                continue
+            setting = found
+        settings[setting] = None
+    return list(settings)
+
+
+def counted_bytes(setting, llm, itemsize, n_prompt, n_new):
+    """What a setting reads per decoded token, counted as `SparseDecoder` counts it: (attention, calibration, choosing).
+
+    llm is a LlamaConfig; itemsize: bytes of an element of K and V.
+    """
+    c, rival = setting.config, make_rival(setting.method)
+    dense = min(c.dense_layers, llm.n_layers)
+    sparse, vector = llm.n_layers - dense, llm.head_dim * itemsize
+    heads = llm.n_kv_heads if c.select_heads == "kv" else llm.n_heads
+    every_token = rival is not None and rival.needs_query and c.topk_blocks > 0
+    attention = calibration = choosing = new_rows = 0
+    start = end = None  # the middle at the last selection
+    for n in range(n_prompt, n_prompt + n_new + 1):
+        step, (calibration_interval, selection_interval) = n - n_prompt, c.intervals(n)
+        if step and end is not None:
+            start, end = c.middle(n) if every_token else (start, end)
+            attended = heads * (c.topk_blocks * c.block_size + n - (end - start) * c.block_size)
+            if every_token:
+                choosing += sparse * heads * (end - start) * rival.bytes_per_block(0, vector)
+            calibrated = step % calibration_interval == 0
+            calibration += calibrated * sparse * llm.n_kv_heads * n * vector
+            new_rows += calibrated or c.history_rows == "every"
+        else:
+            attended = llm.n_kv_heads * n
+        if step:
+            attention += 2 * vector * (dense * llm.n_kv_heads * n + sparse * attended)
+        if step % selection_interval == 0 and sparse and not c.fits(n + 1):
+            start, end = c.middle(n + 1)
+            if step and c.topk_blocks and not every_token:
+                block = rival.bytes_per_block(new_rows, vector) if rival else 2 * (c.history_len + 4)
+                choosing += sparse * heads * (end - start) * block
+            new_rows = 0
+    return attention / n_new, calibration / n_new, choosing / n_new
+
+
+def dense_bytes(llm, itemsize, n_prompt, n_new):
+    """What dense attention reads per decoded token, in the mean."""
+    return 2 * itemsize * llm.head_dim * llm.n_kv_heads * llm.n_layers * (n_prompt + (n_new + 1) / 2)
+
+
+def budget_for(setting, share, llm, itemsize, n_prompt, n_new, tolerance=0.1) -> Setting | None:
+    """The setting with the budget whose counted bytes are nearest to `share` of dense's; None: none is near enough."""
+    c, target = setting.config, share * dense_bytes(llm, itemsize, n_prompt, n_new)
+
+    def at(topk):
+        budget = c.sink_tokens + c.local_tokens + topk * c.block_size
+        changed = dataclasses.replace(setting, config=dataclasses.replace(c, budget=budget))
+        return changed, sum(counted_bytes(changed, llm, itemsize, n_prompt, n_new))
+
+    low, high = 0, c.n_blocks(n_prompt)  # the smallest number of blocks that reads at least the target lies in here
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at(middle)[1] >= target else (middle + 1, high)
+    found, counted = min((at(topk) for topk in (max(0, low - 1), low)), key=lambda pair: abs(pair[1] - target))
+    return found if abs(counted - target) <= tolerance * target else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One prompt, many decoders
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Prompt:
+    """A text read densely, once. All decoders go on from its first n_prompt tokens and share K and V up to there.
+
+    K and V lie in a file that each decoder maps copy-on-write, so a decoder has memory only for what it appends.
+    `logits` (1 + the tokens after the prompt, V) are full attention's, from the prompt's last token on.
+    """
+
+    def __init__(self, model, predictor, tokens, n_prompt, capacity, settings):
+        self.model, self.predictor, self.n_prompt = model, predictor, n_prompt
+        self.m, self.capacity = model.config, -(-capacity // 64) * 64  # a multiple of every block size
+        self.settings = settings
+        strides = [s.config.row_stride(n_prompt) * (s.config.history_len - 1) for s in settings]
+        self.n_queries = min(n_prompt, 1 + max(strides, default=0))
+        shape = self.m.n_layers, self.m.n_heads, self.n_queries, self.m.head_dim
+        self.queries = torch.empty(shape, dtype=model.kv_dtype)  # (L, Hq, the last rows, D)
+        self.notes = {}  # (method, block size) -> a dict for each layer
+        self.folder = tempfile.TemporaryDirectory(prefix="kv-")
+        self.kv = self.map(shared=True)  # (2, L, Hk, capacity, D)
+        hidden = model.hidden(tokens, torch.arange(len(tokens)), self.attend)  # (T, C)
+        self.logits = model.logits(hidden[n_prompt - 1 :])  # (1 + T - n_prompt, V)
+
+    def map(self, shared):
+        """The cache's file: (2, L, Hk, capacity, D)."""
+        shape = 2, self.m.n_layers, self.m.n_kv_heads, self.capacity, self.m.head_dim
+        path, size = str(pathlib.Path(self.folder.name) / "kv"), int(np.prod(shape))
+        return torch.from_file(path, shared=shared, size=size, dtype=self.model.kv_dtype).view(shape)
+
+    def attend(self, layer, q, k, v):
+        n = self.n_prompt
+        self.kv[0, layer, :, :n], self.kv[1, layer, :, :n] = k[:, :n], v[:, :n]
+        self.queries[layer] = q[:, n - self.n_queries : n]
+        for method, block_size in dict.fromkeys((s.method, s.config.block_size) for s in self.settings):
+            if rival := make_rival(method):
+                k_cache = self.kv[0, layer].unflatten(1, (-1, block_size))  # (Hk, blocks, b, D)
+                self.notes.setdefault((method, block_size), []).append(rival.prefill(q[:, :n], k_cache, n))
+        return causal_attention(layer, q, k, v)
+
+    def decoder(self, setting, **options) -> RivalDecoder:
+        """A decoder of this setting at the end of the prompt."""
+        c, dense = setting.config, min(setting.config.dense_layers, self.m.n_layers)
+        notes = self.notes.get((setting.method, c.block_size), [])[dense:]
+        decoder = RivalDecoder(
+            c, self.model, self.predictor, self.capacity, rival=make_rival(setting.method), notes=notes, **options
+        )
+        decoder.cache.kv = self.map(shared=False).unflatten(3, (-1, c.block_size))  # (2, L, Hk, blocks, b, D)
+        decoder.cache.k, decoder.cache.v = decoder.cache.kv
+        decoder.begin_prompt(self.n_prompt)
+        rows, stride = decoder.n_queries, c.row_stride(self.n_prompt)
+        decoder.queries[:, :, :rows] = self.queries[dense:, :, self.n_queries - 1 - (rows - 1) * stride :: stride]
+        decoder.fits = True  # so that `finish_token` pools the rows of these queries, if the text exceeds the budget
+        decoder.finish_token()
+        return decoder
+
+
+@torch.inference_mode()
+def decode_together(model, decoders, tokens):
+    """One token each, tokens (M,), for M decoders of the same length: the weights are read once -> logits (M, V)."""
+    for decoder in decoders:
+        decoder.begin_token()
+
+    def attend(layer, q, k, v):  # (Hq, M, D), (Hk, M, D), (Hk, M, D)
+        columns = zip(decoders, *(x.split(1, 1) for x in (q, k, v)))
+        return torch.cat([decoder.decode_attention(layer, *qkv) for decoder, *qkv in columns], 1)  # (Hq, M, D)
+
+    positions = torch.tensor([decoder.n_tokens - 1 for decoder in decoders])
+    logits = model.logits(model.hidden(tokens, positions, attend))  # (M, V)
+    for decoder in decoders:
+        decoder.finish_token()
+    return logits
+
+
+def divergence(log_p, logits):
+    """Kullback-Leibler divergence of softmax(logits), (M, V), from p, log_p (V,), in nats: (M,)."""
+    return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
+
+
+def read_on(prompt, settings, tokens, **options):
+    """Decode `tokens` (n + 1,): n are read and n predicted. Yields, per setting, its rows of the results."""
+    decoders = [prompt.decoder(setting, **options) for setting in settings]
+    kl, nll, same = [], [], []  # n of (M,) each; the first token follows the dense prompt and is the same for all
+    for token, target, full in zip(tokens[:-1], tokens[1:], prompt.logits[1:]):
+        logits = decode_together(prompt.model, decoders, token.expand(len(decoders)))  # (M, V)
+        kl.append(divergence(full.log_softmax(-1), logits))
+        nll.append(F.cross_entropy(logits, target.expand(len(decoders)), reduction="none"))
+        same.append((logits.argmax(-1) == full.argmax()).int())
+    for i, decoder in enumerate(decoders):
+        row = {name: rounded(torch.stack(x)[:, i]) for name, x in (("kl", kl), ("nll", nll), ("same", same))}
+        if decoder.recovery and decoder.sparse_layers:
+            recovery = torch.stack(decoder.recovery).mean(2)  # (steps, L')
+            row |= dict(recovery=rounded(recovery.mean(1)), recovery_by_layer=rounded(recovery.mean(0)))
+        counters = ("attention_bytes", "calibration_bytes", "choosing_bytes", "dense_bytes", "read_bytes")
+        yield row | {name: getattr(decoder.stats, name) / len(kl) for name in counters}
+
+
+def rounded(x):
+    return [round(value, 6) + 0.0 for value in x.tolist()]  # + 0.0: no -0.0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Results on disk
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """A file of JSON lines. A line that is not whole, because a run was stopped while it wrote, counts as missing."""
+
+    key = (*"task text sha256 n_prompt n_new model dtype predictor method bytes_share".split(), *FIELDS)
+
+    def __init__(self, path, identity):
+        self.path, self.identity, self.rows = pathlib.Path(path), identity, []
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            lines = self.path.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot use {path} ({error}): give another file with --results") from None
+        for line in lines:
+            try:
+                row = json.loads(line)
+                self.key_of(row)
+            except (ValueError, KeyError, TypeError):
+                continue
+            self.rows.append(row)
+        if lines and not self.rows:
+            raise InputError(f"{path} holds no results: give another file with --results")
+        self.done = {self.key_of(row) for row in self.rows}
+
+    def key_of(self, row):
+        return tuple(row[name] for name in self.key)
+
+    def row(self, setting, **values):
+        names = dict(setting=setting.name, method=setting.method, bytes_share=setting.bytes_share)
+        if setting.method not in ("ours", "paper"):
+            names["predictor"] = ""  # so that a rival's results outlive a new predictor
+        return self.identity | values | names | dataclasses.asdict(setting.config)
+
+    def of(self, task):
+        """The rows of a task with this model, dtype and predictor."""
+        wanted = [{**self.identity, "task": task, "predictor": name} for name in (self.identity["predictor"], "")]
+        return [row for row in self.rows if any(row.items() >= w.items() for w in wanted)]
+
+    def missing(self, settings, **values):
+        return [s for s in settings if self.key_of(self.row(s, **values)) not in self.done]
+
+    def add(self, setting, **values):
+        row = self.row(setting, **values)
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            with self.path.open("ab+", buffering=0) as file:
+                file.seek(max(0, file.tell() - 1))
+                torn = file.read() not in (b"", b"\n")
+                file.write(b"\n" * torn + line)  # one write, so that runs may share the file
+        except OSError as error:
+            raise InputError(f"cannot write {self.path} ({error.strerror}): earlier results stay") from None
+        self.rows.append(row)
+        self.done.add(self.key_of(row))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tasks
+# --------------------------------------------------------------------------------------------------------------------
+
+# Held out: training reads nothing from the torch wheel, whose version requirements.txt pins.
+TEXTS = {"api": "_tensor_docs.py", "python": "_inductor/cudagraph_trees.py", "cpp": "include/pybind11/numpy.h"}
+
+
+def read_text(name):
+    """A held-out text by name (a file of the torch package; "readme": its README), or the file at a path."""
+    try:
+        if name == "readme":
+            return importlib.metadata.metadata("torch").get_payload()
+        path = pathlib.Path(torch.__file__).parent / TEXTS[name] if name in TEXTS else pathlib.Path(name)
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise InputError(f"text {name} cannot be read ({error.strerror}): use {', '.join(TEXTS)}, readme or a file")
+    except UnicodeDecodeError as error:
+        raise InputError(f"text {name} is not UTF-8 (byte {error.start}): convert it first")
+
+
+@dataclass
+class Bench:
+    """What every task needs."""
+
+    model: object
+    tokenizer: object
+    predictor: object
+    store: Store
+    args: argparse.Namespace
+
+    def settings(self, n_prompt, n_new):
+        return settings_of(self.args.grid, self.model.config, self.model.kv_dtype.itemsize, n_prompt, n_new)
+
+    def batches(self, settings):
+        for i in range(0, len(settings), self.args.together):
+            yield settings[i : i + self.args.together]
+
+
+def digest(data):
+    return hashlib.sha256(data if isinstance(data, bytes) else json.dumps(data).encode()).hexdigest()[:12]
+
+
+def run_texts(bench):
+    """The tasks texts and recovery."""
+    args, dense = bench.args, bench.args.task == "recovery"
+    work = []
+    for name, length in itertools.product(args.texts, args.lengths):
+        n_prompt = length - args.n_new
+        tokens = bench.tokenizer.encode(read_text(name), special_tokens=False)[: length + 1]
+        if len(tokens) <= length:
+            raise InputError(f"text {name} has {len(tokens)} tokens, {length + 1} are needed: use shorter --lengths")
+        values = dict(
+            task=args.task, text=pathlib.Path(name).name, sha256=digest(tokens), n_prompt=n_prompt, n_new=args.n_new
+        )
+        settings = bench.store.missing(bench.settings(n_prompt, args.n_new), **values)
+        work.append((torch.tensor(tokens), n_prompt, settings, values))
+    options = dict(measure_every=args.measure_every or (4 if dense else 16), follow_dense=dense)
+    with tqdm(total=sum(len(settings) for _, _, settings, _ in work), unit="setting", disable=args.quiet) as bar:
+        for tokens, n_prompt, settings, values in work:
+            bar.set_description(f"{values['text']}, {len(tokens) - 1} tokens")
+            prompt = settings and Prompt(bench.model, bench.predictor, tokens[:-1], n_prompt, len(tokens) - 1, settings)
+            for batch in bench.batches(settings):
+                for setting, row in zip(batch, read_on(prompt, batch, tokens[n_prompt:], **options)):
+                    bench.store.add(setting, **values, **row)
+                bar.update(len(batch))
+
+
+COLOURS = "red", "blue", "green", "yellow"
+
+
+def hidden_keys(tokenizer, filler, length, depth, n_keys, rng):
+    """A prompt of `length` tokens with `n_keys` five-digit keys, and the one that it asks for, at `depth` (0 ... 1).
+
+    The other keys lie at random depths. A single key is called the pass key.
+    """
+    names = [f"{colour} key" for colour in COLOURS[:n_keys]] if n_keys > 1 else ["pass key"]
+    values = [str(rng.randrange(10000, 100000)) for _ in names]
+    asked = rng.randrange(n_keys)
+    needles = [f"\n\nThe {name} is {key}. Remember it: {key} is the {name}.\n\n" for name, key in zip(names, values)]
+    opening = "Some keys are hidden in the text that follows. Remember them.\n\n"
+    question = f"\n\nWhat is the {names[asked]}? The {names[asked]} is"
+    opening, question, *needles = (tokenizer.encode(t, special_tokens=False) for t in (opening, question, *needles))
+    room = length - len(opening) - len(question) - sum(map(len, needles))
+    if room < 0:
+        raise InputError(f"{length} tokens have no room for {n_keys} keys: use at least {length - room}")
+    offset = rng.randrange(len(filler))
+    body = (filler * (2 + room // len(filler)))[offset : offset + room]
+    depths = [depth if i == asked else rng.random() for i in range(n_keys)]
+    for pos, needle in sorted(((round(d * room), needle) for d, needle in zip(depths, needles)), reverse=True):
+        body[pos:pos] = needle
+    return opening + body + question, values[asked]
+
+
+def run_needles(bench):
+    args = bench.args
+    filler = [token for name in args.texts for token in bench.tokenizer.encode(read_text(name), special_tokens=False)]
+    cases = list(itertools.product(args.keys, args.lengths, args.depths, range(args.trials)))
+    for n_keys, length, depth, trial in tqdm(cases, "needles", unit="prompt", disable=args.quiet):
+        case = f"{n_keys} keys, depth {depth:g}, trial {trial}"
+        tokens, key = hidden_keys(bench.tokenizer, filler, length, depth, n_keys, random.Random(f"{length} {case}"))
+        n_new = len(bench.tokenizer.encode(f" {key}.", special_tokens=False))
+        values = dict(task=args.task, text=case, sha256=digest(tokens), n_prompt=length, n_new=n_new)
+        settings = bench.store.missing(bench.settings(length, n_new), **values)
+        if not settings:
+            continue
+        prompt = Prompt(bench.model, bench.predictor, torch.tensor(tokens), length, length + n_new, settings)
+        for batch in bench.batches(settings):
+            answers = answer(prompt, batch, n_new)  # (M, n_new)
+            for setting, ids in zip(batch, answers.tolist()):
+                text = bench.tokenizer.decode(ids)
+                found = re.findall(r"\d+", text)[:1] == [key]
+                bench.store.add(setting, **values, keys=n_keys, depth=depth, answer=text, found=int(found))
+
+
+def answer(prompt, settings, n_new):
+    """n_new greedy tokens of each setting: (M, n_new)."""
+    decoders = [prompt.decoder(setting) for setting in settings]
+    tokens = [prompt.logits[0].argmax().expand(len(settings))]  # (M,) each
+    while len(tokens) < n_new:
+        tokens.append(decode_together(prompt.model, decoders, tokens[-1]).argmax(-1))
+    return torch.stack(tokens, 1)
+
+
+def run_lm_eval(bench):
+    """Rows have `scores`: the task's own metrics by name."""
+    try:
+        from experiments.lm_eval_adapter import evaluate_tasks
+    except ImportError as error:
+        raise InputError(f"lm-eval needs {error.name}: pip install lm-eval") from None
+    args, length = bench.args, bench.model.config.context_len
+    for task in args.lm_tasks:
+        values = dict(task=args.task, text=task, sha256=digest([args.limit]), n_prompt=length, n_new=0)
+        for setting in bench.store.missing(bench.settings(length - 1, 1), **values):
+            scores = evaluate_tasks(bench, setting, task)
+            bench.store.add(setting, **values, scores=scores)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv):
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=[*GRIDS, "table"])
+    parser.add_argument("--grid", action="append", help="settings to compare (see above); may be repeated")
+    parser.add_argument("--results", default="results/evaluate.jsonl", metavar="FILE", help="results go here")
+    parser.add_argument("--texts", nargs="+", default=[*TEXTS, "readme"], help="held-out texts by name, or files")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; texts and recovery: decoded ones included")
+    parser.add_argument("--n-new", type=int, default=512, help="tokens decoded after the prompt")
+    parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="of the key; 0: first")
+    parser.add_argument("--keys", type=int, nargs="+", default=[1, 4], choices=range(1, 5), help="hidden in a text")
+    parser.add_argument("--trials", type=int, default=1, help="prompts for each depth")
+    parser.add_argument("--lm-tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval")
+    parser.add_argument("--include-path", metavar="FOLDER", help="your own tasks of lm-eval")
+    parser.add_argument("--limit", type=int, help="only so many examples of each task of lm-eval")
+    parser.add_argument("--against", default="paper", metavar="SETTING", help="the table has the ratio of KLs to it")
+    parser.add_argument(
+        "--worst", type=int, default=0, metavar="N", help="list the N tokens of the highest KL per text"
+    )
+    parser.add_argument(
+        "--measure-every", type=int, default=0, metavar="N", help="measure recovery at every N-th token"
+    )
+    parser.add_argument("--together", type=int, default=12, help="settings decoded in lockstep; memory grows with them")
+    parser.add_argument("--model", help="Hugging Face folder or hub id; default: the bundled one")
+    parser.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the convolution")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(argv)
+    args.grid = args.grid or GRIDS.get(args.task)
+    args.lengths = args.lengths or ([1024, 2048, 4096] if args.task == "needles" else [4096, 8192])
+    for name in ("n_new", "together", "trials", *["limit"] * (args.limit is not None)):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if not all(0 <= depth <= 1 for depth in args.depths):
+        raise InputError("--depths must lie in 0 ... 1")
+    return args
+
+
+def print_tables(store, tokenizer, args):
+    for task in GRIDS if args.task == "table" else [args.task]:
+        if rows := store.of(task):
+            print(tables.TABLES[task](rows, args.against), end="\n\n")
+        if rows and task == "texts" and args.worst:
+            tokens = {name: tokenizer.encode(read_text(name), special_tokens=False) for name in args.texts}
+            print(tables.worst(rows, tokens, tokenizer, args.worst))
+
+
+def run(args):
+    for grid in args.grid or []:  # mistakes show before a model is loaded
+        for method, changes, _ in parse_grid(grid):
+            dataclasses.replace(Setting.base(method), **changes)
+    predictor = load_predictor(args.predictor)
+    model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
+    context_len, texts = model.config.context_len, args.task in ("texts", "recovery")
+    needed = max(args.lengths) + (0 if texts else 16)  # 16: for a needle's answer
+    if texts and min(args.lengths) <= args.n_new or (texts or args.task == "needles") and needed > context_len:
+        raise InputError(f"--lengths must exceed --n-new and fit the model's context of {context_len} tokens")
+    weights = digest(b"".join(w.contiguous().numpy().tobytes() for w in predictor.state_dict().values()))
+    identity = dict(
+        model=pathlib.Path(args.model).name if args.model else "default", dtype=args.dtype, predictor=weights
+    )
+    store = Store(args.results, identity)
+    bench = Bench(model, tokenizer, predictor, store, args)
+    tasks = {"texts": run_texts, "recovery": run_texts, "needles": run_needles, "lm-eval": run_lm_eval}
+    if args.task in tasks:
+        tasks[args.task](bench)
+    print_tables(store, tokenizer, args)
+
+
+def main(argv=None) -> int:
+    return exit_status("evaluate", lambda: run(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The launches of kernels.py as a decode step makes them, beside PyTorch code: what `experiments.bench kernels` times.
+
+Each function of PATHS takes a model's shapes m, a Config c, the number of tokens, the dtype of K and V, a device and a
+backend, and yields tuples: name, least work (experiments/roofline.py), a launch, and rivals {name: a call that computes
+the same, or serves the same purpose}. Keys, values and histories are random.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import attnpred
+import kernels
+from attnpred import Predictor
+from experiments import roofline
+
+
+def softmax_then_max(q, k_cache, n_tokens):
+    """`pool_history` with all logits in memory: q (Hq, rows, D), k_cache (Hk, N, b, D) -> (Hq, rows, N)."""
+    n_kv_heads, n_blocks, b, head_dim = k_cache.shape
+    rows = q.shape[1]
+    k = k_cache.flatten(1, 2)[:, :n_tokens]  # (Hk, T, D)
+    logits = (q.reshape(n_kv_heads, -1, head_dim) @ k.mT).float() * head_dim**-0.5  # (Hk, G * rows, T)
+    future = torch.ones(rows, n_tokens, dtype=torch.bool, device=q.device).triu(n_tokens - rows + 1)
+    p = logits.unflatten(1, (-1, rows)).masked_fill_(future, -torch.inf).softmax(-1)  # (Hk, G, rows, T)
+    return F.pad(p, (0, n_blocks * b - n_tokens)).unflatten(-1, (-1, b)).amax(-1).flatten(0, 1)
+
+
+def pooling_paths(m, c, n_tokens, dtype, device, backend):
+    keys = torch.randn(m.n_layers, m.n_kv_heads, c.n_blocks(n_tokens), c.block_size, m.head_dim, device=device)
+    keys = keys.to(dtype)  # (L, Hk, N, b, D)
+    for name, rows, layers in (("prompt, one layer", c.history_len, 1), ("calibration, all layers", 1, m.n_layers)):
+        k = keys[:layers].flatten(0, 1)  # (layers * Hk, N, b, D)
+        q = torch.randn(layers * m.n_heads, rows, m.head_dim, device=device).to(dtype)
+        work = roofline.pool_history(len(q), len(k), rows, n_tokens, m.head_dim, c.block_size, dtype.itemsize)
+        call = partial(lambda q, k: kernels.pool_history(q, k, n_tokens, 1, backend)[0], q, k)
+        yield f"pool_history, {name}", work, call, {"softmax, then max": partial(softmax_then_max, q, k, n_tokens)}
+
+
+def prediction_paths(m, c, n_tokens, dtype, device, backend):
+    weights = kernels.prepare_weights(Predictor().requires_grad_(False).state_dict(), device)
+    heads, (start, end), period = m.n_layers * m.n_kv_heads, c.middle(n_tokens), c.intervals(n_tokens)[1]
+    history = torch.rand(heads, c.history_len, c.n_blocks(n_tokens), device=device).to(attnpred.HISTORY_DTYPE)
+    contributions = torch.zeros_like(history)  # (L * Hk, H, N)
+
+    def convolve(tf32):
+        with torch.backends.cudnn.flags(allow_tf32=tf32):
+            parts = history.float().split(m.n_kv_heads)
+            return torch.cat([kernels.predict_reference(part, 0, start, end, weights) for part in parts])
+
+    rivals = {"convolutions, float32": partial(convolve, False)}
+    if device.type == "cuda":
+        rivals["convolutions, tf32"] = partial(convolve, True)
+    for name, new_rows, valid_end in (("whole image", 0, start), (f"after {period} rows", period, end)):
+        work = roofline.predict(heads, c.history_len, new_rows, start, end, valid_end)
+        window = 0, new_rows, start, end, valid_end
+        call = partial(kernels.predict, history, contributions, *window, weights, backend)
+        yield f"predict, {name}, all layers", work, call, rivals
+
+
+def selection_paths(m, c, n_tokens, dtype, device, backend):
+    start, end = c.middle(n_tokens)
+    scores, k = torch.randn(m.n_layers, m.n_kv_heads * (end - start), device=device), m.n_kv_heads * c.topk_blocks
+    rivals = {"topk, then sort": lambda: scores.topk(k, sorted=False).indices.sort(1).values}
+    call = partial(kernels.select_blocks, scores, k, backend)
+    yield f"select_blocks, {k} per layer, all layers", roofline.select_blocks(*scores.shape, k), call, rivals
+
+
+def lists_of(counts, c, n_tokens, device):
+    """Random lists with counts[h] selected blocks for KV head h: addresses (A,), starts and lengths (Hk,), int32."""
+    start, end = c.middle(n_tokens)
+    outside = torch.tensor([*range(start), *range(end, c.n_blocks(n_tokens))])
+    lists = [torch.cat([outside, start + torch.randperm(end - start)[:count]]).sort().values for count in counts]
+    sizes = torch.tensor([len(blocks) for blocks in lists])
+    table = torch.cat([head * c.n_blocks(n_tokens) + blocks for head, blocks in enumerate(lists)])
+    return tuple(x.int().to(device) for x in (table, sizes.cumsum(0) - sizes, sizes * c.block_size))
+
+
+def attention_paths(m, c, n_tokens, dtype, device, backend):
+    n_blocks, group, k = c.n_blocks(n_tokens), m.n_heads // m.n_kv_heads, c.topk_blocks
+    pool = torch.randn(2, m.n_kv_heads * n_blocks, c.block_size, m.head_dim, device=device).to(dtype)
+    q = torch.randn(m.n_heads, m.head_dim, device=device).to(dtype)
+
+    def sdpa(blocks):  # (2, Hk * blocks of a head, b, D)
+        k, v = blocks.reshape(2, 1, m.n_kv_heads, -1, m.head_dim)
+        return F.scaled_dot_product_attention(q.unflatten(0, (m.n_kv_heads, -1))[None], k, v)[0].flatten(0, 1)
+
+    half = m.n_kv_heads // 2  # of the heads attend to half as much as the mean, the others to half as much more
+    uneven = [k - k // 2] * half + [k] * (m.n_kv_heads - 2 * half) + [k + k // 2] * half
+    for name, counts in (("heads alike", [k] * m.n_kv_heads), ("uneven heads", uneven)):
+        table, starts, lengths = lists_of(counts, c, n_tokens, device)
+        block_max, address = torch.zeros(group, len(table), device=device), table.long()  # (G, A), (A,)
+        shape = m.n_heads, m.n_kv_heads, len(table) * c.block_size, m.head_dim, c.block_size, dtype.itemsize
+        lists = table, starts, lengths, block_max
+        call = partial(lambda lists: kernels.sparse_decode(q, *pool, *lists, backend)[0], lists)
+        rivals = {"SDPA over gathered blocks": partial(lambda address: sdpa(pool[:, address]), address)}
+        rivals |= {"SDPA over all blocks": lambda: sdpa(pool)}
+        work = roofline.sparse_decode(*shape)
+        yield f"sparse_decode, {name}, one layer", work, call, rivals if counts is not uneven else {}
+    rows = torch.zeros(m.n_kv_heads, n_blocks, device=device, dtype=attnpred.HISTORY_DTYPE)
+    lists = torch.zeros(m.n_heads, device=device), table % n_blocks, starts, lengths  # lse, columns
+    call = partial(kernels.write_rows, block_max, *lists, rows, c.block_size, backend)
+    yield "write_rows, one layer", roofline.write_rows(m.n_kv_heads, group, len(table), n_blocks), call, {}
+
+
+def copy_paths(m, c, n_tokens, dtype, device, backend):
+    """A layer's selection: assigning slots where a tenth of it changed, and copying all or a tenth of it."""
+    n_blocks, elements, k = c.n_blocks(n_tokens), 2 * c.block_size * m.head_dim, m.n_kv_heads * c.topk_blocks
+    ids = torch.stack([torch.randperm(m.n_kv_heads * n_blocks) for _ in range(m.n_layers)]).int().to(device)
+    assign = partial(kernels.assign_slots, ids[:, k // 10 :][:, :k].contiguous(), ids[:, :k].contiguous())
+    rivals = {} if backend == "torch" else {"the reference": partial(assign, "torch")}
+    yield f"assign_slots, {k} per layer", roofline.assign_slots(m.n_layers, k), partial(assign, backend), rivals
+    host = torch.zeros(m.n_kv_heads * n_blocks, elements, dtype=dtype, pin_memory=device.type == "cuda")
+    slots, place = torch.empty(k, elements, device=device, dtype=dtype), torch.arange(k, device=device).int()
+    for name, n in (("all", k), ("a tenth", max(1, k // 10))):
+        chosen = ids[0, :n].cpu()
+        call = partial(kernels.copy_blocks, host, slots, F.pad(chosen, (0, k - n), value=-1).to(device), place, backend)
+        rivals = {"index_select": partial(lambda n, chosen: slots[:n].copy_(host.index_select(0, chosen)), n, chosen)}
+        yield f"copy_blocks, {name} of {k}", roofline.copy_blocks(n, elements * dtype.itemsize), call, rivals
+
+
+PATHS = (pooling_paths, prediction_paths, selection_paths, attention_paths, copy_paths)

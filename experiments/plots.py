@@ -1,0 +1,555 @@
+"""Every picture of the project, drawn from a run or from the numbers that other programs wrote.
+
+    python -m experiments.plots run --prompt-file text.txt --budget 512 --out run.png
+    python -m experiments.plots speed speed.json --out speed.png
+
+Reading order: `Recorder`, `find_patterns` and `draw_run` show a run from inside; then one function per result file.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+from collections import deque
+
+import torch
+import torch.nn.functional as F
+
+import attnpred
+from attnpred import InputError, OneLineParser, SparseDecoder, exit_status, write_atomically
+
+if importlib.util.find_spec("matplotlib"):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap, PowerNorm
+
+OURS, PAPER, GREY, BLUE, ORANGE = "#c2185b", "#ef7fab", "#8a8f98", "#2a6fbb", "#e08e0b"
+COLOURS = {  # of evaluate's settings
+    "ours": OURS,
+    "paper": PAPER,
+    "oracle": GREY,
+    "decayed-mean:0.9": ORANGE,
+    "quest": "#1b7f5c",
+    "h2o": BLUE,
+    "snapkv": "#7a52b3",
+    "streaming-llm": "#6d4c41",
+}
+ATTENTION = "magma"
+RECENT_BLOCKS = 10  # nearly every head attends to the blocks before the local window
+
+
+def save(figure, path, dpi=100):
+    """Write a figure as a PNG; a file that was at `path` stays if that fails."""
+    try:
+        write_atomically(path, lambda part: figure.savefig(part, dpi=dpi, format="png", metadata={"Software": None}))
+    finally:
+        plt.close(figure)
+
+
+def bare(*all_axes):
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+
+
+def thousands(n):
+    return f"{n / 1024:g}K" if n % 1024 == 0 else str(n)
+
+
+def context_ticks(axes, contexts):
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [thousands(n) for n in contexts])
+    axes.set_xlabel("context")
+    axes.minorticks_off()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run from inside
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Recorder(SparseDecoder):
+    """A SparseDecoder that notes, step by step, what it predicts, selects and reads, and what was true.
+
+    The true attention of every sparse layer is computed at every step, which takes time but changes nothing. L' sparse
+    layers; `heads` are selection heads; N blocks.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L', heads, N) each, a step's largest p per block
+        self.chosen = []  # (L', heads, N) bool per step: the blocks attended
+        self.recovery = []  # per step: share of the true attention attended, mean over layers and heads
+        self.bytes = []  # per step: (attention, calibration, choosing, dense)
+        self.prediction = None  # the last one in use: (history (L', heads, H, N), start, scores (L', heads, n))
+        self.served = None  # (L', heads, N): the true row of the first step that it served
+        self.pending = None
+
+    def scores(self, start, end, layers=slice(None)):
+        scores = super().scores(start, end, layers)  # (L', heads, n)
+        history = self.window()[..., : self.config.n_blocks(self.n_tokens)].cpu()  # (L', heads, H, N)
+        self.pending = history, start, scores.cpu()
+        if not self.step and self.config.history_rows == "every":  # the prompt's last rows are consecutive, and true
+            self.true_rows.extend(history.unbind(2))
+        return scores
+
+    def begin_token(self):
+        super().begin_token()
+        if self.pending:
+            self.prediction, self.pending, self.served = self.pending, None, None
+        shape = self.sparse_layers, self.heads, self.config.n_blocks(self.n_tokens)
+        self.row, self.mask, self.share = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), []
+        self.before = self.counters()
+
+    def decode_attention(self, layer, q, k, v):
+        out = super().decode_attention(layer, q, k, v)  # (Hq, 1, D)
+        index = layer - self.dense_layers
+        if index >= 0:
+            b, n_blocks = self.config.block_size, self.row.shape[-1]
+            keys = self.cache.k[layer].flatten(1, 2)[:, : self.n_tokens].float()  # (Hk, T, D)
+            queries = q[:, 0].float().unflatten(0, (len(keys), -1))  # (Hk, G, D)
+            p = (queries @ keys.mT * q.shape[-1] ** -0.5).softmax(-1).flatten(0, 1)  # (Hq, T)
+            p = F.pad(p, (0, n_blocks * b - self.n_tokens)).unflatten(-1, (-1, b)).cpu()  # (Hq, N, b)
+            self.mask[index] = self.attended(index, n_blocks).cpu()
+            self.row[index] = self.group_mean(p.amax(-1)[None])[0]
+            self.share.append((self.group_mean(p.sum(-1)[None])[0] * self.mask[index]).sum(-1).mean().item())
+        return out
+
+    def finish_token(self):
+        super().finish_token()
+        if self.step:
+            self.true_rows.append(self.row)
+            self.chosen.append(self.mask)
+            self.recovery.append(sum(self.share) / max(1, len(self.share)))
+            self.bytes.append([new - old for new, old in zip(self.counters(), self.before)])
+            self.served = self.row if self.served is None else self.served
+
+    def counters(self):
+        s = self.stats
+        return s.attention_bytes, s.calibration_bytes, s.choosing_bytes, s.dense_bytes
+
+
+def similarity(x, y):
+    """Correlation of rows over their last dimension: (..., n), (..., n) -> (...)."""
+    x, y = (z - z.mean(-1, keepdim=True) for z in (x, y))
+    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp_min(1e-9)
+
+
+def find_patterns(rows, block_size):
+    """Rows (R, heads, n) of true attention -> {pattern: head}, the clearest example of each, no head twice.
+
+    re-access   a row resembles the row before it: the same blocks again
+    sequential  a row resembles the row of block_size steps before shifted by a block, more than that row itself
+    seasonal    what differs from a head's mean returns after some steps, and not before
+    """
+    spread = rows.amax(2).mean(0).clamp(max=0.05)  # (heads,): heads that attend elsewhere show nothing
+    scores = {"re-access": similarity(rows[1:], rows[:-1]).sum(0)}
+    if rows.shape[0] > block_size and rows.shape[2] > 2:
+        new, old = rows[block_size:], rows[:-block_size]
+        scores["sequential"] = (similarity(new[..., 1:], old[..., :-1]) - similarity(new, old)).mean(0)
+    rest = rows.sqrt() - rows.sqrt().mean(0)  # (R, heads, n): without the root, a few bright cells decide
+    power = rest.square().mean((0, 2)).clamp_min(1e-9)  # (heads,)
+    lags = range(1, max(2, rows.shape[0] // 2))
+    echo = torch.stack([(rest[lag:] * rest[:-lag]).sum((0, 2)) / max(1, len(rest) - lag) for lag in lags])
+    echo = echo / rows.shape[2] / power  # (lags, heads)
+    scores["seasonal"] = (echo - echo.cummin(0).values).amax(0)
+    found = {}
+    for pattern in ("seasonal", "sequential", "re-access"):
+        if pattern in scores:
+            score = scores[pattern] * spread
+            score[list(found.values())] = -torch.inf
+            found[pattern] = int(score.argmax())
+    return {pattern: found[pattern] for pattern in ("re-access", "sequential", "seasonal") if pattern in found}
+
+
+def draw_run(recorder, path):
+    """History, prediction, truth and selection of three heads; recovery and bytes of all. Needs one decoded token."""
+    r, c = recorder, recorder.config
+    n = r.true_rows[-1].shape[-1]
+    rows = torch.stack([F.pad(row, (0, n - row.shape[-1])) for row in r.true_rows]).flatten(1, 2)  # (R, L' * heads, N)
+    start, end = c.middle(r.n_tokens)
+    far = end - RECENT_BLOCKS if end - start > 4 * RECENT_BLOCKS else end
+    patterns = find_patterns(rows[..., start:far] if far - start > 3 else rows, c.block_size)
+
+    figure = plt.figure(figsize=(13, 9), layout="constrained")
+    grid = figure.add_gridspec(5, 6, height_ratios=(4, 0.35, 0.35, 3, 2.6))
+    span = 6 // len(patterns)
+    for column, (pattern, head) in enumerate(patterns.items()):
+        layer, head = divmod(head, r.heads)
+        columns = slice(column * span, (column + 1) * span)
+        axes = figure.add_subplot(grid[0, columns])
+        axes = [axes, *(figure.add_subplot(grid[i, columns], sharex=axes) for i in (1, 2, 3))]
+        draw_head(axes, r, layer, head, column == 0)
+        kind = "KV head" if c.select_heads == "kv" else "head"
+        title = f"{pattern}: layer {layer + r.dense_layers}, {kind} {head}"
+        sizes = [int(mask[layer, head].sum()) for mask in r.chosen]
+        axes[0].set_title(f"{title}, {min(sizes)} to {max(sizes)} blocks", fontsize=11)
+    draw_steps(figure.add_subplot(grid[4, :3]), figure.add_subplot(grid[4, 3:]), r)
+    shared = "per head on average, shared in a layer" if c.share_budget == "layer" else "per head"
+    figure.suptitle(
+        f"{r.n_tokens:,} tokens in {n} blocks of {c.block_size}; budget {c.budget}: {c.topk_blocks} blocks {shared}, "
+        f"selected every {c.intervals(r.n_tokens)[1]} steps; {c.sink_tokens} + {c.local_tokens} tokens always attended",
+        fontsize=11,
+    )
+    save(figure, path)
+
+
+def draw_head(axes, recorder, layer, head, labelled):
+    """A column: the history, the row predicted from it, the true row of the next step, the blocks of every step."""
+    r, (top, *strips, bottom) = recorder, axes
+    n = r.true_rows[-1].shape[-1]
+    if r.prediction:
+        image, start, scores = r.prediction[0][layer, head], r.prediction[1], r.prediction[2][layer, head]
+    else:  # everything fits the budget: show the true rows
+        image = torch.stack([F.pad(row[layer, head], (0, n - row.shape[-1])) for row in r.true_rows])
+        start, scores = 0, torch.zeros(0)
+    end = start + len(scores)
+    brightest = image[:, start:end].max() if len(scores) else image.max()
+    norm = PowerNorm(0.4, 0, max(1e-3, float(brightest)))
+    cells = dict(cmap=ATTENTION, aspect="auto", interpolation="nearest")
+    top.imshow(image, norm=norm, extent=(-0.5, image.shape[1] - 0.5, -0.5, -len(image) - 0.5), **cells)
+    predicted, actual = torch.full((2, n), torch.nan)
+    predicted[start:end] = scores - scores.min() if len(scores) else torch.nan
+    if r.served is not None:
+        inside = slice(start, end) if len(scores) else slice(0, r.served.shape[-1])
+        actual[inside] = r.served[layer, head][inside]
+    for strip, row, name in zip(strips, (predicted, actual), ("predicted", "actual")):
+        strip.set_facecolor("#dddddd")
+        row = row / row.nan_to_num().max().clamp_min(1e-12)
+        strip.imshow(row[None], norm=PowerNorm(0.5, 0, 1), extent=(-0.5, n - 0.5, 0, 1), **cells)
+        strip.set_yticks([])
+        if labelled:
+            strip.set_ylabel(name, rotation=0, ha="right", va="center")
+    if not len(scores):
+        middle = dict(ha="center", va="center", transform=strips[0].transAxes, fontsize=8)
+        strips[0].text(0.5, 0.45, "everything fits the budget", **middle)
+    chosen = torch.stack([F.pad(mask[layer, head], (0, n - mask.shape[-1])) for mask in r.chosen])  # (steps, N)
+    cells["cmap"] = ListedColormap(["#f3eef0", OURS])
+    bottom.imshow(chosen, extent=(-0.5, n - 0.5, len(chosen) + 0.5, 0.5), vmin=0, vmax=1, **cells)
+    bottom.set_xlim(-0.5, n - 0.5)
+    bottom.set_xlabel(f"block of {r.config.block_size} tokens")
+    for upper in (top, *strips):
+        upper.tick_params(labelbottom=False)
+    if labelled:
+        top.set_ylabel("history, by row before\nthe row that is predicted")
+        bottom.set_ylabel("blocks attended,\nby decode step")
+
+
+def draw_steps(left, right, recorder):
+    """Recovery, and bytes read, by step."""
+    steps = range(1, len(recorder.recovery) + 1)
+    left.plot(steps, recorder.recovery, color=OURS)
+    left.set(title="recovery: share of the true attention attended", xlabel="decode step")
+    left.set_ylim(top=1.005)
+    *parts, dense = torch.tensor(recorder.bytes).T / 1e6  # (steps,) each
+    base = torch.zeros_like(dense)
+    for part, name, colour in zip(parts, ("attention", "calibration", "choosing"), (OURS, ORANGE, BLUE)):
+        right.fill_between(steps, base, base + part, step="mid", color=colour, label=name)
+        base = base + part
+    right.plot(steps, dense, color="black", label="dense attention would read")
+    right.set(title="MB of KV cache and history read", xlabel="decode step")
+    right.set_ylim(0, 1.3 * float(torch.stack([dense, base]).max()))
+    right.legend(fontsize=8, ncols=4, loc="upper left", frameon=False)
+    for axes in (left, right):
+        axes.set_xlim(1, max(2, len(recorder.recovery)))
+    bare(left, right)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Quality: experiments.evaluate and train_predictor
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def line_of(setting):
+    style = dict(color=COLOURS.get(setting), ls="--" if setting == "oracle" else "-", label=setting)
+    return style | (dict(lw=2.4, zorder=5) if setting == "ours" else {})
+
+
+def of_task(rows, *tasks):
+    """evaluate's rows of some tasks; without any there is nothing to draw."""
+    rows = [row for row in ([rows] if isinstance(rows, dict) else rows) if row["task"] in tasks]
+    if not rows:
+        raise InputError(f"the file has no results of `experiments.evaluate {' or '.join(tasks)}`")
+    return rows
+
+
+def grouped(rows, name):
+    """{value: the rows that have it}, in order of appearance."""
+    return {value: [row for row in rows if row[name] == value] for value in dict.fromkeys(row[name] for row in rows)}
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def pareto_points(rows):
+    """MB per token and KL of one setting, means over texts, for each budget or share of the bytes, sorted by MB."""
+    points = {}
+    for row in rows:
+        points.setdefault(row["bytes_share"] or row["budget"], []).append((row["read_bytes"] / 1e6, mean(row["kl"])))
+    return list(zip(*sorted(tuple(map(mean, zip(*same))) for same in points.values())))
+
+
+def draw_pareto(rows, path):
+    """KL against all bytes read: a panel per length; a thick line per setting, the mean of its thin ones per text."""
+    by_length = grouped([row for row in of_task(rows, "texts") if any(row["kl"])], "n_prompt")
+    size = 1.5 + 5 * len(by_length), 4.6
+    figure, all_axes = plt.subplots(1, len(by_length), figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for axes, (length, of_length) in zip(all_axes[0], sorted(by_length.items())):
+        for setting, of_setting in grouped(of_length, "setting").items():
+            style = line_of(setting)
+            (line,) = axes.plot(*pareto_points(of_setting), marker="o", ms=4, **style)
+            for of_text in grouped(of_setting, "text").values():
+                axes.plot(*pareto_points(of_text), color=line.get_color(), ls=style["ls"], lw=0.6, alpha=0.5)
+        axes.set(xscale="log", yscale="log", title=f"{length:,} tokens", xlabel="MB read per token, all reads")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        bare(axes)
+    all_axes[0][0].set_ylabel("KL to full attention, nats")
+    all_axes[0][-1].legend(fontsize=8)
+    save(figure, path)
+
+
+def draw_recovery(rows, path, budget=512):
+    """By layer and by step, at one budget: 512, or else the smallest."""
+    rows = [row for row in of_task(rows, "recovery", "texts") if "recovery" in row]
+    budgets = sorted({row["budget"] for row in rows})
+    budget = budget if budget in budgets else budgets[0]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for setting, same in grouped([row for row in rows if row["budget"] == budget], "setting").items():
+        by_layer, by_step = (torch.tensor([row[k] for row in same]).mean(0) for k in ("recovery_by_layer", "recovery"))
+        first, width = same[0]["dense_layers"], min(8, len(by_step))
+        left.plot(range(first, first + len(by_layer)), by_layer, **line_of(setting))
+        right.plot(range(width, len(by_step) + 1), by_step.unfold(0, width, 1).mean(1), **line_of(setting))
+    left.set(xlabel="layer", ylabel=f"recovery, budget {budget}")
+    right.set(xlabel=f"measured step (mean of the last {width})")
+    right.legend(fontsize=8)
+    bare(left, right)
+    save(figure, path)
+
+
+def draw_needles(rows, path):
+    """A heat map per setting: depth of the key by length of the text; the share of keys found."""
+    rows = of_task(rows, "needles")
+    settings = grouped(rows, "setting")
+    lengths, depths, keys = (sorted({row[name] for row in rows}) for name in ("n_prompt", "depth", "keys"))
+    columns = min(5, len(settings))
+    n_rows = -(-len(settings) // columns)
+    size = 2.3 * columns + 0.6, (0.9 + 0.32 * len(depths)) * n_rows + 0.4
+    figure, axes = plt.subplots(
+        n_rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
+    )
+    for panel, (setting, of_setting) in zip(axes.flat, settings.items()):
+        image = torch.full((len(depths), len(lengths)), torch.nan)
+        for length, of_length in grouped(of_setting, "n_prompt").items():
+            for depth, same in grouped(of_length, "depth").items():
+                row, column = depths.index(depth), lengths.index(length)
+                image[row, column] = found = mean(r["found"] for r in same)
+                panel.text(column, row, f"{100 * found:.0f}", ha="center", va="center", fontsize=7)
+        panel.imshow(image, cmap="RdYlGn", vmin=-0.4, vmax=1.4, aspect="auto")
+        panel.set_title(f"{setting}: {image.nanmean().item():.0%}", fontsize=8)
+        panel.set_xticks(range(len(lengths)), [thousands(length) for length in lengths], fontsize=8)
+        panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+    for panel in axes.flat[len(settings) :]:
+        panel.set_visible(False)
+    what = "pass key" if keys == [1] else f"one of {' or '.join(map(str, keys))} keys"
+    budget = min(row["budget"] for row in rows)
+    figure.suptitle(f"{what} found, % (budget {budget}); depth of the key by length of the text", fontsize=9)
+    save(figure, path)
+
+
+def draw_training(rows, path):
+    """The curve that train_predictor writes: dicts with "step", "loss", and validation measures in 0 ... 1."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    steps = [row["step"] for row in rows]
+    left.plot(steps[1:], [row["loss"] for row in rows[1:]], marker=".")  # the start's loss is of one batch only
+    left.set(title="loss, running mean", xlabel="step")
+    for name, start in rows[0].items():
+        if name not in ("step", "loss"):
+            right.plot(steps, [100 * (r[name] - start) for r in rows], marker=".", label=f"{name}: from {start:.4f}")
+    right.set(title="validation recovery, points above the start", xlabel="step")
+    right.legend(fontsize=7)
+    save(figure, path, dpi=90)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Speed: experiments.bench
+# --------------------------------------------------------------------------------------------------------------------
+
+CONTENDERS = {"dense": GREY, "sparse": OURS, "sparse --paper": PAPER, "transformers": BLUE}
+
+
+def draw_speed(results, path):
+    """Tokens/s of each dtype with what the bandwidth allows, memory, and the parts of a sparse token's time."""
+    rows = results["rows"]
+    dtypes, contexts = list(dict.fromkeys(row["dtype"] for row in rows)), sorted({row["context"] for row in rows})
+    panels = len(dtypes) + 2
+    figure, (*speeds, memory, stages) = plt.subplots(1, panels, figsize=(4.3 * panels, 4), layout="constrained")
+    for axes, dtype in zip(speeds, dtypes):
+        for name, colour in CONTENDERS.items():
+            mine = [row for row in rows if row["name"] == name and row["dtype"] == dtype]
+            if mine:
+                x, style = [row["context"] for row in mine], dict(color=colour, marker="o", ms=4)
+                axes.plot(x, [1 / row["seconds"] for row in mine], label=name, **style)
+                if name in ("dense", "sparse"):
+                    limit = [1 / row["least_seconds"] for row in mine]
+                    axes.plot(x, limit, ls=":", color=colour, label=f"{name}: bandwidth's limit")
+            known = [row for row in mine if row["memory"]]
+            if known and dtype == dtypes[0]:
+                memory.plot([r["context"] for r in known], [r["memory"] / 1e6 for r in known], label=name, **style)
+        axes.set(title=f"tokens/s, {dtype}")
+        axes.set_ylim(0)
+    memory.set(title=f"peak memory beside the weights, MB, {dtypes[0]}")
+    timed = [row for row in rows if row.get("stages") and row["name"] == "sparse" and row["dtype"] == dtypes[-1]]
+    base = [0.0] * len(timed)
+    for stage in dict.fromkeys(stage for row in timed for stage in row["stages"]):
+        height = [1e3 * row["stages"][stage] for row in timed]
+        if any(height):
+            stages.bar(range(len(height)), height, bottom=base, label=stage, width=0.6)
+            base = [low + more for low, more in zip(base, height)]
+    stages.set_xticks(range(len(timed)), [thousands(row["context"]) for row in timed])
+    stages.set(title=f"a sparse token's time, ms, {dtypes[-1]}", xlabel="context")
+    for axes in (*speeds, memory):
+        context_ticks(axes, contexts)
+    for axes in (*speeds, memory, stages):
+        bare(axes)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    threads = f", {results['threads']} threads" if results["device"] == "CPU" else ""
+    figure.suptitle(f"{results['device']}{threads}, {results['weights']}", fontsize=10)
+    save(figure, path)
+
+
+def draw_kernels(results, path):
+    """Each kernel's share of its ceiling, by context length."""
+    rows = results["rows"]
+    names = list(dict.fromkeys(row["path"] for row in rows))
+    contexts = sorted({row["context"] for row in rows})
+    figure, axes = plt.subplots(figsize=(9, 0.4 * len(names) + 1.4), layout="constrained")
+    for i, context in enumerate(contexts):
+        mine = [row for row in rows if row["context"] == context]
+        places = [names.index(row["path"]) + (i - (len(contexts) - 1) / 2) * 0.25 for row in mine]
+        shares = [100 * max(row["share_of_copy"], row["share_of_matmul"]) for row in mine]
+        axes.barh(places, shares, height=0.22, label=f"{thousands(context)} tokens")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of a copy's bandwidth or of a matrix product's speed, whichever is nearer")
+    axes.set_title(results["device"])
+    axes.legend(fontsize=8)
+    bare(axes)
+    save(figure, path)
+
+
+def draw_offload(results, path):
+    """The model of time by context; below it, where the program ran on a GPU, the trace of one selection interval."""
+    lanes = results.get("timeline")
+    figure, all_axes = plt.subplots(
+        2 if lanes else 1, 1, figsize=(11, 6.5 if lanes else 4.5), layout="constrained", squeeze=False
+    )
+    top, colours = all_axes[0, 0], [GREY, OURS, BLUE, "#7a52b3", ORANGE, "#1b7f5c"]
+    rows = results["modelled"]
+    for name, colour in zip(dict.fromkeys(row["name"] for row in rows), colours):
+        mine = [row for row in rows if row["name"] == name]
+        style = dict(ls="--" if "resident" in name else "-", marker="o", ms=4, color=colour)
+        top.plot([r["context"] for r in mine], [1e3 * r["seconds"] for r in mine], label=f"{name} (model)", **style)
+    contexts = sorted({row["context"] for row in rows})
+    context_ticks(top, contexts)
+    top.set(yscale="log", ylabel="ms per token")
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in results["gb_s"].items())
+    top.set_title(f"{results['model_shape']}, a model and no measurement: bytes over GB/s ({rates})", fontsize=10)
+    top.legend(fontsize=8)
+    bare(top)
+    if lanes:
+        bottom, colour_of = all_axes[1, 0], {"kernel": GREY, "copy": OURS}
+        for lane, spans in enumerate(lanes.values()):
+            for kind, colour in colour_of.items():
+                bars = [(1e3 * begin, 1e3 * took) for begin, took, k in spans if k == kind]
+                bottom.broken_barh(bars, (lane - 0.35, 0.7), color=colour, label=kind if lane == 0 else None)
+        bottom.set_yticks(range(len(lanes)), list(lanes))
+        bottom.invert_yaxis()
+        bottom.set(xlabel="ms", title=f"one selection interval, traced on {results['device']}")
+        bottom.legend(fontsize=8)
+        bare(bottom)
+    save(figure, path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+FROM_FILE = {
+    "speed": (draw_speed, "tokens/s, memory and stages; from `experiments.bench speed --out`"),
+    "kernels": (draw_kernels, "shares of the ceilings; from `experiments.bench kernels --out`"),
+    "offload": (draw_offload, "the model of time, and a trace; from `experiments.bench offload --out`"),
+    "pareto": (draw_pareto, "KL against bytes read; from experiments.evaluate"),
+    "recovery": (draw_recovery, "recovery by layer and step; from experiments.evaluate"),
+    "needles": (draw_needles, "keys found by depth and length; from experiments.evaluate"),
+    "training": (draw_training, "loss and validation recovery; from train_predictor.py"),
+}
+
+
+def read_numbers(path):
+    """A JSON file, or a file of one JSON object per line as a list."""
+    try:
+        text = pathlib.Path(path).read_text()
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def check(args):
+    out = pathlib.Path(args.out)
+    if out.suffix != ".png" or out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise InputError(f"cannot write {out}: give a file name ending in .png, in a folder that exists")
+    if not importlib.util.find_spec("matplotlib"):
+        raise InputError("plots need matplotlib: pip install matplotlib")
+
+
+def record(out, options):
+    """Answer a prompt as attnpred.py does, with a Recorder as decoder, and draw it."""
+    args = attnpred.make_parser().parse_args(options)
+    if args.dense or args.offload or args.max_new_tokens < 2:
+        raise InputError("the picture shows sparse decoding: leave out --dense and --offload, decode 2 tokens or more")
+    recorder = attnpred.run(args, Recorder)
+    if not recorder.recovery:
+        raise InputError("nothing to draw: the answer ended before a second token was decoded")
+    draw_run(recorder, out)
+
+
+def run(argv):
+    parser = OneLineParser(prog="plots", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="PICTURE")
+    of_run = commands.add_parser(
+        "run", help="a run from inside; takes all options of attnpred.py", allow_abbrev=False,
+        epilog="All other options are those of attnpred.py: python attnpred.py --help",
+    )  # fmt: skip
+    of_run.add_argument("--out", required=True, metavar="FILE.png")
+    for name, (_, text) in FROM_FILE.items():
+        of_file = commands.add_parser(name, help=text)
+        of_file.add_argument("numbers", metavar="FILE.json")
+        of_file.add_argument("--out", required=True, metavar="FILE.png")
+    args, rest = parser.parse_known_args(argv)
+    check(args)
+    if args.command == "run":
+        return record(args.out, rest)
+    if rest:
+        raise InputError(f"unknown option {rest[0]} (--help lists the options)")
+    try:
+        FROM_FILE[args.command][0](read_numbers(args.numbers), args.out)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise InputError(f"{args.numbers} does not hold the numbers of {args.command} ({error!r})") from None
+
+
+def main(argv=None) -> int:
+    return exit_status("plots", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

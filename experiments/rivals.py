@@ -1,0 +1,315 @@
+"""Other ways to choose blocks, each a small class with one `score`, all run through the same sparse decode path.
+
+Reading order: `attention` and `block_mass` (what full attention would pay), `Seen` (what a rival may look at), the
+rivals, `RIVALS` (all by name), `RivalDecoder` (decodes with a rival's choice and measures recovery).
+
+All rivals choose whole blocks and always attend to sink and local window; the budget counts all three. A rival only
+ranks the middle blocks. Where that makes it differ from its paper, its docstring says so.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from attnpred import SparseDecoder
+
+# What needs no history: it is never calibrated, no row is written, and 16 tokens pass between two choices.
+NO_HISTORY = dict(calibration_interval=1 << 30, selection_interval=16, history_rows="true")
+
+
+def attention(q, k_cache, n_tokens):
+    """Causal attention probabilities of the last rows of a text, with all logits in memory.
+
+    q (Hq, rows, D): the queries of the tokens n_tokens - rows ... n_tokens - 1; k_cache (Hk, capacity, b, D)
+    -> (Hq, rows, n_tokens) float32
+    """
+    n_heads, rows, head_dim = q.shape
+    k = k_cache.flatten(1, 2)[:, :n_tokens].float()  # (Hk, T, D)
+    q = q.reshape(len(k), -1, head_dim).float() * head_dim**-0.5  # (Hk, G * rows, D)
+    logits = (q @ k.mT).view(n_heads, rows, n_tokens)  # (Hq, rows, T)
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)  # (rows, rows)
+    logits[..., n_tokens - rows :].masked_fill_(future, float("-inf"))
+    return logits.softmax(-1)
+
+
+def block_mass(q, k_cache, n_tokens):
+    """Share of each row's attention that each block carries: arguments as for `attention` -> (Hq, rows, N) float32."""
+    p = F.pad(attention(q, k_cache, n_tokens), (0, -n_tokens % k_cache.shape[2]))  # (Hq, rows, N * b)
+    return p.unflatten(-1, (-1, k_cache.shape[2])).sum(-1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The rivals
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Seen:
+    """What a rival may look at in one sparse layer. It ranks the middle blocks start ... end - 1."""
+
+    def __init__(self, decoder, layer, start, end, q=None):
+        self.decoder, self.layer, self.start, self.end = decoder, layer, start, end
+        self.q = q  # (Hq, D): the query of this step, only for a rival with `needs_query`
+        self.k_cache = decoder.cache.k[layer + decoder.dense_layers]  # (Hk, capacity, b, D)
+        self.notes = decoder.notes[layer]  # what the rival noted of the prompt, and may change
+
+    def rows(self, count):
+        """The last `count` rows of the history, oldest first: (heads, count, capacity) float32."""
+        newest, history = self.decoder.newest, self.decoder.history[self.layer]  # (heads, H, capacity)
+        slots = (torch.arange(newest - count + 1, newest + 1) % history.shape[1]).to(history.device)  # (count,)
+        return history[:, slots].float()
+
+    def group_mean(self, per_query):
+        """(Hq, n) -> (heads, n): queries that select together share their mean."""
+        return per_query.unflatten(0, (self.decoder.heads, -1)).mean(1)
+
+
+class Rival:
+    """Ranks the middle blocks with `score`, which returns what broadcasts to (heads, end - start)."""
+
+    name = paper = ""
+    needs_query = (
+        False  # True: scores with the query of the step, so a choice serves one token and cannot be prefetched
+    )
+    changes = {}  # the Config fields that its paper settles
+
+    def score(self, seen: Seen) -> torch.Tensor:
+        raise NotImplementedError
+
+    def prefill(self, q, k_cache, n_tokens) -> dict:
+        """Notes on a layer's prompt: q (Hq, n_tokens, D), k_cache (Hk, capacity, b, D)."""
+        return {}
+
+    def bytes_per_block(self, new_rows, vector_bytes):
+        """Bytes read per middle block and selection head to choose; vector_bytes: of one key; new_rows: of history."""
+        return 0
+
+
+class FromHistory(Rival):
+    """Reads rows of the history: those since the last choice, and a running sum of the earlier ones, in 16 bits."""
+
+    def bytes_per_block(self, new_rows, vector_bytes):
+        return 2 * (1 + new_rows)
+
+
+class LastRow(FromHistory):
+    name, paper = "last-row", "baseline"
+
+    def score(self, seen):
+        return seen.rows(1)[:, 0, seen.start : seen.end]
+
+
+class DecayedMean(FromHistory):
+    """Rows weigh decay ** age; a decay of 1 is the plain mean."""
+
+    name, paper = "decayed-mean", "baseline"
+
+    def __init__(self, decay=0.9):
+        self.decay = decay
+
+    def score(self, seen):
+        rows = seen.rows(seen.decoder.config.history_len)[..., seen.start : seen.end]  # (heads, H, n)
+        age = torch.arange(rows.shape[1] - 1, -1, -1, device=rows.device)  # (H,)
+        return torch.einsum("hrn,r->hn", rows, self.decay**age)
+
+
+class Oracle(Rival):
+    """The true attention of the very step, summed over each block: an upper bound. What it reads to choose is free."""
+
+    name, paper, needs_query = "oracle", "upper bound", True
+    changes = NO_HISTORY
+
+    def score(self, seen):
+        mass = block_mass(seen.q[:, None], seen.k_cache, seen.decoder.n_tokens)[:, 0]  # (Hq, N)
+        return seen.group_mean(mass[:, seen.start : seen.end])
+
+
+class Quest(Rival):
+    """An upper bound of the query's logits in each block, from its elementwise smallest and largest key."""
+
+    name, paper, needs_query = "quest", "Tang et al. 2024, arXiv 2406.10774", True
+    changes = NO_HISTORY | dict(share_budget="head")
+
+    def summarise(self, k):  # (Hk, n, b, D) -> (Hk, n, 2D)
+        return torch.cat([k.amin(2), k.amax(2)], -1)
+
+    def logits(self, q, low, high):  # (Hk, G, D), (Hk, n, D), (Hk, n, D) -> (Hk, G, n)
+        return q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT
+
+    def prefill(self, q, k_cache, n_tokens):
+        return {"summary": self.summarise(k_cache[:, : n_tokens // k_cache.shape[2]].float())}  # (Hk, full blocks, 2D)
+
+    def score(self, seen):
+        known = seen.notes["summary"]  # (Hk, blocks, 2D)
+        if known.shape[1] < seen.end:
+            new = self.summarise(seen.k_cache[:, known.shape[1] : seen.end].float())
+            seen.notes["summary"] = known = torch.cat([known, new], 1)
+        q = seen.q.float().unflatten(0, (len(known), -1))  # (Hk, G, D)
+        halves = known[:, seen.start : seen.end].chunk(2, -1)  # (Hk, n, D) twice
+        logits = self.logits(q, *halves) * q.shape[-1] ** -0.5  # (Hk, G, n)
+        return seen.group_mean(logits.flatten(0, 1).softmax(-1))
+
+    def bytes_per_block(self, new_rows, vector_bytes):
+        return 2 * vector_bytes
+
+
+class MeanStd(Quest):
+    """As Quest, but from the mean and the standard deviation of each block's keys: a likely instead of a certain bound.
+
+    By Cauchy and Schwarz, |q| * std is as far as deviations of that size can move the logit of the mean key.
+    """
+
+    name, paper = "mean-std", "Quest with other summaries"
+
+    def summarise(self, k):
+        return torch.cat([k.mean(2), k.std(2, correction=0)], -1)
+
+    def logits(self, q, mean, std):
+        return q @ mean.mT + q.abs() @ std.mT
+
+
+class StreamingLLM(Rival):
+    """The sink and the most recent tokens."""
+
+    name, paper = "streaming-llm", "Xiao et al. 2024, arXiv 2309.17453"
+    changes = NO_HISTORY | dict(share_budget="head")
+
+    def score(self, seen):
+        return torch.arange(seen.start, seen.end, dtype=torch.float32, device=seen.k_cache.device)
+
+
+class H2O(FromHistory):
+    """Half of the choice to the blocks that drew most attention so far, half to the most recent ones.
+
+    A dropped block never returns. The paper sums each token's attention and drops tokens during the prompt too; here a
+    block's attention is its largest token's, as in the history, and the prompt is dense, as for all.
+    """
+
+    name, paper = "h2o", "Zhang et al. 2023, arXiv 2306.14048"
+    changes = StreamingLLM.changes | dict(history_rows="every")
+    chunk_rows = 256  # query rows of a prompt that are pooled at once
+
+    def prefill(self, q, k_cache, n_tokens):
+        total = torch.zeros(len(q), -(-n_tokens // k_cache.shape[2]), device=q.device)  # (Hq, N)
+        for end in range(n_tokens, 0, -self.chunk_rows):
+            pooled, _ = kernels.pool_history(q[:, max(0, end - self.chunk_rows) : end], k_cache, end)  # (Hq, rows, N)
+            total[:, : pooled.shape[-1]] += pooled.sum(1)
+        return {"total": total, "step": 0}
+
+    def score(self, seen):
+        decoder, notes, window = seen.decoder, seen.notes, slice(seen.start, seen.end)
+        if len(notes["total"]) != decoder.heads:
+            notes["total"] = seen.group_mean(notes["total"])  # (heads, N of the prompt)
+        n_blocks = decoder.config.n_blocks(decoder.n_tokens)
+        paid = seen.rows(min(decoder.step - notes["step"], decoder.config.history_len)).sum(1)  # since the last choice
+        total = F.pad(notes["total"], (0, n_blocks - notes["total"].shape[1])) + paid[:, :n_blocks]  # (heads, N)
+        if decoder.step:
+            dropped = ~decoder.attended(seen.layer, n_blocks)  # (heads, N)
+            total[:, window] = total[:, window].masked_fill(dropped[:, window], 0.0)
+        notes["total"], notes["step"] = total, decoder.step
+        heavy = total[:, window].argsort(descending=True, stable=True).argsort()  # (heads, n): 0 for the heaviest
+        recent = torch.arange(seen.end - seen.start - 1, -1, -1, device=total.device)  # (n,): 0 for the most recent
+        return -torch.minimum(heavy, recent).float()  # the first K are of both kinds in turn, for every K
+
+
+class SnapKV(Rival):
+    """The last queries of the prompt vote, once; votes are max-pooled over neighbouring tokens. Answers are all kept.
+
+    The paper ranks single tokens and keeps the answer on top of its budget; here a block's vote is its best token's,
+    and the blocks of the answer take the place of the prompt's.
+    """
+
+    name, paper = "snapkv", "Li et al. 2024, arXiv 2404.14469"
+    changes = StreamingLLM.changes
+    voters, pooled_tokens = 64, 7
+
+    def prefill(self, q, k_cache, n_tokens):
+        votes = attention(q[:, -self.voters :], k_cache, n_tokens).mean(1)  # (Hq, n_tokens)
+        votes = F.max_pool1d(votes, self.pooled_tokens, stride=1, padding=self.pooled_tokens // 2)
+        votes = F.pad(votes, (0, -n_tokens % k_cache.shape[2]))
+        return {"votes": votes.unflatten(-1, (-1, k_cache.shape[2])).amax(-1)}  # (Hq, N)
+
+    def score(self, seen):
+        votes = seen.notes["votes"]  # (Hq, N of the prompt)
+        answer = max(0, seen.end - votes.shape[1])
+        return seen.group_mean(F.pad(votes, (0, answer), value=torch.inf)[:, seen.start : seen.end])
+
+
+class AdaKV(SnapKV):
+    """SnapKV with head-adaptive budgets: the best votes of a layer, but every head gets at least a share of K."""
+
+    name, paper, floor = "ada-snapkv", "Feng et al. 2024, arXiv 2407.11550", 0.2
+    changes = SnapKV.changes | dict(share_budget="layer")
+
+    def score(self, seen):
+        scores = super().score(seen)  # (heads, n)
+        safe = scores.topk(int(self.floor * seen.decoder.config.topk_blocks), -1).indices  # (heads, floor * K)
+        return scores.scatter_add(1, safe, torch.ones_like(safe, dtype=scores.dtype))  # votes are probabilities
+
+
+class Random(Rival):
+    name, paper, changes = "random", "lower bound", StreamingLLM.changes
+
+    def score(self, seen):
+        generator = torch.Generator().manual_seed(seen.decoder.n_tokens * 1000 + seen.layer)
+        return torch.rand(seen.decoder.heads, seen.end - seen.start, generator=generator).to(seen.k_cache.device)
+
+
+RIVALS = {r.name: r for r in (Oracle, LastRow, DecayedMean, Quest, MeanStd, SnapKV, AdaKV, H2O, StreamingLLM, Random)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The sparse decode path with a rival's choice
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class RivalDecoder(SparseDecoder):
+    """A SparseDecoder whose blocks a rival chooses (None: the predictor), and which measures recovery.
+
+    `recovery` has a (L', Hq) tensor for every `measure_every`-th decoded token: the share of the true attention, given
+    the hidden states that decoding has led to, that the attended blocks carry. With `follow_dense` the output of every
+    layer is full attention's, so all rivals see the same hidden states. `notes` has a dict per sparse layer.
+    """
+
+    def __init__(self, *args, rival=None, notes=None, measure_every=0, follow_dense=False):
+        super().__init__(*args)
+        self.rival, self.measure_every, self.follow_dense = rival, measure_every, follow_dense
+        self.notes = [dict(note) for note in notes or [{}] * self.sparse_layers]
+        self.recovery = []
+
+    def scores(self, start, end, layers=slice(None)):
+        if self.rival is None:
+            return super().scores(start, end, layers)
+        indices = range(self.sparse_layers)[layers]
+        if self.rival.needs_query:  # `decode_attention` replaces this choice
+            return torch.zeros(len(indices), self.heads, end - start, device=self.history.device)
+        if self.step:
+            self.count_choosing(len(indices), start, end)
+        scores = [self.rival.score(Seen(self, i, start, end)).expand(self.heads, -1) for i in indices]
+        return torch.stack(scores)  # (layers, heads, n)
+
+    def count_choosing(self, n_layers, start, end):
+        vector_bytes = self.model_config.head_dim * self.queries.element_size()
+        block_bytes = self.rival.bytes_per_block(self.new_rows, vector_bytes)
+        self.stats.choosing_bytes += n_layers * self.heads * (end - start) * block_bytes
+
+    def decode_attention(self, layer, q, k, v):
+        index = layer - self.dense_layers
+        if index >= 0 and self.rival and self.rival.needs_query and not self.fits and self.config.topk_blocks:
+            start, end = self.config.middle(self.n_tokens)
+            self.count_choosing(1, start, end)
+            scores = self.rival.score(Seen(self, index, start, end, q[:, 0]))  # (heads, n)
+            self.choose(scores[None], start, end, slice(index, index + 1))
+            self.attended_tokens -= self.heads  # `count_reads` adds this token
+            self.cache.begin_token(self.n_tokens)
+        out = super().decode_attention(layer, q, k, v)  # (Hq, 1, D)
+        if index >= 0 and self.measure_every and self.step % self.measure_every == 0:
+            self.measure(index, q)
+        return self.cache.attend_all(layer, q[:, 0])[:, None] if self.follow_dense else out
+
+    def measure(self, index, q):
+        """Note the recovery of the sparse layer `index` in this step: q (Hq, 1, D)."""
+        mass = block_mass(q, self.cache.k[index + self.dense_layers], self.n_tokens)[:, 0]  # (Hq, N)
+        attended = self.attended(index, mass.shape[1]).repeat_interleave(len(mass) // self.heads, 0)  # (Hq, N)
+        if index == 0:
+            self.recovery.append(mass.new_zeros(self.sparse_layers, len(mass)))
+        self.recovery[-1][index] = (mass * attended).sum(1)

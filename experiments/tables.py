@@ -1,0 +1,115 @@
+"""The tables of experiments.evaluate: rows of results -> Markdown. What a row has is said in evaluate.py.
+
+Reading order: `bootstrap`, `texts` (the main table), `worst`, the small ones.
+"""
+
+import re
+
+import numpy as np
+import pandas as pd
+
+
+def bootstrap(values, resamples=2000, seed=0):
+    """Means of resampled tokens: values (texts, tokens) -> (resamples,), the mean over texts of each text's mean.
+
+    The same tokens are drawn for every call of one shape, so differences and ratios of settings are paired.
+    """
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    n = values.shape[1]
+    draws = [rng.multinomial(n, np.full(n, 1 / n), resamples) @ text / n for text in values]  # (resamples,) each
+    return np.mean(draws, 0)
+
+
+def interval(samples):
+    """The middle 95 % of samples, as text."""
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return f"{low:.4f} to {high:.4f}"
+
+
+def markdown(frame) -> str:
+    """A DataFrame as a Markdown table without its index; None and NaN are dashes."""
+    rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
+    rows += [["–" if pd.isna(cell) else str(cell) for cell in row] for row in frame.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+FORMATS = {"MB": "{:.2f}", "of dense": "{:.1%}", "same token": "{:.1%}", "perplexity": "{:.3f}"}
+
+
+def texts(rows, against):
+    """For each length a table of settings by bytes: KL with its interval, and as a ratio to the setting `against`."""
+    parts = []
+    for (n_prompt, n_new), part in pd.DataFrame(rows).groupby(["n_prompt", "n_new"]):
+        groups = {key: group.set_index("text") for key, group in part.groupby(["bytes_share", "budget", "setting"])}
+        names = list(dict.fromkeys(part.text))
+        baselines = {share or budget: group for (share, budget, name), group in groups.items() if name == against}
+        lines = [summary(key, group, baselines.get(key[0] or key[1]), names) for key, group in groups.items()]
+        table = pd.DataFrame(lines).sort_values("MB").dropna(axis=1, how="all")
+        best = [np.inf, *table["KL"].cummin()]
+        table.insert(table.columns.get_loc("KL"), "front", ["*" if kl < low else "" for kl, low in zip(table.KL, best)])
+        for column in table.select_dtypes("floating"):
+            form = FORMATS.get(column, "{:.4f}").format
+            table[column] = table[column].map(form, na_action="ignore").astype(object)
+        title = f"{n_prompt:,} tokens, then {n_new} decoded, of {len(names)} texts"
+        parts += [title + " (*: no setting that reads less has a lower KL)", markdown(table)]
+    return "\n\n".join(parts)
+
+
+def summary(key, group, baseline, names) -> dict:
+    """One line: the rows of a setting by text, and those of the setting that it is compared with, or None."""
+    kl = np.stack(group.kl)  # (texts, tokens)
+    line = dict(zip(("bytes", "budget", "setting"), key)) | {"MB": group.read_bytes.mean() / 1e6}
+    line |= {"of dense": group.read_bytes.mean() / group.dense_bytes.mean(), "KL": kl.mean()}
+    line |= {"95 %": interval(bootstrap(kl)), "KL ratio": None, "ratio 95 %": None}
+    if baseline is not None and list(baseline.index) == list(group.index):
+        other = np.stack(baseline.kl)  # (texts, tokens)
+        line |= {"KL ratio": kl.mean() / other.mean(), "ratio 95 %": interval(bootstrap(kl) / bootstrap(other))}
+    line |= {"99th percentile": np.percentile(kl, 99), "perplexity": np.exp(np.stack(group.nll).mean())}
+    recovery = [value for values in group.get("recovery", []) if isinstance(values, list) for value in values]
+    line |= {"same token": np.stack(group.same).mean(), "recovery": np.mean(recovery) if recovery else None}
+    return line | {f"KL {name}": np.mean(group.kl[name]) if name in group.index else None for name in names}
+
+
+def worst(rows, texts, tokenizer, count):
+    """For each text and length, the tokens with the highest KL in any setting: the text around them, and KL in all.
+
+    texts: the tokens of each text that is wanted, by name.
+    """
+    parts, rows = [], [row for row in rows if row["text"] in texts]
+    for (name, n_prompt, n_new), part in pd.DataFrame(rows).groupby(["text", "n_prompt", "n_new"]):
+        tokens, lines = texts[name], []
+        kl = np.stack(part.kl)  # (settings, tokens)
+        for i in np.argsort(-kl.max(0), kind="stable")[:count]:
+            pos = n_prompt + 1 + int(i)  # kl[i] is about the prediction of this token
+            around = [tokenizer.decode(tokens[a:b]) for a, b in ((pos - 12, pos), (pos, pos + 1), (pos + 1, pos + 5))]
+            around = re.sub(r"\s+", " ", "{}[{}]{}".format(*around)).replace("|", "\\|")
+            settings = part.setting + " " + part.budget.astype(str)
+            lines.append({"token": pos, "text": around} | {s: f"{x:.2f}" for s, x in zip(settings, kl[:, i])})
+        parts += [f"highest KL: {name}, {n_prompt:,} tokens, then {n_new}", markdown(pd.DataFrame(lines))]
+    return "\n\n".join(parts)
+
+
+def pivot(title, rows, value, index, columns, form):
+    """The mean of `value`, a line per index and a column per combination of `columns`."""
+    table = pd.DataFrame(rows).pivot_table(value, index, columns, sort=False)
+    table = table.map(form.format, na_action="ignore").reset_index()
+    table.columns = [" ".join(map(str, c)).strip() if isinstance(c, tuple) else c for c in table.columns]
+    return f"{title}\n\n{markdown(table)}"
+
+
+def recovery(rows, against):
+    rows = [row | {"mean": np.mean(row["recovery"]), "length": row["n_prompt"] + row["n_new"]} for row in rows]
+    return pivot("recovery, by length and budget", rows, "mean", "setting", ["length", "budget"], "{:.4f}")
+
+
+def needles(rows, against):
+    columns = ["keys", "n_prompt", "depth"]
+    return pivot("keys found, by keys, length and depth", rows, "found", ["setting", "budget"], columns, "{:.0%}")
+
+
+def lm_eval(rows, against):
+    rows = [row | {"metric": metric, "score": score} for row in rows for metric, score in row["scores"].items()]
+    return pivot("scores of lm-eval", rows, "score", ["setting", "budget"], ["text", "metric"], "{:.3f}")
+
+
+TABLES = {"texts": texts, "needles": needles, "recovery": recovery, "lm-eval": lm_eval}

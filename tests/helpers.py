@@ -1,0 +1,37 @@
+"""A Llama and a predictor with random weights, for comparing computations only."""
+
+import torch
+
+from attnpred import Predictor
+from model import Llama, LlamaConfig
+
+
+def tiny_llama(n_layers=3, n_kv_heads=2, group=2, head_dim=16, context_len=512, seed=0, **changes):
+    """A Llama of a few thousand random weights, vocabulary 61."""
+    torch.manual_seed(seed)
+    shape = dict(
+        n_layers=n_layers,
+        n_heads=n_kv_heads * group,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        d_model=32,
+        d_ff=48,
+        vocab_size=61,
+        context_len=context_len,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        rms_eps=1e-5,
+        tie_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        eos_token_ids=(),
+    )
+    model = Llama(LlamaConfig(**(shape | changes)))
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.3)
+    return model
+
+
+def random_predictor(seed=0):
+    torch.manual_seed(seed)
+    return Predictor().requires_grad_(False)

@@ -1,0 +1,476 @@
+"""The method against a naive simulation of it, the command line on the real model, and bad input."""
+
+import io
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import attnpred
+import kernels
+from attnpred import Config, InputError, SparseDecoder, decode_one_token, generate, prefill, sample
+from tests.helpers import random_predictor, tiny_llama
+from weights.fetch_llm import FetchError, fetch_default_llm
+
+ROOT = pathlib.Path(attnpred.__file__).parent
+SLOW = settings(
+    deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+PROMPT_LENGTHS = st.one_of(st.integers(150, 300), st.integers(1, 60))
+
+
+class NaiveMethod:
+    """The method as a simulation: the whole attention matrix, masked. Only `choose`, among ties, asks the decoder."""
+
+    def __init__(self, config, model, predictor, choose):
+        self.c, self.m, self.predictor, self.choose = config, model.config, predictor, choose
+        self.k, self.v, self.rows, self.selected = {}, {}, {}, {}
+        self.step = 0
+
+    def intervals(self, n_tokens):
+        m = self.c.calibration_interval
+        if m == "auto":
+            m = next(2**i for i in range(3, 30) if n_tokens / 2**i <= 2 * self.c.budget)
+        return m, self.c.selection_interval or m
+
+    def attend(self, layer, q, k, v):
+        c, m, b = self.c, self.m, self.c.block_size
+        self.k[layer] = torch.cat([self.k[layer], k], 1) if layer in self.k else k
+        self.v[layer] = torch.cat([self.v[layer], v], 1) if layer in self.v else v
+        keys = self.k[layer].repeat_interleave(m.n_heads // m.n_kv_heads, 0).double()  # (Hq, T, D)
+        values = self.v[layer].repeat_interleave(m.n_heads // m.n_kv_heads, 0).double()
+        new, total = q.shape[1], keys.shape[1]
+        logits = q.double() @ keys.mT / m.head_dim**0.5  # (Hq, new, T)
+        causal = torch.ones(new, total, dtype=torch.bool).tril(total - new)
+        true = logits.masked_fill(~causal, -torch.inf).softmax(-1)
+        mask = self.mask(layer, total) if self.step and layer >= c.dense_layers else None
+        p = true if mask is None else logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+        interval = self.intervals(total)[0]
+        calibrated = self.step % interval == 0
+        pooled = torch.nn.functional.pad(true if calibrated else p, (0, -total % b)).unflatten(-1, (-1, b)).amax(-1)
+        if c.select_heads == "kv":
+            pooled = pooled.unflatten(0, (m.n_kv_heads, -1)).mean(1)  # (heads, new, N)
+        rows = self.rows.setdefault(layer, [])
+        for i in range(new):
+            if c.history_rows == "every" or (calibrated and (new - 1 - i) % interval == 0):
+                rows.append(pooled[:, i])
+        return (p @ values).float()
+
+    def mask(self, layer, total):
+        """Which tokens (Hq, T) a sparse layer attends to in this step; None: all."""
+        c, b = self.c, self.c.block_size
+        start, end = c.sink_tokens // b, total // b - c.local_tokens // b
+        if (self.step - 1) % self.intervals(total - 1)[1] == 0 and end - start > c.topk_blocks:
+            scores = self.predictor(self.image(layer, end)[:, :, start:])  # (heads, n)
+            self.selected[layer] = self.choose(layer, scores, start, end), end  # (heads, n) bool
+        if layer not in self.selected:
+            return None
+        chosen, end = self.selected[layer]
+        blocks = torch.ones(len(chosen), -(-total // b), dtype=torch.bool)  # sink, and all from `end` on
+        blocks[:, start:end] = chosen
+        return blocks.repeat_interleave(b, 1)[:, :total].repeat_interleave(self.m.n_heads // len(chosen), 0)
+
+    def image(self, layer, width):
+        """The last H rows, oldest first, zero rows before the first: (heads, H, width)."""
+        rows = self.rows[layer][-self.c.history_len :]
+        image = torch.zeros(len(rows[0]), self.c.history_len, width)
+        for i, row in enumerate(rows, self.c.history_len - len(rows)):
+            image[:, i, : row.shape[-1]] = row[:, :width]
+        return image
+
+
+@st.composite
+def configurations(draw):
+    b = draw(st.sampled_from([8, 16]))
+    sink, local = b * draw(st.integers(0, 2)), b * draw(st.integers(1, 2))
+    return Config(
+        block_size=b,
+        history_len=draw(st.integers(5, 12)),
+        sink_tokens=sink,
+        local_tokens=local,
+        budget=sink + local + b * draw(st.integers(0, 4)),
+        calibration_interval=draw(st.sampled_from([1, 2, 3, 4, 5, "auto"])),
+        selection_interval=draw(st.sampled_from([None, None, 1, 2, 3, 7, 19])),
+        history_rows=draw(st.sampled_from(["every", "true"])),
+        dense_layers=draw(st.sampled_from([0, 0, 1, 3])),
+        share_budget=draw(st.sampled_from(["layer", "head"])),
+        select_heads=draw(st.sampled_from(["kv", "q"])),
+    )
+
+
+GROWS = Config(block_size=8, sink_tokens=0, local_tokens=8, budget=16, history_len=6)  # auto M goes from 8 to 16 at 257
+OUTGROWS = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_len=7, calibration_interval=2)
+STRIDES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibration_interval=5, history_rows="true",
+                 selection_interval=3, history_len=6)  # fmt: skip
+
+
+@SLOW
+@given(
+    configurations(), PROMPT_LENGTHS, st.integers(0, 2**31), st.sampled_from([(2, 2), (1, 3), (3, 1)]), st.booleans()
+)
+@example(GROWS, 240, 0, (2, 2), False)
+@example(OUTGROWS, 30, 1, (2, 2), False)
+@example(STRIDES, 31, 2, (2, 2), False)
+@example(STRIDES, 200, 3, (3, 1), True)
+def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, narrow):
+    model, predictor = tiny_llama(n_kv_heads=heads[0], group=heads[1], seed=seed), random_predictor(seed)
+    tokens = torch.randint(61, (prompt_len,))
+    tolerance = 2e-3 if narrow else 1e-5
+    with mock.patch.object(attnpred, "HISTORY_DTYPE", torch.float16 if narrow else torch.float32):
+        decoder = SparseDecoder(config, model, predictor, prompt_len + 40)
+
+    def choose(layer, scores, start, end):
+        kept = decoder.attended(layer - decoder.dense_layers, end)[:, start:]  # (heads, n)
+        n_lists = 1 if config.share_budget == "layer" else len(kept)
+        per_list = lambda x: x.reshape(n_lists, -1)  # noqa: E731
+        assert (per_list(kept).sum(1) == config.topk_blocks * len(kept) // n_lists).all()
+        worst = per_list(scores.masked_fill(~kept, torch.inf)).amin(1)
+        best_left = per_list(scores.masked_fill(kept, -torch.inf)).amax(1)
+        assert (worst >= best_left - tolerance).all(), "a block with a lower score was selected"
+        return kept
+
+    naive = NaiveMethod(config, model, predictor, choose)
+    got = prefill(model, decoder, tokens)
+    want = model(tokens, torch.arange(prompt_len), naive.attend)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    for step in range(1, 40):
+        token = torch.randint(61, (1,))
+        naive.step = step
+        want = model(token, torch.tensor([prompt_len + step - 1]), naive.attend)  # first: `choose` reads our blocks
+        got = decode_one_token(model, decoder, token)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+        if not decoder.fits:
+            for layer in range(decoder.dense_layers, 3):
+                image = decoder.window()[layer - decoder.dense_layers]  # (heads, H, capacity)
+                torch.testing.assert_close(image, naive.image(layer, image.shape[-1]), atol=tolerance, rtol=tolerance)
+
+
+@given(configurations(), st.integers(1, 2000))
+def test_sink_middle_and_local_tile_the_cache(config, n_tokens):
+    start, end = config.middle(n_tokens)
+    n_blocks = config.n_blocks(n_tokens)
+    assert (n_blocks - 1) * config.block_size < n_tokens <= n_blocks * config.block_size
+    if end > start:
+        local = n_tokens - end * config.block_size
+        assert config.local_tokens <= local < config.local_tokens + config.block_size
+        assert start * config.block_size == config.sink_tokens
+        attended = config.sink_tokens + config.topk_blocks * config.block_size + local
+        assert config.budget <= attended < config.budget + config.block_size
+
+
+def test_intervals_grow_with_the_text():
+    config = Config()
+    lengths = [1, 16384, 16385, 32768, 32769, 131072]
+    assert [config.intervals(n)[0] for n in lengths] == [8, 8, 16, 16, 32, 64]
+    assert all(config.intervals(n)[0] == config.intervals(n)[1] for n in lengths)
+    assert Config(selection_interval=3).intervals(20000) == (16, 3)
+    assert Config.paper().intervals(20000) == (5, 1)
+    assert Config.paper(budget=512) == Config(
+        budget=512, calibration_interval=5, selection_interval=1, dense_layers=2, share_budget="head",
+        select_heads="q", history_rows="every",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"select_heads": "q"}, {"history_rows": "every"}, {"calibration_interval": 3}])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_budget_that_covers_everything_equals_dense(changes, offload):
+    model, predictor = tiny_llama(), random_predictor()
+    tokens = torch.randint(61, (200,)).tolist()
+    dense, covering = (
+        list(generate(model, SparseDecoder(c, model, predictor, 240, offload=o), tokens, 40))
+        for c, o in ((Config(dense_layers=3), False), (Config(budget=256, **changes), offload))
+    )
+    assert dense == covering
+
+
+SPARSE = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=32, calibration_interval=6, selection_interval=3)
+
+
+@pytest.mark.parametrize("share_budget, select_heads", [("layer", "kv"), ("head", "q")])
+@torch.inference_mode()
+def test_blocks_outside_the_selection_are_never_read(share_budget, select_heads):
+    """Poison what is not attended between two selections: no token changes."""
+    config = attnpred.dataclasses.replace(SPARSE, share_budget=share_budget, select_heads=select_heads)
+    model, runs = tiny_llama(), []
+    for poison in (False, True):
+        decoder = SparseDecoder(config, model, random_predictor(), 200)
+        prefill(model, decoder, torch.arange(150) % 61)
+        for step in range(1, 12):
+            decoder.begin_token()
+            clean = decoder.cache.kv.clone()
+            if poison:
+                for layer in range(3):
+                    mask = decoder.attended(layer, decoder.capacity)  # (heads, capacity)
+                    unread = ~mask.view(2, -1, mask.shape[1]).any(1)  # (Hk, capacity)
+                    decoder.cache.kv[:, layer][:, unread] = torch.nan
+            runs.append(model(torch.tensor([step]), torch.tensor([149 + step]), decoder.decode_attention))
+            if poison:
+                written = ~decoder.cache.kv.isnan()
+                decoder.cache.kv = torch.where(written, decoder.cache.kv, clean)
+                decoder.cache.k, decoder.cache.v = decoder.cache.kv
+            decoder.finish_token()
+    for clean, poisoned in zip(runs[:11], runs[11:], strict=True):
+        assert torch.equal(clean, poisoned)
+
+
+@pytest.mark.parametrize("history_rows", ["every", "true"])
+def test_the_triton_backend_decodes_the_same(history_rows):
+    config = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=32, history_len=6, calibration_interval=2,
+                    dense_layers=1, history_rows=history_rows)  # fmt: skip
+    model, logits = tiny_llama(n_layers=2), []
+    for backend in ("torch", "triton"):
+        decoder = SparseDecoder(config, model, random_predictor(), 100, backend)
+        steps = [prefill(model, decoder, torch.arange(36) % 61)]  # fits the budget; outgrows it while decoding
+        steps += [decode_one_token(model, decoder, torch.tensor([step])) for step in range(10)]
+        logits.append(torch.stack(steps))
+    assert not decoder.fits
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_counters_are_exact():
+    model = tiny_llama()
+    config = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=32, dense_layers=1, calibration_interval=4,
+                    selection_interval=2, history_len=10, history_rows="every")  # fmt: skip
+    decoder = SparseDecoder(config, model, random_predictor(), 200)
+    list(generate(model, decoder, list(range(50)), 10))
+    steps = range(1, 10)
+    key = 16 * 4  # a head's key, in bytes
+    end = {s: (50 + 1 + (s - 1) // 2 * 2 - 8) // 8 for s in steps}  # of the middle at the selection that serves step s
+    attended = {s: 8 + 2 * 8 + 50 + s - 8 * end[s] for s in steps}  # sink, selected, and everything from `end` on
+    assert decoder.stats.decode_tokens == 9
+    assert decoder.stats.attention_bytes == sum(2 * 2 * key * (50 + s + 2 * attended[s]) for s in steps)
+    assert decoder.stats.dense_bytes == sum(2 * 2 * key * 3 * (50 + s) for s in steps)
+    assert decoder.stats.calibration_bytes == sum(2 * 2 * key * (50 + s) for s in (4, 8))
+    columns = {s: (50 + s + 1 - 8) // 8 - 1 for s in (2, 4, 6, 8)}
+    assert decoder.stats.choosing_bytes == sum(2 * 2 * (10 + 4) * n * 2 for n in columns.values())
+    ends = [end[s] for s in (1, 3, 5, 7, 9)]  # of the middle at the selections after steps 0, 2, 4, 6 and 8
+    assert decoder.stats.predict_multiply_adds == sum(
+        kernels.predict_multiply_adds(4, 10, 2, 1, new, old) for old, new in zip(ends, ends[1:])
+    )
+    assert decoder.stats.read_bytes == sum(
+        getattr(decoder.stats, f"{name}_bytes") for name in ("attention", "calibration", "choosing")
+    )
+    assert len(decoder.stats.recovery) == 2
+    assert all((r > 0).all() and (r <= 1 + 1e-5).all() and r.shape == (2, 4) for r in decoder.stats.recovery)
+
+
+def test_nothing_is_counted_as_chosen_while_everything_fits():
+    model = tiny_llama()
+    decoder = SparseDecoder(Config(budget=256), model, random_predictor(), 200)
+    list(generate(model, decoder, list(range(50)), 10))
+    assert decoder.fits and decoder.stats.attention_bytes == decoder.stats.dense_bytes == decoder.stats.read_bytes
+    assert decoder.history.count_nonzero() == 0 and decoder.stats.predict_multiply_adds == 0
+    assert "fit the budget of 256" in attnpred.format_summary(decoder)
+
+
+def test_sampling():
+    logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
+    assert sample(logits).tolist() == [1]
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (1.0, 2.0):
+        draws = torch.cat([sample(logits, temperature, 1.0, generator) for _ in range(4000)]).bincount(minlength=4)
+        torch.testing.assert_close(draws / 4000, (logits / temperature).softmax(-1), atol=0.03, rtol=0)
+    nucleus = {sample(logits, 1.0, 0.9, generator).item() for _ in range(200)}
+    assert nucleus == {1, 2}  # .696 + .256 reaches .9
+    assert {sample(logits, 5.0, 1e-6, generator).item() for _ in range(20)} == {1}
+
+
+def test_generation_ends_before_an_end_of_sequence_token():
+    model, predictor = tiny_llama(), random_predictor()
+    answer = list(generate(model, SparseDecoder(Config(), model, predictor, 60), [1, 2, 3], 20))
+    assert len(answer) == 20
+    ending = tiny_llama(eos_token_ids=(answer[7],))
+    first = answer.index(answer[7])
+    assert list(generate(ending, SparseDecoder(Config(), ending, predictor, 60), [1, 2, 3], 20)) == answer[:first]
+
+
+# Predictor files
+
+
+def test_predictor_round_trip(tmp_path):
+    predictor = random_predictor()
+    assert sum(p.numel() for p in predictor.parameters()) == 4833
+    safetensors.torch.save_file(predictor.state_dict(), tmp_path / "p.safetensors")
+    torch.save(predictor.state_dict(), tmp_path / "p.pt")
+    image = torch.rand(3, 64, 20)
+    for name in ("p.safetensors", "p.pt"):
+        loaded = attnpred.load_predictor(tmp_path / name)
+        assert all(torch.equal(loaded.state_dict()[key], value) for key, value in predictor.state_dict().items())
+        torch.testing.assert_close(loaded(image), predictor(image))
+
+
+class Dangerous:
+    def __reduce__(self):
+        return (os.system, ("echo unpickled",))
+
+
+def test_bad_predictors_are_refused_in_one_line(tmp_path, capfd):
+    state = random_predictor().state_dict()
+    torch.save({"conv1.weight": Dangerous()}, tmp_path / "dangerous.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(state | {"extra": torch.zeros(1)}, tmp_path / "keys.pt")
+    torch.save(state | {"conv1.bias": torch.zeros(3)}, tmp_path / "shape.pt")
+    torch.save(state | {"conv2.bias": torch.full((32,), torch.nan)}, tmp_path / "nan.pt")
+    whole = safetensors.torch.save(state)
+    (tmp_path / "short.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("hello")
+    for name in [*os.listdir(tmp_path), "none.pt"]:
+        with pytest.raises(InputError) as caught:
+            attnpred.load_predictor(tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert "unpickled" not in capfd.readouterr().out
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    attnpred.write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def fails(temporary):
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attnpred.write_atomically(path, fails)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
+    with pytest.raises(InputError, match="cannot write"):
+        attnpred.write_atomically(tmp_path / "none" / "file", lambda temporary: temporary.write_text("x"))
+
+
+# Command line
+
+
+def attnpred_main(capsys, *args):
+    status = attnpred.main(list(args))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.mark.parametrize(
+    "args, complaint",
+    [
+        ([], "--prompt"),
+        (["--prompt", "  \n"], "empty"),
+        (["--prompt", "a", "--prompt-file", "b"], "not allowed"),
+        (["--prompt-file", "/nonexistent/file"], "cannot be read"),
+        (["--prompt", "a", "--budget", "many"], "invalid int"),
+        (["--prompt", "a", "--budget", "112"], "at least 128"),
+        (["--prompt", "a", "--budget", "1000"], "try 1008"),
+        (["--prompt", "a", "--sink-tokens", "-16"], "multiple"),
+        (["--prompt", "a", "--local-tokens", "0"], "at least one block"),
+        (["--prompt", "a", "--block-size", "12"], "8, 16, 32 or 64"),
+        (["--prompt", "a", "--history-len", "4"], "at least 5"),
+        (["--prompt", "a", "--calibration-interval", "0"], "at least 1"),
+        (["--prompt", "a", "--calibration-interval", "often"], "invalid"),
+        (["--prompt", "a", "--selection-interval", "0"], "at least 1"),
+        (["--prompt", "a", "--dense-layers", "-1"], "negative"),
+        (["--prompt", "a", "--select-heads", "x"], "invalid choice"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "at least 1"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature"),
+        (["--prompt", "a", "--temperature", "nan"], "temperature"),
+        (["--prompt", "a", "--top-p", "0"], "top-p"),
+        (["--prompt", "a", "--device", "abacus"], "not available"),
+        (["--prompt", "a", "--device", "meta"], "not available"),
+        (["--prompt", "a", "--seed", str(2**64)], "seed"),
+        (["--prompt", "a", "--predictor", "/nonexistent/p.pt"], "does not exist"),
+        (["--prompt", "a", "--model", "/nonexistent/model"], "no such folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(capsys, args, complaint):
+    status, out, err = attnpred_main(capsys, *args)
+    assert status == 2 and out == "" and err.count("\n") == 1 and complaint in err and err.startswith("attnpred: ")
+
+
+def test_options_change_the_setting():
+    def config(*args):
+        return attnpred.config_of(attnpred.make_parser().parse_args(["--prompt", "a", *args]))
+
+    assert config() == Config()
+    assert config("--paper") == Config.paper()
+    assert config("--paper", "--budget", "512", "--calibration-interval", "auto") == Config.paper(
+        budget=512, calibration_interval="auto"
+    )
+    assert config("--selection-interval", "4", "--history-rows", "every") == Config(
+        selection_interval=4, history_rows="every"
+    )
+
+
+def test_a_failed_fetch_is_one_line(capsys, monkeypatch):
+    def offline():
+        raise FetchError("no network")
+
+    monkeypatch.setattr(attnpred, "fetch_default_llm", offline)
+    assert attnpred_main(capsys, "--prompt", "a") == (2, "", "attnpred: no network\n")
+
+
+def test_prompt_that_is_not_text_and_one_that_is_too_long(capsys, tmp_path):
+    fetch_default_llm()  # fetching prints its progress
+    (tmp_path / "latin").write_bytes("é".encode("latin-1"))
+    status, _, err = attnpred_main(capsys, "--prompt-file", str(tmp_path / "latin"))
+    assert status == 2 and "UTF-8" in err
+    (tmp_path / "long").write_text("word " * 9000)
+    status, out, err = attnpred_main(capsys, "--prompt-file", str(tmp_path / "long"))
+    assert status == 2 and "8,192" in err and out == "" and err.count("\n") == 1
+
+
+def test_the_default_model_answers(capsys):
+    fetch_default_llm()
+    args = ["--prompt", "What is the capital of France?", "--max-new-tokens", "24"]
+    status, out, err = attnpred_main(capsys, *args)
+    assert status == 0 and "Paris" in out
+    assert err.count("\n") == 1 and err.startswith("attnpred: ") and "fit the budget" in err and "tokens/s" in err
+
+
+def test_a_long_prompt_is_decoded_sparsely_and_covering_budgets_agree_with_dense(capsys, tmp_path):
+    text = "".join(f"The box number {i} holds {i * i % 97} apples.\n" for i in range(60))
+    (tmp_path / "prompt.txt").write_text(text)
+    args = ["--prompt-file", str(tmp_path / "prompt.txt"), "--raw", "--max-new-tokens", "16", "--stats"]
+    sparse = attnpred_main(capsys, *args, "--budget", "256")
+    covering = attnpred_main(capsys, *args, "--budget", "2048")
+    dense = attnpred_main(capsys, *args, "--dense")
+    offloaded = attnpred_main(capsys, *args, "--budget", "256", "--offload")
+    assert sparse[0] == covering[0] == dense[0] == offloaded[0] == 0
+    assert covering[1] == dense[1] != ""
+    assert "recovery" in sparse[2] and "multiply-adds" in sparse[2] and "recovery" not in dense[2]
+    assert sparse[1] == offloaded[1] and "fetched" in offloaded[2] and "fetched" not in sparse[2]
+
+
+def test_standard_input_and_sampling_with_a_seed(capsys, monkeypatch):
+    texts = []
+    for seed in ("1", "1", "2"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Name a colour — any.".encode())))
+        sampling = ["--temperature", "1.5", "--top-p", "0.95", "--seed", seed, "--max-new-tokens", "20"]
+        status, out, _ = attnpred_main(capsys, "--prompt-file", "-", *sampling)
+        assert status == 0
+        texts.append(out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_interrupt_keeps_the_text_so_far():
+    fetch_default_llm()
+    command = [sys.executable, "attnpred.py", "--prompt", "Tell me a very long story.", "--max-new-tokens", "4000"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # a parent that ignores the signal, as a shell's background job does, would pass that on
+    process = subprocess.Popen(
+        command, cwd=ROOT, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    first = process.stdout.read(8)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.count(b"\n") == 1 and len(first + rest) > 10 and rest.endswith(b"\n")
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} attnpred.py --prompt 'Tell me a long story.' --max-new-tokens 60 | head -c 1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=120)
+    assert b"Error" not in done.stderr and done.stderr.count(b"\n") <= 1 and len(done.stdout) == 1

@@ -1,0 +1,118 @@
+"""The offloaded cache against the resident one, its slots and counters against plain Python."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import attnpred
+from attnpred import Config, InputError, SparseDecoder, decode_one_token, prefill
+from tests.helpers import random_predictor, tiny_llama
+from tests.test_attnpred import GROWS, OUTGROWS, PROMPT_LENGTHS, SLOW, STRIDES, configurations
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONFIG = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_len=8, calibration_interval=3)
+
+
+def run(model, config, tokens, steps, offload):
+    """Logits of `steps` random tokens after a prompt, the blocks attended to, and the decoder."""
+    decoder = SparseDecoder(config, model, random_predictor().to(DEVICE), len(tokens) + steps, offload=offload)
+    logits, attended = [prefill(model, decoder, tokens)], []
+    generator = torch.Generator().manual_seed(len(tokens))
+    for _ in range(steps):
+        token = torch.randint(61, (1,), generator=generator).to(DEVICE)
+        logits.append(decode_one_token(model, decoder, token))
+        attended.append([decoder.attended(layer, decoder.capacity) for layer in range(decoder.sparse_layers)])
+    return torch.stack(logits), attended, decoder
+
+
+@SLOW
+@given(configurations(), PROMPT_LENGTHS, st.integers(0, 2**31), st.sampled_from([(2, 2), (1, 3), (3, 1)]))
+@example(GROWS, 240, 0, (2, 2))
+@example(OUTGROWS, 30, 1, (2, 2))
+@example(STRIDES, 200, 2, (3, 1))
+def test_offloaded_decoding_equals_resident_decoding(config, prompt_len, seed, heads):
+    model = tiny_llama(n_kv_heads=heads[0], group=heads[1], seed=seed).to(DEVICE)
+    tokens = torch.randint(61, (prompt_len,)).to(DEVICE)
+    resident, wanted, one = run(model, config, tokens, 40, offload=False)
+    offloaded, chosen, two = run(model, config, tokens, 40, offload=True)
+    if config.fits(prompt_len + 1):  # dense attention and lists of every block add up in another order
+        torch.testing.assert_close(offloaded, resident, atol=1e-4, rtol=1e-4)
+    else:
+        assert torch.equal(offloaded, resident)
+        for ours, theirs in zip(chosen, wanted, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert torch.equal(one.history, two.history)
+
+
+@pytest.mark.parametrize("select_heads, dense_layers", [("kv", 1), ("q", 0)])
+def test_the_host_holds_every_full_block(select_heads, dense_layers):
+    config = dataclasses.replace(CONFIG, select_heads=select_heads, dense_layers=dense_layers)
+    model, tokens = tiny_llama(), torch.arange(45) % 61
+    _, _, resident = run(model, config, tokens, 60, offload=False)
+    _, _, offloaded = run(model, config, tokens, 60, offload=True)
+    full = 105 // 8
+    host = offloaded.cache.host[:, :, :full]  # (L', Hk, full, 2, b, D)
+    close = dict(atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(host[:, :, :, 0], resident.cache.k[dense_layers:, :, :full], **close)
+    torch.testing.assert_close(host[:, :, :, 1], resident.cache.v[dense_layers:, :, :full], **close)
+    torch.testing.assert_close(offloaded.cache.dense.kv[:, :, :, :full], resident.cache.kv[:, :dense_layers, :, :full])
+
+
+def test_counters_are_exact():
+    config, model, tokens = dataclasses.replace(CONFIG, dense_layers=1), tiny_llama(), torch.arange(150) % 61
+    decoder = SparseDecoder(config, model, random_predictor(), 180, offload=True)
+    prefill(model, decoder, tokens)
+    sets, written = [[set() for _ in range(2)]], 0
+    for step in range(21):
+        if step % 3 == 0:  # a selection has just been made
+            ids, places = decoder.lists.ids, decoder.lists.places
+            sets.append([set(row.tolist()) for row in ids.gather(1, places)])
+        decode_one_token(model, decoder, torch.tensor([step % 61]))
+    ids, places = decoder.lists.ids, decoder.lists.places
+    sets.append([set(row.tolist()) for row in ids.gather(1, places)])
+    held = [set(), set()]
+    fetched = 0
+    slots = [[None] * 8, [None] * 8]
+    for chosen in sets[1:]:
+        for layer in range(2):
+            missing = sorted(chosen[layer] - set(slots[layer]))
+            free = [i for i, block in enumerate(slots[layer]) if block not in chosen[layer]]
+            fetched += len(missing)
+            for slot, block in zip(free, missing):
+                slots[layer][slot] = block
+    cache, block = decoder.cache, 2 * 8 * 16 * 4  # K and V of eight tokens of sixteen float32
+    assert int(cache.fetched) == fetched and cache.selected == 8 * 2 * len(sets[1:])
+    full = sum((150 + i) % 8 == 0 for i in range(1, 22))
+    calibrations = 21 // 3
+    assert cache.written_bytes == (full + calibrations) * 2 * 2 * block and cache.block_bytes == block
+    need = attnpred.memory_needed(config, model.config, 180, torch.float32, "torch", True)
+    rings = sum(t.numel() * t.element_size() for t in (decoder.history, decoder.contributions, decoder.queries))
+    assert need[0] == cache.device_bytes + rings and need[1] == cache.host.numel() * 4
+    del held, written
+
+
+def test_resident_memory_is_counted():
+    config, model = dataclasses.replace(CONFIG, dense_layers=1), tiny_llama()
+    decoder = SparseDecoder(config, model, random_predictor(), 180)
+    prefill(model, decoder, torch.arange(150) % 61)
+    tensors = decoder.history, decoder.contributions, decoder.queries, decoder.cache.kv, decoder.cache.working
+    assert attnpred.memory_needed(config, model.config, 180, torch.float32, "torch", False) == (
+        sum(t.numel() * t.element_size() for t in tensors),
+        0,
+    )
+
+
+def test_memory_is_checked_before_anything_is_computed(monkeypatch):
+    m, cpu = tiny_llama().config, torch.device("cpu")
+    for offload in (False, True):
+        needs = attnpred.memory_needed(CONFIG, m, 1000, torch.float32, "torch", offload)
+        monkeypatch.setattr(attnpred, "free_memory", lambda device, needs=needs: max(needs))
+        attnpred.check_memory(CONFIG, m, 1000, torch.float32, cpu, "torch", offload)
+        monkeypatch.setattr(attnpred, "free_memory", lambda device, needs=needs: max(needs) - 1)
+        with pytest.raises(InputError, match="a shorter prompt"):
+            attnpred.check_memory(CONFIG, m, 1000, torch.float32, cpu, "torch", offload)
+    monkeypatch.setattr(attnpred, "free_memory", lambda device: None)
+    attnpred.check_memory(CONFIG, m, 1000, torch.float32, cpu, "torch", False)

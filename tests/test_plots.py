@@ -1,0 +1,201 @@
+"""The pictures: watching changes nothing, what is drawn is what happened, every kind of file can be drawn."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attnpred
+from attnpred import Config, InputError, SparseDecoder, generate
+from model import causal_attention
+from tests.helpers import random_predictor, tiny_llama
+
+plots = pytest.importorskip("experiments.plots")
+pytest.importorskip("matplotlib")
+
+SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=40, calibration_interval=3)
+
+
+def test_patterns_are_told_apart():
+    """One head of each kind among heads of noise."""
+    torch.manual_seed(0)
+    rows = torch.rand(64, 7, 40) * 0.3  # (R, heads, n)
+    time, block = torch.arange(64)[:, None], torch.arange(40)
+    rows[:, 1] += torch.rand(40)  # the same blocks again and again
+    rows[:, 3] += ((block - time // 16) % 10 == 0).float()  # a block further every 16 steps
+    rows[:, 5] += ((time % 7 == 0) & (block % 5 == 0)).float()  # every 7 steps
+    assert plots.find_patterns(rows, 16) == {"re-access": 1, "sequential": 3, "seasonal": 5}
+    assert len(set(plots.find_patterns(torch.zeros(20, 7, 40), 16).values())) == 3  # no pattern: still no head twice
+    assert "sequential" not in plots.find_patterns(rows[:12], 16)
+
+
+def recorded(n_prompt=120, n_new=10, **changes):
+    """A run with a Recorder: (model, prompt, answer, recorder)."""
+    model, config = tiny_llama(), Config(**SHAPE | changes)
+    recorder = plots.Recorder(config, model, random_predictor(), n_prompt + n_new, "torch")
+    tokens = torch.randint(0, 61, (n_prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    return model, tokens, list(generate(model, recorder, tokens, n_new)), recorder
+
+
+@pytest.mark.parametrize("changes", [{}, dict(select_heads="q", dense_layers=1), dict(history_rows="true")])
+def test_watching_changes_nothing(changes):
+    model, tokens, out, recorder = recorded(**changes)
+    alone = SparseDecoder(recorder.config, model, random_predictor(), len(tokens) + 10, "torch")
+    assert list(generate(model, alone, tokens, 10)) == out
+    assert torch.equal(alone.history, recorder.history) and recorder.counters() == plots.Recorder.counters(alone)
+    assert len(recorder.recovery) == len(recorder.chosen) == recorder.step == 9
+    assert [sum(column) for column in zip(*recorder.bytes)] == list(recorder.counters())
+    calibrated = [recorder.recovery[i] for i in (2, 5, 8)]
+    assert calibrated == pytest.approx([x.mean().item() for x in recorder.stats.recovery], abs=1e-5)
+
+
+def test_what_is_drawn_is_what_happened():
+    """The first layer's true row, from a plain pass; the prediction, from the image; the blocks, from the scores."""
+    model, tokens, out, recorder = recorded(n_new=2)  # one decode step, which the prompt's selection serves
+    n, seen = recorder.n_tokens, {}
+
+    def attend(layer, q, k, v):
+        seen[layer] = q, k
+        return causal_attention(layer, q, k, v)
+
+    model.hidden(torch.tensor(tokens + out[: n - len(tokens)]), torch.arange(n), attend)
+    q, k = seen[0]  # the first layer's input does not depend on attention
+    p = (q[:, -1:] @ k.repeat_interleave(2, 0).mT * q.shape[-1] ** -0.5).softmax(-1)[:, 0]  # (Hq, T)
+    pooled = F.pad(p, (0, -n % 8)).unflatten(-1, (-1, 8)).amax(-1).unflatten(0, (2, 2)).mean(1)  # (Hk, N)
+    torch.testing.assert_close(recorder.true_rows[-1][0], pooled, atol=1e-5, rtol=1e-4)
+    assert recorder.served is recorder.true_rows[-1]
+    history, start, scores = recorder.prediction
+    image = history[0, :, :, start : start + scores.shape[-1]]  # (heads, H, n)
+    torch.testing.assert_close(scores[0], random_predictor()(image), atol=1e-3, rtol=1e-3)
+    k = recorder.heads * recorder.config.topk_blocks
+    best = torch.zeros(scores[0].numel()).index_fill(0, scores[0].flatten().topk(k).indices, 1).bool()
+    assert torch.equal(recorder.chosen[-1][0][:, start : start + scores.shape[-1]], best.view(scores[0].shape))
+
+
+def test_blocks_change_every_few_steps_and_heads_differ():
+    *_, recorder = recorded(n_prompt=200, n_new=19, selection_interval=6)
+    start, end = recorder.config.middle(200)
+    middle = [mask[..., start:end] for mask in recorder.chosen]  # (L', heads, n) per step
+    changed = [i for i in range(1, len(middle)) if not torch.equal(middle[i], middle[i - 1])]
+    assert changed and {i % 6 for i in changed} == {0}  # steps 7, 13, ...: after the selections of steps 6 and 12
+    lengths = torch.stack(middle).sum(-1)  # (steps, L', heads)
+    assert (lengths[:6].sum(-1) == recorder.heads * recorder.config.topk_blocks).all() and lengths.unique().numel() > 1
+
+
+@pytest.mark.parametrize("n_prompt", [4, 30, 120])
+def test_draws_prompts_of_any_length(n_prompt, tmp_path, monkeypatch):
+    *_, recorder = recorded(n_prompt)
+    figures = []
+    monkeypatch.setattr(
+        plots, "save", lambda figure, path, save=plots.save: (figures.append(figure), save(figure, path))
+    )
+    plots.draw_run(recorder, tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 1
+    recovery, megabytes = figures[0].axes[-2:]
+    assert recovery.lines[0].get_ydata() == pytest.approx(recorder.recovery)
+    assert megabytes.lines[0].get_ydata() == pytest.approx([dense / 1e6 for *_, dense in recorder.bytes])
+    blocks = [axes for axes in figures[0].axes if axes.get_xlabel() == "block of 8 tokens"]
+    drawn = blocks[0].images[0].get_array()  # (steps, N)
+    assert drawn.shape == (9, recorder.true_rows[-1].shape[-1]) and drawn[-1].sum() > 0
+
+
+def test_a_failed_drawing_keeps_the_old_picture(tmp_path, monkeypatch):
+    path = tmp_path / "run.png"
+    path.write_bytes(b"before")
+    monkeypatch.setattr(attnpred.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(InputError, match="disk full"):
+        plots.draw_training([dict(step=i, loss=1.0, recovery=0.5) for i in range(3)], path)
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+RESULT = dict(setting="ours", budget=512, n_prompt=4096, n_new=4, dense_layers=0, bytes_share="", text="a")
+TEXTS = [
+    RESULT
+    | dict(task="texts", text=text, setting=setting, budget=budget, kl=[kl / budget] * 4, read_bytes=budget * 1e4)
+    for setting in ("ours", "paper")
+    for text, kl in (("a", 1.0), ("b", 3.0))
+    for budget in (512, 256)
+]
+SPEED = [
+    dict(context=n, dtype=dtype, name=name, seconds=0.01, least_seconds=0.005, memory=1e8, stages=dict(attention=0.01))
+    for n in (128, 4096)
+    for dtype in ("float32", "bfloat16")
+    for name in plots.CONTENDERS
+]
+FILES = {
+    "pareto": TEXTS,
+    "recovery": [RESULT | dict(task="recovery", recovery=[0.9] * 12, recovery_by_layer=[0.8, 0.95])],
+    "needles": [RESULT | dict(task="needles", depth=d, keys=1, found=int(d > 0)) for d in (0, 0.5)],
+    "training": [dict(step=step, loss=4 - step, recovery=0.9 + step / 100) for step in range(3)],
+    "speed": dict(rows=SPEED, device="CPU", threads=2, weights="tiny"),
+    "kernels": dict(
+        rows=[dict(path="predict", context=n, share_of_copy=0.4, share_of_matmul=0.1) for n in (8192, 32768)],
+        device="a GPU",
+    ),
+    "offload": dict(
+        modelled=[dict(context=n, name="dense, resident", seconds=n * 1e-6) for n in (8192, 32768)],
+        gb_s=dict(link=55),
+        model_shape="tiny",
+        device="a GPU",
+        timeline={"stream 7": [(0.0, 1e-3, "kernel"), (1e-3, 1e-3, "copy")]},
+    ),
+}
+
+
+@pytest.mark.parametrize("picture", FILES)
+def test_pictures_of_files(picture, tmp_path):
+    """From a file of one JSON object, or of one per line."""
+    numbers, path = tmp_path / "numbers.json", tmp_path / f"{picture}.png"
+    lines = FILES[picture] if isinstance(FILES[picture], list) else [FILES[picture]]
+    numbers.write_text("\n".join(map(json.dumps, lines)))
+    assert set(FILES) == set(plots.FROM_FILE) and plots.main([picture, str(numbers), "--out", str(path)]) == 0
+    assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000
+
+
+def test_pareto_points_are_means_over_texts():
+    x, y = plots.pareto_points([row for row in TEXTS if row["setting"] == "ours"])
+    assert x == (2.56, 5.12) and y == pytest.approx((2 / 256, 2 / 512))
+
+
+def test_a_run_from_the_command_line(tmp_path, capsys, monkeypatch):
+    """It answers as attnpred.py does, and draws."""
+    command = ["--prompt", "Name three colours.", "--max-new-tokens", "8", "--budget", "128"]
+    assert attnpred.main(command) == 0
+    answer = capsys.readouterr().out
+    assert plots.main(["run", *command, "--out", str(tmp_path / "run.png")]) == 0
+    assert capsys.readouterr().out == answer and (tmp_path / "run.png").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["run", "--prompt", "x"], "--out"),
+        (["run", "--prompt", "x", "--out", "nowhere/run.png"], "in a folder that exists"),
+        (["run", "--prompt", "x", "--out", "run.jpg"], "ending in .png"),
+        (["run", "--prompt", "x", "--out", "run.png", "--dense"], "leave out --dense"),
+        (["run", "--prompt", "x", "--out", "run.png", "--offload"], "leave out --dense and --offload"),
+        (["run", "--prompt", "x", "--out", "run.png", "--max-new-tokens", "1"], "2 tokens or more"),
+        (["run", "--prompt", "x", "--out", "run.png", "--budget", "1000"], "multiple of the block size"),
+        (["run", "--out", "run.png"], "required"),
+        (["speed", "none.json", "--out", "x.png"], "cannot be read"),
+        (["speed", "some.json", "--out", "x.png"], "does not hold the numbers of speed"),
+        (["pareto", "some.json", "--out", "x.png"], "does not hold the numbers of pareto"),
+        (["speed", "some.json", "--out", "x.png", "--budget", "512"], "unknown option"),
+        (["picture"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_line(options, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.json").write_text('[{"a": 1}]')
+    monkeypatch.setattr(attnpred, "load_model", None)  # nothing is loaded for it
+    assert plots.main(options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("plots: ") and error.count("\n") == 1 and message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["some.json"]
+
+
+def test_without_matplotlib(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    assert plots.main(["training", "x.json", "--out", str(tmp_path / "x.png")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err

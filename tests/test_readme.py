@@ -1,0 +1,60 @@
+"""What the README shows is true: its tables, options, files and functions, and its example of a kernel."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import attnpred
+import kernels
+from attnpred import Config, OffloadedCache, SparseDecoder
+
+ROOT = pathlib.Path(attnpred.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def parameter_rows():
+    """The README's table of parameters, from the one description of them in Config."""
+    for f in dataclasses.fields(Config):
+        meta = f.metadata
+        cells = meta["symbol"], f"`--{f.name.replace('_', '-')}`", f.default, meta["paper"], meta["help"]
+        yield "| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |"
+
+
+def test_the_table_of_parameters_is_the_code():
+    rows = "\n".join(parameter_rows())
+    assert rows in README, f"put these rows into README.md:\n{rows}"
+
+
+def test_every_option_named_exists():
+    options = {option for action in attnpred.make_parser()._actions for option in action.option_strings}
+    elsewhere = {"--out", "--check", "--format"}  # of experiments and ruff
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - elsewhere <= options
+
+
+def test_every_function_and_file_named_exists():
+    owners = {"kernels": kernels, "SparseDecoder": SparseDecoder, "OffloadedCache": OffloadedCache}
+    names = re.findall(r"`(kernels|SparseDecoder|OffloadedCache)\.([A-Za-z_]+)`", README)
+    assert len(names) > 8
+    for owner, name in names:
+        assert name == "py" or hasattr(owners[owner], name), f"{owner}.{name}"
+    files = re.findall(r"[`(]([a-z_A-Z/]+\.(?:py|md|txt|png))[`)]", README)
+    assert len(files) > 5 and all((ROOT / file).is_file() for file in files), files
+
+
+def test_the_line_counts_are_about_right():
+    counts = re.findall(r"^\| `([\w/.]+)` \| ([\d,]+) \|", README, re.M)
+    assert len(counts) >= 5
+    for file, count in counts:
+        lines = len((ROOT / file).read_text().splitlines())
+        assert abs(lines - int(count.replace(",", ""))) <= 0.1 * lines, f"{file} has {lines} lines"
+
+
+def test_the_example_kernel_can_fail(tmp_path):
+    code = (ROOT / "tests/test_example_kernel.py").read_text()
+    (tmp_path / "test_merge.py").write_text(code.replace("weight / tl.sum(weight, 0)", "weight"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_merge.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ.copy(), capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout

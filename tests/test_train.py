@@ -1,0 +1,503 @@
+"""Collecting and training: windows, targets and histories against naive computations, resuming, refusals."""
+
+import argparse
+import json
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+import train_predictor
+from attnpred import (
+    DEFAULT_PREDICTOR,
+    Config,
+    InputError,
+    Predictor,
+    SparseDecoder,
+    decode_one_token,
+    load_predictor,
+    prefill,
+)
+from model import causal_attention
+from tests.helpers import random_predictor, tiny_llama
+
+CONFIG = Config(block_size=16, sink_tokens=16, local_tokens=16, budget=64, history_len=8, dense_layers=1)
+
+
+class LetterTokenizer:
+    """One token per character, for random models."""
+
+    has_chat_template = True
+
+    def encode(self, text, special_tokens=True):
+        return [ord(c) % 61 for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(48 + i) for i in ids)
+
+    def chat(self, messages):
+        return f"<{messages[0]['content']}>"
+
+
+def naive_attention(model, tokens):
+    """Softmax of everything in float64: {layer: p (Hq, T, T)}."""
+    found = {}
+
+    def attend(layer, q, k, v):
+        keys = k.repeat_interleave(len(q) // len(k), 0).double()
+        logits = q.double() @ keys.mT / q.shape[-1] ** 0.5
+        found[layer] = logits.masked_fill(torch.ones(logits.shape[1:]).triu(1).bool(), -torch.inf).softmax(-1)
+        return causal_attention(layer, q, k, v)
+
+    with torch.inference_mode():
+        model(torch.tensor(tokens), torch.arange(len(tokens)), attend)
+    return found
+
+
+def by_block(p, how, b=16):
+    return getattr(F.pad(p, (0, -p.shape[-1] % b)).unflatten(-1, (-1, b)), how)(-1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Collecting
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["kv", "q"])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_recorded_rows_equal_a_full_softmax(select, stride, monkeypatch):
+    monkeypatch.setattr(train_predictor, "MAX_LOGITS", 4 * 200 * 9 * 3)  # nine rows at a time
+    model, tokens, rows = tiny_llama(), torch.randint(0, 61, (200,)).tolist(), 29
+    config = replace(CONFIG, select_heads=select)
+    windows = train_predictor.record(model, config, tokens, [90, 200], rows, stride)
+    p = naive_attention(model, tokens)
+    for end, (pooled, mass) in zip([90, 200], windows):
+        for layer in (1, 2):
+            for row in range(rows):
+                pos = end - 1 - (rows - 1 - row) * stride
+                true_row = by_block(p[layer][:, pos, :end], "amax")  # (Hq, N)
+                true_mass = by_block(p[layer][:, pos - stride + 1 : pos + 1, :end].mean(1), "sum")  # (Hq, N)
+                for found, true in ((pooled, true_row), (mass, true_mass)):
+                    true = true.unflatten(0, (2, 2)).mean(1) if select == "kv" else true
+                    assert (found[layer - 1, :, row].double() - true).abs().max() < 1e-3  # float16, numbers up to 1
+
+
+def test_no_text_is_in_two_splits():
+    texts = [f"{i} " * 600 for i in range(60)]
+    documents = {"text": [train_predictor.Document(f"{i}", t) for i, t in enumerate(texts + texts)]}
+    numbers = {}
+    for split in ("train", "validation", "test"):
+        contexts = train_predictor.draw_contexts(documents, split, [800], 8, 1, 1, LetterTokenizer(), 0)
+        names = {name for c in contexts for name in c.name.split(": ")[1].split("text ")[-1].split(", ")}
+        numbers[split] = {int(name) % 60 for name in names}
+    assert all(numbers.values()) and len(set.union(*numbers.values())) == sum(map(len, numbers.values()))
+
+
+def test_python_documents_fill_every_split():
+    documents = [d for members in train_predictor.python_documents().values() for d in members]
+    assert {d.split for d in documents} == {"train", "validation", "test"}
+
+
+def test_contexts_have_the_length_asked_for_and_are_drawn_from_the_seed():
+    documents = {"text": [train_predictor.Document(f"{i}", f"{i} words " * 300) for i in range(40)]}
+
+    def draw(seed, lengths=(900, 1200)):
+        return list(train_predictor.draw_contexts(documents, "train", lengths, 6, 3, 40, LetterTokenizer(), seed))
+
+    first = draw(0)
+    assert [len(c.tokens) for c in first] == [900, 1200] * 3
+    assert all(40 <= end <= len(c.tokens) for c in first for end in c.ends)
+    assert first == draw(0) and first != draw(1)
+    assert any("chat" in c.name for c in first)
+    with pytest.raises(InputError, match="train split has only [0-9]+ tokens for a context of 1000000"):
+        draw(0, [1000000])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Network and losses
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_rows_equal_the_network_on_each_window():
+    predictor = random_predictor()
+    rows, targets = torch.rand(2, 30, 11), torch.tensor([12, 13, 25, 30])
+    found = train_predictor.scores_of_rows(rows, targets, predictor.state_dict(), 12)
+    for i, t in enumerate(targets):
+        assert torch.allclose(found[:, i], predictor(rows[:, t - 12 : t]), atol=1e-6)
+
+
+def test_scaling_is_folded_into_the_weights():
+    predictor, image = random_predictor(), torch.rand(2, 16, 9)
+    other = Predictor()
+    other.load_state_dict(train_predictor.scaled(predictor.state_dict(), 32.0))
+    assert torch.allclose(other(image * 32) / 32, predictor(image), atol=1e-6)
+
+
+def test_starting_point_scores_with_mean_and_last_rows():
+    image = torch.rand(2, 64, 9)
+    found = train_predictor.starting_point(0, 0.6, 0.0)(image)
+    last = image[:, -1] + 1.2 * image[:, -2] + 0.35 * image[:, -3]
+    assert torch.allclose(found, image.mean(1) + 0.6 * last, atol=1e-5)
+
+
+def test_the_shipped_predictor_is_better_than_mean_and_last_row():
+    """On made-up rows of steady blocks and noise: a check that the file is whole."""
+    generator = torch.Generator().manual_seed(0)
+    level, noise = torch.rand(1, 200, generator=generator).pow(8), torch.rand(96, 200, generator=generator).pow(3)
+    rows, targets = (level * 6 + noise * 3).softmax(-1)[None], torch.arange(64, 96)
+    ours = train_predictor.scores_of_rows(rows, targets, load_predictor(DEFAULT_PREDICTOR).state_dict(), 64)[0]
+    mean, last = torch.stack([rows[0, t - 64 : t].mean(0) for t in targets]), rows[0, targets - 1]
+    found = [rows[0, targets].gather(1, s.topk(24).indices).sum(1).mean().item() for s in (ours, mean, last)]
+    assert found[0] > found[2] and found[0] > found[1] - 0.01
+
+
+def test_losses_by_hand():
+    """Far above FLOOR an intensity is the score. The fourth column is outside the middle and must not count."""
+    mass, scores = torch.tensor([[[0.5, 0.02, 0.0, 0.1]]]), torch.tensor([[[0.4, 0.03, 0.01, 9.0]]])
+    valid = torch.tensor([[True, True, True, False]])
+    deviance = (0.4 - 0.5 + 0.5 * math.log(0.5 / 0.4)) + (0.03 - 0.02 + 0.02 * math.log(0.02 / 0.03)) + 0.01
+    entropy = -(0.5 * math.log(0.4 / 0.44) + 0.02 * math.log(0.03 / 0.44)) / 0.52
+    square = 1000 * (0.1**2 + 0.01**2 + 0.01**2) / 3
+    for name, value in (("poisson", deviance), ("share", entropy), ("mse", square)):
+        assert train_predictor.LOSSES[name](scores, mass, valid).item() == pytest.approx(value, abs=1e-4)
+    low = torch.full_like(mass, -1.0, requires_grad=True)
+    train_predictor.poisson_loss(low, mass, valid).backward()
+    assert low.grad.isfinite().all() and low.grad[0, 0, 0] < 0 and low.grad[0, 0, 3] == 0
+
+
+def test_poisson_loss_is_least_at_the_mass_itself_on_the_absolute_scale():
+    mass, valid = torch.tensor([[[0.5, 0.02, 0.003]]]), torch.ones(1, 3, dtype=torch.bool)
+    assert train_predictor.poisson_loss(mass, mass, valid).abs() < 1e-5
+    for other in (mass * 1.3, mass * 0.7, mass.flip(-1), mass.sqrt()):
+        assert train_predictor.poisson_loss(other, mass, valid) > 1e-3
+    heads = [train_predictor.poisson_loss(1.5 * x, x, valid) for x in (mass, mass * 0.1)]
+    assert heads[1].item() == pytest.approx(0.1 * heads[0].item(), rel=1e-2)  # a head with a tenth of the mass
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Histories and targets
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", ["layer", "head"])
+def test_observed_rows_are_what_sparse_attention_leaves(share):
+    """Against a softmax over the attended tokens only; heads are single queries, so that dividing is exact."""
+    torch.manual_seed(0)
+    b, n_rows, first, decay, K = 16, 24, 7, 0.8, 3
+    config = Config(block_size=b, sink_tokens=b, local_tokens=b, budget=b * (2 + K), share_budget=share)
+    logits = 3 * torch.randn(2, 2, n_rows, 320)  # (layers, heads, rows, T)
+    p = logits.softmax(-1)
+    middle = [(1, 17 + row // 16) for row in range(n_rows)]
+    pooled, mass = by_block(p, "amax"), by_block(p, "sum")
+    score = train_predictor.decayed_mean(decay)
+    rows, recovery = train_predictor.observe(pooled, mass, middle, config, (6, 3), first, score)
+    assert torch.equal(rows[:, :, :first], pooled[:, :, :first])
+    for layer in range(2):
+        for row in range(first, n_rows):
+            step = row - first + 1
+            if (step - 1) % 3 == 0:
+                start, end = middle[row]
+                means = sum(decay ** (row - 1 - r) * rows[layer, :, r, start:end] for r in range(row))  # (heads, n)
+                ranked = sorted((-means[h, i].item(), h, i + start) for h in range(2) for i in range(end - start))
+                if share == "layer":
+                    chosen = [{i for _, h, i in ranked[: 2 * K] if h == head} for head in range(2)]
+                else:
+                    chosen = [{i for _, _, i in [x for x in ranked if x[1] == head][:K]} for head in range(2)]
+            for head in range(2):
+                open_tokens = [t for t in range(320) if not start <= t // b < end or t // b in chosen[head]]
+                kept = logits[layer, head, row, open_tokens]
+                seen = torch.full((320,), -torch.inf).index_copy(0, torch.tensor(open_tokens), kept)
+                true = pooled[layer, head, row] if step % 6 == 0 else by_block(seen.softmax(-1), "amax")
+                assert torch.allclose(rows[layer, head, row], true, atol=1e-6)
+                recovered = p[layer, head, row, open_tokens].sum()
+                assert torch.allclose(recovery[layer, head, row - first], recovered, atol=1e-5)
+
+
+@pytest.mark.parametrize("history_rows, M, P", [("every", 6, 3), ("every", 4, 4), ("true", 4, 4), ("true", 4, 8)])
+def test_the_simulated_closed_loop_is_decoding(history_rows, M, P, tmp_path):
+    """Layer 0's q and k do not depend on earlier attention, so its real decoding must recover what `observe` says."""
+    model, predictor, n_prompt, n_steps = tiny_llama(n_layers=1), random_predictor(), 260, 24
+    changes = dict(history_rows=history_rows, calibration_interval=M, selection_interval=P, select_heads="q")
+    config = replace(CONFIG, dense_layers=0, **changes)
+    tokens, stride = torch.randint(0, 61, (n_prompt + n_steps,)), M if history_rows == "true" else 1
+    decoder, true = SparseDecoder(config, model, predictor, 300), []
+    mass = by_block(naive_attention(model, tokens.tolist())[0], "sum").float()  # (Hq, T, N)
+    prefill(model, decoder, tokens[:n_prompt])
+    for pos in range(n_prompt, len(tokens)):
+        attended = decoder.attended(0, mass.shape[2])
+        decode_one_token(model, decoder, tokens[pos : pos + 1])
+        true.append((mass[:, pos] * attended).sum(-1))  # (Hq,)
+    rows = 8 + n_steps // stride
+    windows = train_predictor.record(model, config, tokens.tolist(), [len(tokens)], rows, stride)
+    write_window(tmp_path / "w.safetensors", *windows[0], n_tokens=len(tokens), stride=stride)
+    window = train_predictor.Window(tmp_path / "w.safetensors")
+    middle = [config.middle(n_prompt + (row - 8) * stride + 1) for row in range(rows)]
+    assert window.middle == [train_predictor.Config().middle(n_prompt + (row - 8) * stride + 1) for row in range(rows)]
+    score = train_predictor.network(predictor.state_dict(), 8)
+    intervals = (1 if history_rows == "true" else M), P // stride
+    _, recovery = train_predictor.observe(*window.load([0]), middle, config, intervals, 8, score)
+    expected = torch.stack(true, 1).unflatten(1, (-1, stride)).mean(2)  # (Hq, rows)
+    assert (recovery[0] - expected).abs().max() < 2e-3
+
+
+def write_window(path, pooled, mass, **about):
+    defaults = dict(llm="x", corpus="x", seed=0, block_size=16, dense_layers=0, select_heads="q", rows=pooled.shape[2])
+    train_predictor.write_tensors(path, {"pooled": pooled.half(), "mass": mass.half()}, defaults | about)
+
+
+def options(**changes):
+    defaults = {name.replace("-", "_"): default for name, (default, *_) in train_predictor.TRAIN.items()}
+    return argparse.Namespace(**defaults | changes)
+
+
+@pytest.mark.parametrize("intervals", [(1, 1), (4, 4), (6, 3), (1, 2)])
+@pytest.mark.parametrize("observed", [0.0, 1.0])
+def test_targets_are_the_mean_mass_of_the_next_tokens(intervals, observed):
+    """Each mass tells its layer and head (10,000s), row (100s) and block, so a batch shows where it was cut out."""
+    M, P = intervals
+    layer, head, row, block = (torch.arange(n).view(-1, *[1] * (3 - i)) for i, n in enumerate((5, 2, 60, 60)))
+    mass = (layer * 2 + head) * 1e4 + row * 1e2 + block + 0.0  # (5, 2, 60, 60)
+    window = argparse.Namespace(layers=5, rows=60, middle=[(4, 40 + row // 4) for row in range(60)])
+    window.load = lambda layers: (mass[list(layers)] + 1, mass[list(layers)])
+    args, config, places = (
+        options(span=12, columns=20, layers=3, targets=3, observed=observed),
+        Config(history_len=8),
+        [],
+    )
+    for seed in range(20):
+        rows, targets, ahead, valid = train_predictor.draw_batch([window], random.Random(seed), args, config, intervals)
+        assert rows.shape == (6, 8 + 12, 20) and ahead.shape == (6, len(targets), 20) and 1 <= len(targets) <= 3
+        heads = (ahead[:, 0, 0] // 1e4).view(3, 2)
+        assert len(set(heads[:, 0].tolist())) == 3 and (heads[:, 1] - heads[:, 0] == 1).all()  # whole layers
+        place = ahead[0, :, 0] % 1e4 - 100 * (P - 1) / 2  # (T,): 100 times the row before which a selection is made
+        t, columns = (place // 100).long(), (place[0] % 100).long() + torch.arange(20)
+        first = (t - targets)[0]
+        naive = sum(mass.flatten(0, 1)[:, t + ahead_row] for ahead_row in range(P)) / P  # (10, T, 60)
+        assert torch.allclose(ahead, naive[heads.flatten().long()][..., columns], atol=0.02)
+        assert torch.equal(t, targets + first) and (targets >= 8).all() and ((targets - targets[0]) % P == 0).all()
+        assert columns[0] >= 4 and torch.equal(valid, torch.stack([columns < window.middle[i][1] for i in t]))
+        true = mass.flatten(0, 1)[heads.flatten().long()][:, first : first + 20, columns] + 1  # (6, 20, 20)
+        if M == P or not observed:  # a selection follows a true row
+            assert torch.equal(rows[:, targets - 1], true[:, targets - 1])
+        assert torch.equal(rows, true) == (not observed or M == 1)
+        places.append((first.item(), columns[0].item()))
+    assert len(set(places)) > 10
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The commands
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_llm(monkeypatch):
+    """The commands with a random model in the place of the default LLM."""
+    model = tiny_llama(context_len=1024)
+    monkeypatch.setattr(train_predictor, "load_model", lambda *_: (model, LetterTokenizer()))
+    monkeypatch.setattr(train_predictor, "fetch_default_llm", lambda: "tiny")
+
+
+@pytest.fixture
+def text(tmp_path):
+    rng = random.Random(0)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(rng.choice("abcdefgh ") for _ in range(60000)))
+    return str(path)
+
+
+def content(path):
+    """A file's metadata and tensors; the order of metadata in the file is random."""
+    with safetensors.safe_open(path, "pt") as file:
+        return file.metadata(), {name: file.get_tensor(name).tolist() for name in file.keys()}
+
+
+def command(defaults, *more):
+    return train_predictor.main([*defaults.split(), "--quiet", "--device", "cpu", *map(str, more)])
+
+
+def collect(tmp_path, text, *more):
+    counts = "--contexts 2 --validation-contexts 1 --windows 1 --lengths 1000 --rows 100 --dense-layers 1"
+    return command(f"collect {counts} --dtype float32", "--data", tmp_path / "data", "--text", text, *more)
+
+
+def train(tmp_path, *more):
+    files = "--data", tmp_path / "data", "--out", tmp_path / "out" / "p.safetensors"
+    return command("train --steps 4 --validate-every 2 --columns 24 --span 16", *files, *more)
+
+
+@pytest.mark.parametrize(
+    "collecting, training, noted",
+    [
+        ([], ["--loss", "share", "--share-budget", "head"], ["8", "8", "every", "head"]),
+        (["--stride", "10"], ["--selection-interval", "20"], ["10", "20", "true", "layer"]),
+        (["--select-heads", "q"], ["--loss", "mse", "--calibration-interval", "5"], ["5", "5", "every", "layer"]),
+    ],
+)
+def test_pipeline(tmp_path, text, tiny_llm, collecting, training, noted):
+    assert collect(tmp_path, text, *collecting) == 0
+    files = sorted((tmp_path / "data").iterdir())
+    times, whole = [path.stat().st_mtime_ns for path in files], content(files[0])
+    assert [path.name[:5] for path in files] == ["train", "train", "valid"]
+    files[0].unlink()
+    assert collect(tmp_path, text, *collecting) == 0  # fills the hole, keeps the rest
+    assert [path.stat().st_mtime_ns for path in files[1:]] == times[1:] and content(files[0]) == whole
+    assert train(tmp_path, *training) == 0
+    out = tmp_path / "out" / "p.safetensors"
+    load_predictor(out)
+    about, _ = content(out)
+    assert [about[name] for name in train_predictor.METHOD_SETTINGS[1:]] == noted and about["block_size"] == "16"
+    curve = json.loads(out.with_suffix(".json").read_text())
+    assert [row["step"] for row in curve] == [0, 2, 4] and len({tuple(row) for row in curve}) == 1
+    assert all(0 < row[f"recovery, {budget}"] <= 1.0001 for row in curve for budget in train_predictor.BUDGETS)
+    best = max(curve, key=lambda row: sum(row[name] for name in row if name.startswith("recovery")))
+    assert json.loads(about["validation"]) == {n: round(v, 4) for n, v in best.items() if n.startswith("recovery")}
+
+
+def test_training_lowers_the_loss(tmp_path, text, tiny_llm):
+    assert collect(tmp_path, text) == 0
+    assert train(tmp_path, "--steps", 60, "--validate-every", 20) == 0
+    losses = [row["loss"] for row in json.loads((tmp_path / "out" / "p.json").read_text())]
+    assert losses[-1] < 0.85 * losses[0]
+
+
+def test_an_interrupted_training_continues_to_the_same_weights(tmp_path, text, tiny_llm, monkeypatch):
+    assert collect(tmp_path, text) == 0
+    assert train(tmp_path) == 0
+    out = tmp_path / "out" / "p.safetensors"
+
+    def written():
+        state = torch.load(out.with_suffix(".checkpoint"), weights_only=True)
+        weights = {(part, name): w.tolist() for part in ("predictor", "average") for name, w in state[part].items()}
+        return content(out), weights, state["curve"], state["done"], out.with_suffix(".json").read_text()
+
+    whole = written()
+    draw, drawn = train_predictor.draw_batch, []
+
+    def interrupted(*args):
+        drawn.append(1)
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(train_predictor, "draw_batch", interrupted)
+    assert train(tmp_path, "--restart") == 130
+    assert written() != whole
+    monkeypatch.setattr(train_predictor, "draw_batch", draw)
+    assert train(tmp_path) == 0
+    assert written() == whole and len(list(out.parent.iterdir())) == 3
+
+
+def test_training_continues_from_other_weights(tmp_path, text, tiny_llm):
+    assert collect(tmp_path, text) == 0
+    torch.save(random_predictor().state_dict(), tmp_path / "theirs.pth")
+    assert train(tmp_path, "--init-from", tmp_path / "theirs.pth", "--lr", "0") == 0
+    weights = load_predictor(tmp_path / "out" / "p.safetensors").state_dict()
+    assert all(torch.allclose(weights[name], w, atol=1e-6) for name, w in random_predictor().state_dict().items())
+
+
+def one_line(capsys, words):
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("train_predictor: "), error
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "content, options, words",
+    [
+        (b"\n ", "", ["empty"]),
+        (b"\xff\xfe\x00", "", ["UTF-8"]),
+        (None, "", ["cannot be read"]),
+        (b"too little to learn from", "", ["no text in the train split"]),
+        (b"too little to learn from. " * 60, "--lengths 1024", ["no text in the validation split"]),
+        (b"a text", "--lengths 60", ["60 tokens", "100 rows"]),
+        (b"a text", "--stride 20", ["1000 tokens", "stride of 20", "2000"]),
+        (b"a text", "--stride 0", ["stride 0 must be at least 1"]),
+        (b"a text", "--rows 64", ["no row after a history", "192"]),
+        (b"a text", "--lengths 9000", ["context is 1024"]),
+        (b"a text", "--dense-layers 3", ["dense layers 3"]),
+        (b"a text", "--block-size 7", ["block_size"]),
+        (b"a text", "--device moon", ["moon"]),
+        (b"a text", "--select-heads x", ["--help"]),
+        (b"a text", "--data text.txt", ["cannot create folder text.txt"]),
+    ],
+)
+def test_collect_refuses(content, options, words, tmp_path, tiny_llm, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    assert collect(tmp_path, "text.txt", *options.split()) == 2
+    one_line(capsys, words)
+    assert not list(tmp_path.glob("data/*"))
+
+
+def spoil_windows(folder, value):
+    for path in folder.glob("train-*"):
+        with safetensors.safe_open(path, "pt") as file:
+            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        safetensors.torch.save_file({name: torch.full_like(t, value) for name, t in tensors.items()}, path, about)
+
+
+SPOILERS = {
+    "nothing": lambda out: None,
+    "no windows": lambda out: [path.unlink() for path in (out.parent.parent / "data").iterdir()],
+    "NaN": lambda out: spoil_windows(out.parent.parent / "data", math.nan),
+    "a torn window": lambda out: next((out.parent.parent / "data").glob("train-*")).write_bytes(b"cut off"),
+    "another's weights": lambda out: out.write_bytes(b"somebody's work"),
+    "a torn checkpoint": lambda out: out.with_suffix(".checkpoint").write_bytes(b"something else"),
+    "a run": lambda out: train(out.parent.parent, "--steps", "1"),
+}
+
+
+@pytest.mark.parametrize(
+    "before, options, words",
+    [
+        ("no windows", "", ["no train windows", "collect"]),
+        ("NaN", "", ["NaN", "collect again"]),
+        ("a torn window", "", ["not a window of `collect`", "collect again"]),
+        ("another's weights", "", ["exists", "--out"]),
+        ("a torn checkpoint", "", ["checkpoint", "--restart"]),
+        ("a run", "--steps 6", ["checkpoint", "steps = 1, not 6", "--restart"]),
+        ("nothing", "--init-from text.txt", ["cannot be read"]),
+        ("nothing", "--validate-every 0", ["validate-every 0 must be at least 1"]),
+        ("nothing", "--calibration-interval -1", ["calibration_interval = -1"]),
+        ("nothing", "--span 40", ["--span 40", "8 ... 29"]),
+        ("nothing", "--selection-interval 17", ["--span 16", "17 ... 20"]),
+        ("nothing", "--loss mse --lr 1e30 --steps 60", ["the loss is", "--lr"]),
+    ],
+)
+def test_train_refuses(before, options, words, tmp_path, text, tiny_llm, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert collect(tmp_path, text) == 0
+    out = tmp_path / "out" / "p.safetensors"
+    out.parent.mkdir()
+    SPOILERS[before](out)
+    kept = out.read_bytes() if out.exists() else None
+    capsys.readouterr()
+    assert train(tmp_path, *options.split()) == 2
+    one_line(capsys, words)
+    assert kept is None or out.read_bytes() == kept
+
+
+def test_windows_of_other_settings_do_not_mix(tmp_path, text, tiny_llm, capsys):
+    assert collect(tmp_path, text, "--stride", "10") == 0
+    assert collect(tmp_path, text, "--stride", "10", "--block-size", "32") == 2
+    one_line(capsys, ["block_size = 16, not 32", "--data"])
+    assert train(tmp_path, "--calibration-interval", "20") == 2
+    one_line(capsys, ["M = 10", "not 20, 20"])
+    assert train(tmp_path, "--selection-interval", "15") == 2
+    one_line(capsys, ["stride of 10", "not 10, 15"])
+
+
+def test_full_disk(tmp_path, text, tiny_llm, capsys, monkeypatch):
+    def full(path, data):
+        path.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_predictor.pathlib.Path, "write_bytes", full)
+    assert collect(tmp_path, text) == 2
+    one_line(capsys, ["cannot write", "No space left on device"])
+    assert not list((tmp_path / "data").iterdir())
