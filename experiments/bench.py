@@ -78,12 +78,12 @@ def show(rows, columns):
 
     def cell(form, row):
         try:
-            return form.format(**row)
-        except (KeyError, TypeError):
+            return form.format(**{key: value for key, value in row.items() if value is not None})
+        except KeyError:
             return None
 
     rows = list(rows)
-    print(markdown(pd.DataFrame([{head: cell(form, row) for head, form in columns.items()} for row in rows])), "\n")
+    print(markdown(pd.DataFrame([{head: cell(form, row) for head, form in columns.items()} for row in rows])) + "\n")
     return rows
 
 
@@ -249,13 +249,14 @@ def contender_of(name, model, predictor, config, context, rounds, backend):
     """(a function that makes the contender of that name, tokens that it decodes in a round).
 
     A round of sparse decoding is whole intervals of selection and calibration, so that its mean pays for both. The last
-    token of all rounds is that of the context.
+    of all rounds ends at the context.
     """
     setting, *words = name.split(", ")
     if name != "transformers" and (setting not in SETTINGS or set(words) - set(HOW)):
         raise InputError(f"unknown contender {name}: use transformers, or {', '.join(SETTINGS)} with {', '.join(HOW)}")
     c = SETTINGS.get(setting, SETTINGS["dense"])(config)
-    tokens = roofline.intervals(c, context) if c.dense_layers < model.config.n_layers else 8
+    tokens = roofline.intervals(c, context)
+    tokens = tokens if c.dense_layers < model.config.n_layers else min(8, tokens)
     n_steps = (rounds + 2) * tokens  # warming up, the rounds, and the stages or a trace
     if context <= n_steps:
         raise InputError(f"{n_steps} tokens are decoded at {context}: use longer --contexts or fewer --rounds")
@@ -267,20 +268,19 @@ def contender_of(name, model, predictor, config, context, rounds, backend):
 def race(contenders, rounds, device):
     """Decode in turns. contenders: {name: (make, tokens in each round)}, as from `contender_of`.
 
-    Returns {name: {"rounds": [ms per token], "ms": their median, "memory": peak bytes, "contender"}}.
+    Returns {name: {"rounds": [ms per token], "ms": their median, "memory": peak bytes, "answer": the first tokens,
+    "contender"}}.
     """
 
     def warmed_up(make, tokens):
         contender = make()
-        for _ in range(tokens):
-            contender.step()
-        return contender
+        return contender, [contender.step() for _ in range(tokens)]
 
     rows = {}
     for name, (make, tokens) in contenders.items():
         try:
-            contender, memory = with_peak_memory(partial(warmed_up, make, tokens), device)
-            rows[name] = dict(contender=contender, memory=memory, rounds=[])
+            (contender, answer), memory = with_peak_memory(partial(warmed_up, make, tokens), device)
+            rows[name] = dict(contender=contender, answer=answer, memory=memory, rounds=[])
             continue
         except torch.OutOfMemoryError:
             print(f"bench: {name}: out of memory, left out", file=sys.stderr)
@@ -324,7 +324,7 @@ def stage_ms(contender, n_steps):
 def speed_rows(names, models, predictor, config, contexts, rounds, backend, bandwidth):
     """A row per context, dtype and contender, its "contender" included. models: {name of a dtype: model}."""
     device = next(iter(models.values())).device
-    for name, model in ((name, model) for model in models.values() for name in names if device.type == "cpu"):
+    for name, model in ((name, model) for model in models.values() for name in names if backend == "torch"):
         contender_of(name, model, predictor, config, 4 * 64, 1, backend)[0]().step()  # a library's first allocations
     for context in contexts:
         contenders = {
@@ -334,7 +334,7 @@ def speed_rows(names, models, predictor, config, contexts, rounds, backend, band
         }
         # a CPU's speed drifts, so all take turns; a GPU's memory holds one of them at a time
         groups = [contenders] if device.type == "cpu" else [{key: value} for key, value in contenders.items()]
-        dense = {}
+        dense, answers = {}, {}
         for group in groups:
             rows = race(group, rounds, device)
             dense |= {dtype: row["rounds"] for (dtype, name), row in rows.items() if name == "dense"}
@@ -346,7 +346,10 @@ def speed_rows(names, models, predictor, config, contexts, rounds, backend, band
                 row["of_copy"] = row["least_ms"] / row["ms"]
                 if dtype in dense:
                     row["speedup"] = statistics.median(d / t for d, t in zip(dense[dtype], row["rounds"]))
-                if name == "sparse" and device.type == "cpu":
+                answers[dtype, name] = row["answer"]
+                same = [n for (d, n), answer in answers.items() if (d, answer) == (dtype, row["answer"])]
+                row["same_as"] = same[0] if same[0] != name else None
+                if name == "sparse" and backend == "torch":
                     row["stages"] = stage_ms(contender, group[dtype, name][1])
                 yield row
 
@@ -360,6 +363,7 @@ SPEED_COLUMNS = {
     "against dense": "{speedup:.2f}x",
     "GB/s read (of a copy's)": "{gb_s:,.1f} ({of_copy:.0%})",
     "peak memory beside weights, MB": "{memory_mb:,.0f}",
+    "same tokens as": "{same_as}",
 }
 
 

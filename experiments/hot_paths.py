@@ -127,14 +127,15 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
 def copy_paths(m, c, n_tokens, dtype, device, backend):
     """A layer's selection: assigning slots where a tenth of it changed, and copying all or a tenth of it."""
     n_blocks, elements, k = c.n_blocks(n_tokens), 2 * c.block_size * m.head_dim, m.n_kv_heads * c.topk_blocks
-    ids = torch.stack([torch.randperm(m.n_kv_heads * n_blocks) for _ in range(m.n_layers)]).int().to(device)
-    assign = partial(kernels.assign_slots, ids[:, k // 10 :][:, :k].contiguous(), ids[:, :k].contiguous())
+    ids = torch.stack([torch.randperm(m.n_kv_heads * n_blocks) for _ in range(m.n_layers)]).int()
+    wanted, held = (part.contiguous().to(device) for part in (ids[:, k // 10 :][:, :k], ids[:, :k]))
+    assign = partial(kernels.assign_slots, wanted, held)
     rivals = {} if backend == "torch" else {"the reference": partial(assign, "torch")}
     yield f"assign_slots, {k} per layer", Work(5 * 4 * m.n_layers * k), partial(assign, backend), rivals
     host = torch.zeros(m.n_kv_heads * n_blocks, elements, dtype=dtype, pin_memory=device.type == "cuda")
     slots, place = torch.empty(k, elements, device=device, dtype=dtype), torch.arange(k, device=device).int()
     for name, n in (("all", k), ("a tenth", max(1, k // 10))):
-        chosen = ids[0, :n].cpu()
+        chosen = ids[0, :n]
         call = partial(kernels.copy_blocks, host, slots, F.pad(chosen, (0, k - n), value=-1).to(device), place, backend)
         rivals = {"index_select": partial(lambda n, chosen: slots[:n].copy_(host.index_select(0, chosen)), n, chosen)}
         yield f"copy_blocks, {name} of {k}", Work(n * host[0].nbytes), call, rivals

@@ -1,7 +1,7 @@
 """What decoding launches, reads and waits for, found without a GPU: the decoder runs on tensors that have no memory.
 
-Reading order: `Counting` counts what a GPU would be given; `decode` runs a decoder inside of it; `bytes_per_token` takes
-the decoder's own counters; `strategies` is a model of time, bytes over bandwidths, for ways to keep the cache.
+Reading order: `Counting` counts what a GPU would be given; `decode` runs a decoder inside of it; `bytes_per_token`
+reads the decoder's own counters; `strategies` is a model of time, bytes over bandwidths, for ways to keep the cache.
 tests/test_bench.py holds the counts to counts by hand.
 """
 
