@@ -43,7 +43,7 @@ from weights.fetch_llm import fetch_default_llm
 
 TEXT = pathlib.Path(kernels.__file__)  # a long text for counting what a selection fetches
 TOY = replace(
-    roofline.LLAMA_31_8B, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64
+    roofline.LLAMA_31_8B, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64
 )
 SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B, "toy": TOY}
 
