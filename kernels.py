@@ -810,7 +810,7 @@ def write_rows(block_max, lse, columns, starts, lengths, rows, block_size, backe
 # beside the copy still reads it. So there are more slots than wanted blocks: spare ones for the blocks that come.
 # --------------------------------------------------------------------------------------------------------------------
 
-ASSIGN_CELLS = 4096  # pairs of a wanted block and a slot that are compared at once
+ASSIGN_CELLS = 2048  # pairs of a wanted block and a slot that are compared at once
 COPY_PROGRAMS = 16  # use at most 16 multiprocessors, leaving the rest for compute
 COPY_CHUNK = 1024  # entries of the index lists that a program holds at once
 
