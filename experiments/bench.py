@@ -147,8 +147,9 @@ class StreamedCache(KVCache):
     def __init__(self, decoder):
         c, m, device = decoder.config, decoder.model_config, decoder.history.device
         capacity_tokens, dtype = decoder.capacity * c.block_size, decoder.queries.dtype
-        super().__init__(c, m, decoder.heads, capacity_tokens, dtype, "cpu", "torch")
-        self.kv = self.kv.pin_memory() if device.type == "cuda" else self.kv
+        super().__init__(c, m, decoder.heads, capacity_tokens, dtype, "cpu", "torch", n_layers=0)
+        shape = 2, m.n_layers, m.n_kv_heads, self.capacity, c.block_size, m.head_dim
+        self.kv = attnpred.host_memory(shape, dtype, device, self)
         self.k, self.v = self.kv
         self.staging = torch.empty_like(self.kv[:, 0], device=device)  # (2, Hk, capacity, b, D)
 
@@ -164,7 +165,8 @@ class Ours:
 
     def __init__(self, words, model, predictor, config, n_tokens, n_steps, backend):
         self.model = model
-        self.decoder = SparseDecoder(config, model, predictor, n_tokens + n_steps, backend, "offloaded" in words)
+        offload, graph = "offloaded" in words, not {"no graph", "streamed"} & set(words)
+        self.decoder = SparseDecoder(config, model, predictor, n_tokens + n_steps, backend, offload, graph)
         if "streamed" in words:
             self.decoder.cache = StreamedCache(self.decoder)
         self.fill(n_tokens)
@@ -186,8 +188,10 @@ class Ours:
         decoder.finish_token()
 
     def step(self):
-        self.token = decode_one_token(self.model, self.decoder, self.token).argmax(-1, keepdim=True)
-        return self.token.item()  # waits for a GPU
+        """Returns the token that it follows: as in `generate`, the host reads it after launching the next step."""
+        value = attnpred.read_later(self.token)
+        self.token = attnpred.sample(decode_one_token(self.model, self.decoder, self.token))
+        return value()
 
     def bytes_per_token(self):
         return self.weight_bytes + self.decoder.stats.read_bytes / self.decoder.step
@@ -240,9 +244,10 @@ class Transformers:
 
 
 SETTINGS = {"dense": lambda c: replace(c, dense_layers=10**6), "sparse": lambda c: c, "sparse --paper": paper}
-HOW = ("offloaded", "streamed", "no graph")  # where K and V are, and how a step is launched
+HOW = ("offloaded", "late", "streamed", "no graph")  # late: selections as of an offloaded cache
 CONTENDERS = ("dense", "sparse", "sparse --paper", "transformers")
-ON_GPU = ("dense", "sparse", "sparse, no graph", "sparse, offloaded", "sparse, offloaded, no graph", "dense, streamed")
+ON_GPU = ("dense", "dense, streamed", "sparse", "sparse, no graph")
+ON_GPU += ("sparse, late", "sparse, offloaded", "sparse, offloaded, no graph")
 
 
 def contender_of(name, model, predictor, config, context, rounds, backend):
@@ -255,6 +260,7 @@ def contender_of(name, model, predictor, config, context, rounds, backend):
     if name != "transformers" and (setting not in SETTINGS or set(words) - set(HOW)):
         raise InputError(f"unknown contender {name}: use transformers, or {', '.join(SETTINGS)} with {', '.join(HOW)}")
     c = SETTINGS.get(setting, SETTINGS["dense"])(config)
+    c = roofline.offloaded(c) if {"offloaded", "late"} & set(words) else c
     tokens = roofline.intervals(c, context)
     tokens = tokens if c.dense_layers < model.config.n_layers else min(8, tokens)
     n_steps = (rounds + 2) * tokens  # warming up, the rounds, and the stages or a trace
@@ -480,10 +486,10 @@ def count_link(model, tokenizer, predictor, config, n_prompt, n_steps):
     tokens = torch.tensor(tokenizer.encode(TEXT.read_text())[: n_prompt + n_steps], device=model.device)
     if len(tokens) < n_prompt + n_steps:
         raise InputError(f"{TEXT.name} has only {len(tokens):,} tokens: lower --text-tokens")
-    decoder = SparseDecoder(config, model, predictor, len(tokens), "torch", offload=True)
+    decoder = SparseDecoder(roofline.offloaded(config), model, predictor, len(tokens), "torch", offload=True)
     prefill(model, decoder, tokens[:n_prompt])
     cache, m = decoder.cache, model.config
-    before = int(cache.fetched), cache.selected
+    before = int(cache.fetched), cache.selected, cache.written_bytes
     for token in tokens[n_prompt:].split(1):
         decode_one_token(model, decoder, token)
     fetched, selected = int(cache.fetched) - before[0], cache.selected - before[1]
@@ -493,6 +499,7 @@ def count_link(model, tokenizer, predictor, config, n_prompt, n_steps):
         fetched_fraction=fetched / max(1, selected),
         fetched_mb=1e-6 * fetched * cache.block_bytes / n_steps,
         selected_mb=1e-6 * selected * cache.block_bytes / n_steps,
+        written_mb=1e-6 * (cache.written_bytes - before[2]) / n_steps,
         whole_mb=1e-6 * whole,
         on_device_mb=1e-6 * cache.device_bytes,
     )
@@ -502,6 +509,7 @@ COUNT_COLUMNS = {
     "prompt": "{tokens:,}",
     "selected, MB per token": "{selected_mb:,.3f}",
     "of it fetched": "{fetched_mb:,.3f} ({fetched_fraction:.1%})",
+    "written back": "{written_mb:,.3f}",
     "whole cache, MB": "{whole_mb:,.1f}",
     "on the device": "{on_device_mb:,.1f}",
 }
@@ -563,12 +571,14 @@ def launch_rows(m, config, contexts):
     """Tokens of one interval of calibration and selection, by what they launch."""
     model = Llama(m, torch.bfloat16, "meta")
     for context in contexts:
-        n_tokens = roofline.intervals(config, context)
+        steps = roofline.intervals(config, context)
         for name in ("resident", "offloaded"):
-            _, (_, *tokens) = roofline.decode(model, config, context - n_tokens, n_tokens, name == "offloaded")
+            offload = name == "offloaded"
+            c = roofline.offloaded(config) if offload else config
+            tokens = roofline.decode(model, c, context, steps, offload)[1][-steps:]
             kinds = Counter((len(token.launches), token.operations.total(), token.link_bytes) for token in tokens)
             for (triton, operations, link), count in kinds.most_common():
-                row = dict(context=context, name=name, tokens=count, of=n_tokens, triton=triton, pytorch=operations)
+                row = dict(context=context, name=name, tokens=count, of=steps, triton=triton, pytorch=operations)
                 yield row | dict(total=triton + operations, link_mb=1e-6 * link)
 
 

@@ -20,7 +20,7 @@ import torch
 
 import kernels
 from attnpred import Config, OneLineParser, exit_status
-from experiments.roofline import LLAMA_31_8B, Stub, decode
+from experiments.roofline import LLAMA_31_8B, Stub, decode, offloaded
 from experiments.tables import markdown
 
 Target = namedtuple("Target", "backend architecture warp_size shared_bytes")
@@ -50,7 +50,8 @@ def record(model, amd):
     with patch.object(kernels, "is_amd", lambda: amd):
         for config in SETTINGS:
             for offload in (False, True):
-                for counts in decode(Stub(m), config, n_tokens, 4, offload)[1]:
+                c = offloaded(config) if offload else config
+                for counts in decode(Stub(m), c, n_tokens, 4, offload)[1]:
                     launches += counts.launches
     return launches
 

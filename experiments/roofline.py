@@ -8,6 +8,7 @@ tests/test_bench.py holds the counts to counts by hand.
 import math
 from collections import Counter, namedtuple
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -66,7 +67,7 @@ class Counting(TorchDispatchMode):
         self.host = host  # the storages that stand for host memory: {address: a tensor that keeps it alive}
         self.launches = []  # of Triton kernels
         self.operations = Counter()  # of PyTorch, by name
-        self.link_bytes = 0  # that operations of PyTorch copy between device and host
+        self.link_bytes = 0  # copied between device and host; of blocks that a selection wants only tensors know which
 
     def on_host(self, tensor):
         return tensor.is_cpu or tensor.untyped_storage()._cdata in self.host
@@ -111,11 +112,14 @@ def counting(host=None):
     def launch(kernel, *arguments, grid, warmup, **options):
         given = dict(zip(kernel.arg_names, arguments)) | {n: x for n, x in options.items() if n in kernel.arg_names}
         counts.launches.append(Launch(kernel, grid, given, {n: x for n, x in options.items() if n not in given}))
+        if kernel is kernels._copy_kernel and counts.on_host(given["destination_ptr"]):  # every block is copied
+            counts.link_bytes += given["n"] * given["LANES"] * given["destination_ptr"].element_size()
 
     def pool(q, k_cache, n_tokens, stride=1, backend="torch"):
         if backend == "triton":
             return pool_history(q, k_cache, n_tokens, stride, backend)
-        return q.new_empty(*q.shape[:2], -(-n_tokens // k_cache.shape[2])), q.new_empty(q.shape[:2])
+        rows = *q.shape[:2], -(-n_tokens // k_cache.shape[2])
+        return q.new_empty(rows, dtype=torch.float32), q.new_empty(rows[:2], dtype=torch.float32)
 
     kind = type(kernels._pool_kernel)  # JITFunction, or what the interpreter has in its place
     with patch.object(kind, "run", launch), patch.object(kernels, "pool_history", pool), counts:
@@ -123,32 +127,33 @@ def counting(host=None):
 
 
 class Stub:
-    """Stands in for a Llama of which only the attention is wanted, or nothing."""
+    """Stands in for a Llama of which only the attention is wanted."""
 
-    def __init__(self, m: LlamaConfig, attends=True):
-        self.config, self.device, self.kv_dtype, self.attends = m, META, DTYPE, attends
+    def __init__(self, m: LlamaConfig):
+        self.config, self.device, self.kv_dtype = m, META, DTYPE
 
     def __call__(self, tokens, positions, attend):
         m, n_tokens = self.config, len(tokens)
-        for layer in range(m.n_layers * self.attends):
+        for layer in range(m.n_layers):
             heads = torch.empty(n_tokens, m.n_heads + 2 * m.n_kv_heads, m.head_dim, dtype=DTYPE, device=META)
             attend(layer, *heads.transpose(0, 1).split((m.n_heads, m.n_kv_heads, m.n_kv_heads)))  # (heads, T, D) each
         return torch.empty(m.vocab_size, device=META)
 
 
-def decode(model, c: Config, n_prompt: int, steps: int, offload=False) -> tuple[SparseDecoder, list[Counting]]:
-    """Decode tokens after a prompt without memory: the decoder, and what was counted for the prompt and each token."""
+def decode(model, c: Config, n_tokens: int, steps: int, offload=False) -> tuple[SparseDecoder, list[Counting]]:
+    """Decode without memory, up to n_tokens: the decoder, whose Stats count the last `steps` tokens, and what was
+    counted for the prompt and for each token. Before those come as many tokens as a selection is late."""
+    late, counts = c.delay(n_tokens), []
     with counting() as making:
-        decoder = SparseDecoder(c, model, Predictor(), n_prompt + steps, "triton", offload)
-    all_counts = []
-    for step in range(steps + 1):
-        with counting(making.host) as counts:
-            if not step:
-                prefill(model, decoder, torch.zeros(n_prompt, dtype=torch.int64, device=META))
-            else:
-                attnpred.sample(decode_one_token(model, decoder, torch.zeros(1, dtype=torch.int64, device=META)))
-        all_counts.append(counts)
-    return decoder, all_counts
+        decoder = SparseDecoder(c, model, Predictor(), n_tokens, "triton", offload)
+    for step in range(late + steps + 1):
+        tokens = torch.zeros(1 if step else n_tokens - late - steps, dtype=torch.int64, device=META)
+        with counting(making.host) as one:
+            attnpred.sample((decode_one_token if step else prefill)(model, decoder, tokens))
+        counts.append(one)
+        if step == late:
+            decoder.stats = attnpred.Stats()
+    return decoder, counts
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -162,6 +167,12 @@ def weight_bytes(m: LlamaConfig, itemsize: int = 2) -> int:
     return itemsize * (m.n_layers * (attention + 3 * m.d_model * m.d_ff) + m.vocab_size * m.d_model)
 
 
+def offloaded(c: Config) -> Config:
+    """The setting for an offloaded cache, where the parameters that it changes have their defaults."""
+    defaults = {name: value for name, value in Config.OFFLOADED.items() if getattr(c, name) == getattr(Config, name)}
+    return replace(c, **defaults)
+
+
 def intervals(c: Config, n_tokens: int) -> int:
     """The fewest tokens that hold whole intervals of selection and of calibration."""
     return math.lcm(*c.intervals(n_tokens))
@@ -171,10 +182,10 @@ def bytes_per_token(m: LlamaConfig, c: Config, n_tokens: int, offload=False) -> 
     """attnpred.Stats' counters, and bytes over the link but for the selected blocks, in the mean over the interval of
     calibration and selection that ends at n_tokens. K and V have 16 bits."""
     steps = intervals(c, n_tokens)
-    decoder, counts = decode(Stub(m, attends=offload), c, n_tokens - steps, steps, offload)
+    decoder, counts = decode(Stub(m), c, n_tokens, steps, offload)
     counted = {name: getattr(decoder.stats, f"{name}_bytes") for name in ("attention", "calibration", "choosing")}
     counted |= dict(total=decoder.stats.read_bytes, dense=decoder.stats.dense_bytes)
-    counted["link"] = sum(token.link_bytes for token in counts[1:])
+    counted["link"] = sum(token.link_bytes for token in counts[-steps:])
     return {name: amount / steps for name, amount in counted.items()}
 
 
@@ -189,12 +200,12 @@ def strategies(m: LlamaConfig, c: Config, n_tokens: int, fetched_fraction: float
     heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
     selection = max(0, m.n_layers - c.dense_layers) * heads * c.topk_blocks * c.block_size * 2 * m.head_dim * 2
     fetched = fetched_fraction * selection
-    crossing = bytes_per_token(m, c, n_tokens, offload=True)["link"] + fetched / selection_interval
+    crossing = bytes_per_token(m, offloaded(c), n_tokens, offload=True)["link"] + fetched / selection_interval
     dense, sparse = (device + reads["dense"]) / memory, (device + reads["attention"] + reads["choosing"]) / memory
     pooling, swap = calibration_interval * reads["calibration"] / host, fetched / link
-    delay = max(1, calibration_interval // 8)
+    delay = offloaded(c).delay(n_tokens)
 
-    def offloaded(pooling_ahead, swap_ahead):
+    def beside(pooling_ahead, swap_ahead):
         waited = max(0, pooling - pooling_ahead * sparse) / calibration_interval
         return sparse + waited + max(0, swap - swap_ahead * sparse) / selection_interval, crossing
 
@@ -202,6 +213,6 @@ def strategies(m: LlamaConfig, c: Config, n_tokens: int, fetched_fraction: float
         "dense, resident": (dense, 0),
         "dense, everything streamed": (max(dense, reads["dense"] / link), reads["dense"]),
         "sparse, resident": (sparse + reads["calibration"] / memory, 0),
-        "sparse, offloaded, awaited": offloaded(0, 0),
-        f"sparse, offloaded, {delay} tokens late": offloaded(delay, 1),
+        "sparse, offloaded, awaited": beside(0, 0),
+        f"sparse, offloaded, late by {delay}": beside(delay, 1),
     }
