@@ -491,11 +491,7 @@ class SparseDecoder:
 
 
 class KVCache:
-    """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come.
-
-    With the torch backend, `select` copies the selected blocks together once, and the following tokens attend to this
-    contiguous working set. With Triton the kernel reads the blocks where they are, through a table of addresses.
-    """
+    """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come."""
 
     holds_everything = True  # so while the text fits the budget, attend_all serves
 
@@ -509,7 +505,7 @@ class KVCache:
         self.k, self.v = self.kv  # (L, Hk, capacity, b, D) each
         self.dense_layers = min(c.dense_layers, m.n_layers)
         self.keeps_rows = c.history_rows == "every"
-        self.lists = self.working = None  # (2, L', A * b, D): the selected blocks, with the torch backend
+        self.lists = None
 
     def write_prompt(self, layer, k, v):
         """Store k, v (Hk, T, D). Returns the layer's keys (Hk, capacity, b, D)."""
@@ -523,60 +519,47 @@ class KVCache:
         self.find_lists()
 
     def find_lists(self):
-        """Note where in the working set, or in the table, each list starts and ends now."""
+        """Note how long each list is now."""
         if self.lists is None:
             return
         self.lengths = self.lists.lengths.int()  # (L', heads)
-        if self.backend == "torch":
-            first = self.lists.starts * self.block_size  # (L', heads) tokens
-            self.runs = list(zip(first.tolist(), self.lists.lengths.tolist()))
-            self.newest = first + self.lists.lengths - 1  # (L', heads): the current token's copies
+        if self.backend == "torch" and not self.keeps_rows:  # all layers at once: each operation takes microseconds
+            lists = self.table, self.starts.flatten(), self.lengths.flatten()
+            padded = [x.unflatten(0, self.starts.shape) for x in kernels.pad_lists(*lists, self.block_size)]
+            sizes = (-(-self.lengths // self.block_size)).amax(1).tolist()  # blocks of each layer's longest list
+            self.padded = [
+                (address[:, :size], mask[:, : size * self.block_size])  # (heads, size), (heads, size * b)
+                for address, mask, size in zip(*padded, sizes)
+            ]
 
     def write_token(self, layer, k, v):
         """Store k, v (Hk, 1, D) of the current token."""
-        kv = torch.stack((k, v))[:, :, 0]  # (2, Hk, D)
-        self.kv[:, layer].flatten(2, 3)[:, :, self.n_tokens - 1] = kv
-        if self.working is not None and layer >= self.dense_layers:
-            if self.heads > self.n_kv_heads:
-                kv = kv.repeat_interleave(self.heads // self.n_kv_heads, 1)  # (2, heads, D)
-            layer -= self.dense_layers
-            self.working[:, layer].index_copy_(1, self.newest[layer], kv)
+        self.kv[:, layer].flatten(2, 3)[:, :, self.n_tokens - 1] = torch.stack((k, v))[:, :, 0]  # (2, Hk, D)
 
     def end_token(self, n_tokens):
         """Nothing is left to do."""
 
     def select(self, lists, layers=slice(None)):
         """Make the blocks of these sparse layers' lists ready for attention."""
-        self.lists, b = lists, self.block_size
-        ids = lists.ids[layers]  # (layers, A)
-        layer = torch.arange(len(lists.ids), device=ids.device)[layers, None] + self.dense_layers  # (layers, 1)
-        kv_head = ids // self.capacity * self.n_kv_heads // self.heads  # (layers, A)
-        address = ((layer * self.n_kv_heads + kv_head) * self.capacity + ids % self.capacity).flatten()
+        self.lists, ids = lists, lists.ids  # (L', A)
+        layer = torch.arange(len(ids), device=ids.device)[:, None] + self.dense_layers  # (L', 1)
+        kv_head = ids // self.capacity * self.n_kv_heads // self.heads  # (L', A)
+        address = (layer * self.n_kv_heads + kv_head) * self.capacity + ids % self.capacity  # (L', A)
+        self.table = address.flatten().int()
+        self.columns, self.starts = lists.flat()
+        self.block_max = None
         if self.backend == "triton" or self.keeps_rows:
-            self.columns, self.starts = lists.flat()
-            self.block_max = self.kv.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
-        if self.backend == "triton":
-            self.table = address.int()  # (L' * A,)
-            return
-        shape = 2, len(lists.ids), lists.ids.shape[1] * b, self.kv.shape[-1]
-        if self.working is None or self.working.shape != shape:
-            self.working = self.kv.new_empty(shape)  # (2, L', A * b, D)
-        for cached, copied in zip(self.kv, self.working[:, layers]):
-            blocks = cached.view(-1, b * shape[-1])  # (L * Hk * capacity, b * D)
-            torch.index_select(blocks, 0, address, out=copied.view(len(address), -1))
+            self.block_max = self.kv.new_zeros(self.group, ids.numel(), dtype=torch.float32)  # (G, L' * A)
         self.find_lists()
 
     def attend(self, layer, q):
         """Attention of q (Hq, D) over the lists of a sparse layer -> out (Hq, D), log-sum-exp (Hq,)."""
-        if self.backend == "triton":
-            k, v = self.kv.flatten(1, 3)  # (L * Hk * capacity, b, D) each
-            lists = self.table, self.starts[layer], self.lengths[layer], self.block_max
-            return kernels.sparse_decode(q, k, v, *lists, self.backend)
-        size = self.lists.ids.shape[1]
-        block_max = self.block_max[:, layer * size : (layer + 1) * size] if self.keeps_rows else None  # (G, A)
-        k, v = self.working[:, layer]  # (A * b, D) each
-        starts, lengths = self.runs[layer]
-        return kernels.attend_lists(q, k, v, starts, lengths, self.block_size, block_max)
+        k, v = self.kv.flatten(1, 3)  # (L * Hk * capacity, b, D) each
+        if self.backend == "torch" and not self.keeps_rows:
+            return kernels.attend_padded(q, k, v, *self.padded[layer])
+        return kernels.sparse_decode(
+            q, k, v, self.table, self.starts[layer], self.lengths[layer], self.block_max, self.backend
+        )
 
     def attend_all(self, layer, q):
         """Dense attention of q (Hq, D) -> (Hq, D)."""

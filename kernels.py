@@ -511,53 +511,52 @@ def select_blocks(scores, k, backend="torch"):
 # --------------------------------------------------------------------------------------------------------------------
 
 DECODE_PROGRAMS_PER_MULTIPROCESSOR = 2
-cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 MERGE_TILE = 32  # partial results that the merge holds at once
 
 
-def attend_lists(q, k, v, starts, lengths, block_size, block_max=None):
-    """Attention of each head over its own run of tokens, in float32.
+def pad_lists(table, starts, lengths, block_size):
+    """Ragged lists as a rectangle, each padded to the longest with a block that is listed somewhere.
 
-    q          (Hq, D); k and v (tokens, D), where list h is the tokens starts[h] ... starts[h] + lengths[h] - 1
-    block_max  (G, blocks) float32 or None: is given each block's largest scaled logit, at starts[h] / b and after
-    returns    out (Hq, D) in q's dtype, and the log-sum-exp of the scaled logits (Hq,) float32
+    Returns addresses (lists, longest) int32, and a mask (lists, longest * b) float32 to add to logits: 0 or -inf.
     """
-    group, dtype = len(q) // len(starts), torch.promote_types(q.dtype, torch.float32)
-    outs, lses = [], []
-    for queries, start, length in zip(q.split(group), starts, lengths):
-        keys, values = k[start : start + length], v[start : start + length]  # (length, D) each
-        if block_max is None and q.is_cpu and length:  # the same in one operation, which returns no logits
-            out, lse = cpu_flash_attention(queries[None, None], keys[None, None], values[None, None])
-            outs.append(out[0, 0]), lses.append(lse[0, 0, :, None])
-            continue
-        logits = (queries.to(dtype) * q.shape[1] ** -0.5) @ keys.to(dtype).mT  # (G, length)
-        lse = logits.logsumexp(-1, keepdim=True)  # (G, 1), -inf where the list is empty
-        outs.append((torch.exp(logits - lse) @ values.to(dtype)).to(q.dtype))  # (G, D)
-        lses.append(lse)
-        if block_max is not None and length:
-            padded = F.pad(logits, (0, -length % block_size), value=float("-inf")).unflatten(-1, (-1, block_size))
-            first = start // block_size
-            block_max[:, first : first + padded.shape[1]] = padded.amax(-1)
-    return torch.cat(outs), torch.cat(lses).flatten().float()
+    blocks = -(-lengths // block_size)  # (lists,)
+    place = torch.arange(int(blocks.max()), device=table.device)  # (longest,) in a list
+    place = torch.where(place < blocks[:, None], starts[:, None] + place, starts[blocks.argmax()])  # (lists, longest)
+    token = torch.arange(place.shape[1] * block_size, device=table.device)  # (longest * b,)
+    return table[place], torch.where(token < lengths[:, None], 0.0, float("-inf"))
+
+
+def gather_blocks(pool, address):
+    """Copies blocks of a pool (blocks, b, D) together: (lists, n) addresses -> (lists, n * b, D)."""
+    return pool.index_select(0, address.flatten()).view(len(address), -1, pool.shape[-1])
+
+
+def attend_padded(q, k_pool, v_pool, address, mask):
+    """Attention of a CPU over lists from `pad_lists`, none empty: q (Hq, D) -> as `sparse_decode`."""
+    k, v = (gather_blocks(pool, address)[:, None] for pool in (k_pool, v_pool))  # (heads, 1, tokens, D)
+    q = q.view(len(address), 1, -1, q.shape[1])  # (heads, 1, G, D)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask[:, None, None])
+    return out.view(-1, q.shape[-1]), lse.view(-1)
 
 
 def sparse_decode_reference(q, k_pool, v_pool, table, starts, lengths, block_max):
-    """See `sparse_decode`: copy the listed blocks together, then attend to the copies."""
-    block_size, runs = k_pool.shape[1], []
-    first = starts.tolist()
-    for start, length in zip(first, lengths.tolist()):
-        runs.append(table[start : start + -(-length // block_size)].long())
-    blocks = torch.cat(runs)  # all heads' lists, one after another
-    k, v = k_pool.index_select(0, blocks).flatten(0, 1), v_pool.index_select(0, blocks).flatten(0, 1)  # (tokens, D)
-    ends = torch.tensor([len(run) for run in runs]).cumsum(0).tolist()
-    packed = [end - len(run) for end, run in zip(ends, runs)]  # where each list starts in the copy
-    packed_max = None if block_max is None else block_max.new_empty(len(block_max), len(blocks))  # (G, blocks)
-    starts_in_copy = [start * block_size for start in packed]
-    out, lse = attend_lists(q, k, v, starts_in_copy, lengths.tolist(), block_size, packed_max)
+    """See `sparse_decode`. What follows a list in its last block may be anything finite."""
+    heads, (_, block_size, head_dim) = len(starts), k_pool.shape
+    if not lengths.any():
+        return torch.zeros_like(q), q.new_full((len(q),), float("-inf"), dtype=torch.float32)
+    address, mask = pad_lists(table, starts, lengths, block_size)
+    if block_max is None and q.is_cpu and lengths.all():  # the same in one operation, which returns no logits
+        return attend_padded(q, k_pool, v_pool, address, mask)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = (gather_blocks(pool, address).to(dtype) for pool in (k_pool, v_pool))  # (heads, tokens, D)
+    logits = q.view(heads, -1, head_dim).to(dtype) * head_dim**-0.5 @ k.mT + mask[:, None]  # (heads, G, tokens)
+    lse = logits.logsumexp(-1)  # (heads, G), -inf where the list is empty
+    p = torch.exp(logits - lse.clamp(min=-1e38)[..., None])  # (heads, G, tokens)
     if block_max is not None:
-        for start, copied, run in zip(first, packed, runs):
-            block_max[:, start : start + len(run)] = packed_max[:, copied : copied + len(run)]
-    return out, lse
+        largest = logits.unflatten(-1, (-1, block_size)).amax(-1)  # (heads, G, longest)
+        for head, (start, blocks) in enumerate(zip(starts.tolist(), (-(-lengths // block_size)).tolist())):
+            block_max[:, start : start + blocks] = largest[head, :, :blocks]
+    return (p @ v).to(q.dtype).view(-1, head_dim), lse.view(-1)
 
 
 # The lengths are known on the device only, so the grid is fixed and the programs divide the work among themselves: all
