@@ -506,6 +506,8 @@ class KVCache:
         self.dense_layers = min(c.dense_layers, m.n_layers)
         self.keeps_rows = c.history_rows == "every"
         self.lists = None
+        padded = backend == "torch" and self.kv.is_cpu and not self.keeps_rows  # so kernels.attend_padded serves
+        self.padded = [] if padded else None  # a sparse layer's addresses (heads, n) each
 
     def write_prompt(self, layer, k, v):
         """Store k, v (Hk, T, D). Returns the layer's keys (Hk, capacity, b, D)."""
@@ -516,21 +518,12 @@ class KVCache:
     def begin_token(self, n_tokens):
         """The next writes and reads belong to token n_tokens - 1."""
         self.n_tokens = n_tokens
-        self.find_lists()
-
-    def find_lists(self):
-        """Note how long each list is now."""
         if self.lists is None:
             return
         self.lengths = self.lists.lengths.int()  # (L', heads)
-        if self.backend == "torch" and not self.keeps_rows:  # all layers at once: each operation takes microseconds
-            lists = self.table, self.starts.flatten(), self.lengths.flatten()
-            padded = [x.unflatten(0, self.starts.shape) for x in kernels.pad_lists(*lists, self.block_size)]
-            sizes = (-(-self.lengths // self.block_size)).amax(1).tolist()  # blocks of each layer's longest list
-            self.padded = [
-                (address[:, :size], mask[:, : size * self.block_size])  # (heads, size), (heads, size * b)
-                for address, mask, size in zip(*padded, sizes)
-            ]
+        if self.padded:  # one operation for all layers
+            self.longest = (-(-self.lengths // self.block_size)).amax(1).tolist()  # of a layer's lists, in blocks
+            self.mask = kernels.length_mask(self.lengths, max(self.longest) * self.block_size)  # (L', heads, tokens)
 
     def write_token(self, layer, k, v):
         """Store k, v (Hk, 1, D) of the current token."""
@@ -547,16 +540,21 @@ class KVCache:
         address = (layer * self.n_kv_heads + kv_head) * self.capacity + ids % self.capacity  # (L', A)
         self.table = address.flatten().int()
         self.columns, self.starts = lists.flat()
-        self.block_max = None
-        if self.backend == "triton" or self.keeps_rows:
+        if self.padded is None:
             self.block_max = self.kv.new_zeros(self.group, ids.numel(), dtype=torch.float32)  # (G, L' * A)
-        self.find_lists()
+        else:
+            end = torch.full_like(lists.starts[:, :1], ids.shape[1])  # (L', 1)
+            sizes = lists.starts.diff(append=end).tolist()  # blocks, with room for the tokens up to the next selection
+            rows = zip(self.table.view(ids.shape)[layers], sizes[layers])
+            self.padded[layers] = [kernels.pad_lists(row.split(size)) for row, size in rows]
 
     def attend(self, layer, q):
         """Attention of q (Hq, D) over the lists of a sparse layer -> out (Hq, D), log-sum-exp (Hq,)."""
         k, v = self.kv.flatten(1, 3)  # (L * Hk * capacity, b, D) each
-        if self.backend == "torch" and not self.keeps_rows:
-            return kernels.attend_padded(q, k, v, *self.padded[layer])
+        if self.padded is not None:
+            n = self.longest[layer]
+            address, mask = self.padded[layer][:, :n], self.mask[layer, :, : n * self.block_size]
+            return kernels.attend_padded(q, k, v, address, mask)  # of (heads, n), (heads, n * b)
         return kernels.sparse_decode(
             q, k, v, self.table, self.starts[layer], self.lengths[layer], self.block_max, self.backend
         )
@@ -965,7 +963,7 @@ def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, backend, of
     rows = 2 * heads * c.history_len * c.n_blocks(capacity_tokens) * HISTORY_DTYPE.itemsize  # history, contributions
     kept = m.n_heads * c.history_len * m.head_dim * dtype.itemsize  # queries
     slots = heads * (c.sink_tokens // c.block_size + c.topk_blocks + c.tail_blocks(capacity_tokens)) * block
-    sparse = rows + kept + (slots if offload or (backend == "torch" and not c.fits(capacity_tokens)) else 0)
+    sparse = rows + kept + slots * offload
     resident = m.n_layers - (m.n_layers - dense) * offload
     return resident * every_block + (m.n_layers - dense) * sparse, (m.n_layers - resident) * every_block
 
