@@ -255,7 +255,7 @@ def pool_history(q, k_cache, n_tokens, stride=1, backend="torch"):
 # contributions p live in a ring of the same shape, in the same slots.
 # --------------------------------------------------------------------------------------------------------------------
 
-PREDICT_CELLS = 1 << 15  # cells of the image that the reference convolves at once: about what fits in a CPU's cache
+PREDICT_CELLS = 1 << 14  # cells of the image that the reference convolves at once: about what fits in a CPU's cache
 ROWS_PER_PROGRAM = 8  # of contributions; more would share more of the convolutions and use fewer processors
 
 
