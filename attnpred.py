@@ -661,11 +661,7 @@ def host_memory(shape, dtype, device, owner) -> torch.Tensor:
 
 
 class KVCache:
-    """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come.
-
-    With Triton the kernels read the blocks where they are, through a table of addresses. With the torch backend,
-    `select` copies the selected blocks together once, and the following tokens attend to this contiguous working set.
-    """
+    """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come."""
 
     holds_everything = True  # so while the text fits the budget, attend_all serves
 
@@ -678,8 +674,9 @@ class KVCache:
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.k, self.v = self.kv  # (L, Hk, capacity, b, D) each
         self.dense_layers = min(c.dense_layers, m.n_layers)
-        self.keeps_rows = c.history_rows == "every"
-        self.lists = self.working = None  # (2, L', A * b, D): the selected blocks, with the torch backend
+        self.lists = None
+        padded = backend == "torch" and self.kv.is_cpu and c.history_rows == "true"  # so kernels.attend_padded serves
+        self.padded = [] if padded else None  # a sparse layer's addresses (heads, n) each
         if backend == "triton":  # a dense layer's lists: every block of each head
             every_block = torch.arange(m.n_kv_heads * self.capacity, dtype=torch.int32, device=device)
             lengths = torch.zeros(m.n_kv_heads, dtype=torch.int32, device=device)
@@ -705,10 +702,10 @@ class KVCache:
         """All lists have grown by the token."""
         if self.backend == "triton":
             self.every_block[2].add_(1)
-        elif self.lists is not None:
-            first = self.lists.starts * self.block_size  # (L', heads) places in the working set
-            self.runs = list(zip(first.tolist(), self.lists.lengths.tolist()))
-            self.newest = first + self.lists.lengths - 1  # (L', heads): the current token's copies
+        elif self.padded:  # one operation for all layers
+            lengths = self.lists.lengths  # (L', heads)
+            self.longest = (-(-lengths // self.block_size)).amax(1).tolist()  # of a layer's lists, in blocks
+            self.mask = kernels.length_mask(lengths, max(self.longest) * self.block_size)  # (L', heads, tokens)
 
     def pool_and_lists(self, layer):
         """For kernels: the blocks of K and of V (blocks, b, D), and what a layer attends to."""
@@ -720,45 +717,34 @@ class KVCache:
     def write_token(self, layer, k, v):
         """Store k, v (Hk, D) of the current token."""
         if self.backend == "triton":
-            return kernels.append_token(k, v, *self.pool_and_lists(layer), self.backend)
-        kv = torch.stack((k, v))  # (2, Hk, D)
-        self.kv[:, layer].flatten(2, 3)[:, :, self.n_tokens - 1] = kv
-        if self.working is not None and layer >= self.dense_layers:
-            kv = kv.repeat_interleave(self.heads // self.n_kv_heads, 1)  # (2, heads, D)
-            layer -= self.dense_layers
-            self.working[:, layer].index_copy_(1, self.newest[layer], kv)
+            kernels.append_token(k, v, *self.pool_and_lists(layer), self.backend)
+        else:
+            self.kv[:, layer].flatten(2, 3)[:, :, self.n_tokens - 1] = torch.stack((k, v))  # (2, Hk, D)
 
     def keep(self, n_tokens):
         """Everything is kept where it is."""
 
     def select(self, lists, first_layer=0):
-        """Make the blocks of these lists, which belong to sparse layers from first_layer on, ready for attention."""
-        ids, b = lists.ids, self.block_size  # (layers, A)
+        """Note where the blocks of these lists are, which belong to the sparse layers from first_layer on."""
+        ids = lists.ids  # (layers, A)
         layers = slice(first_layer, first_layer + len(ids))
         layer = torch.arange(layers.start, layers.stop, device=ids.device)[:, None] + self.dense_layers  # (layers, 1)
         kv_head = ids // self.capacity * self.n_kv_heads // self.heads  # (layers, A)
-        address = ((layer * self.n_kv_heads + kv_head) * self.capacity + ids % self.capacity).flatten()
-        if self.backend == "triton":
-            lists.table.copy_(address)
-            return
-        shape = 2, len(self.k) - self.dense_layers, ids.shape[1] * b, self.kv.shape[-1]
-        if self.working is None or self.working.shape != shape:
-            self.working = self.kv.new_empty(shape)  # (2, L', A * b, D)
-        for cached, copied in zip(self.kv, self.working[:, layers]):
-            blocks = cached.view(-1, b * shape[-1])  # (L * Hk * capacity, b * D)
-            torch.index_select(blocks, 0, address, out=copied.view(len(address), -1))
+        lists.table.copy_(((layer * self.n_kv_heads + kv_head) * self.capacity + ids % self.capacity).flatten())
+        if self.padded is not None:
+            end = torch.full_like(lists.starts[:, :1], ids.shape[1])  # (layers, 1)
+            sizes = lists.starts.diff(append=end).tolist()  # blocks, with room for the tokens up to the next selection
+            rows = zip(lists.table.view(ids.shape), sizes)
+            self.padded[layers] = [kernels.pad_lists(row.split(size)) for row, size in rows]
 
     def attend(self, layer, q):
         """Attention of q (Hq, D) over the lists of a sparse layer -> out (Hq, D), log-sum-exp (Hq,)."""
-        if self.backend == "triton":
-            return kernels.sparse_decode(
-                q, *self.pool_and_lists(layer + self.dense_layers), self.block_max, self.backend
-            )
-        size = self.lists.ids.shape[1]
-        block_max = self.block_max[:, layer * size : (layer + 1) * size] if self.keeps_rows else None  # (G, A)
-        k, v = self.working[:, layer]  # (A * b, D) each
-        starts, lengths = self.runs[layer]
-        return kernels.attend_lists(q, k, v, starts, lengths, self.block_size, block_max)
+        k, v, *lists = self.pool_and_lists(layer + self.dense_layers)
+        if self.padded is not None:
+            n = self.longest[layer]
+            address, mask = self.padded[layer][:, :n], self.mask[layer, :, : n * self.block_size]
+            return kernels.attend_padded(q, k, v, address, mask)  # of (heads, n), (heads, n * b)
+        return kernels.sparse_decode(q, k, v, *lists, self.block_max, self.backend)
 
     def attend_all(self, layer, q):
         """Dense attention of q (Hq, D) -> (Hq, D)."""
@@ -803,7 +789,7 @@ class OffloadedCache:
         self.capacity, self.device = c.n_blocks(capacity_tokens), torch.device(device)
         self.dense_layers = min(c.dense_layers, m.n_layers)
         self.dense = KVCache(c, m, heads, capacity_tokens, dtype, device, backend, n_layers=self.dense_layers)
-        self.keeps_rows = c.history_rows == "every"
+        self.keeps_rows = c.history_rows == "every"  # so each block's largest logit is needed
         self.sink, self.ring = c.sink_tokens // c.block_size, c.tail_blocks(capacity_tokens)
         self.selectable = self.selected_slots(c, heads, capacity_tokens)
         n_layers, block = m.n_layers - self.dense_layers, (2, c.block_size, m.head_dim)
@@ -1228,9 +1214,8 @@ def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, backend, of
     rows = 2 * heads * c.history_len * c.n_blocks(capacity_tokens) * HISTORY_DTYPE.itemsize  # history, contributions
     kept = m.n_heads * c.history_len * m.head_dim * dtype.itemsize  # queries
     slots = heads * (c.sink_tokens // c.block_size + c.tail_blocks(capacity_tokens))
-    slots += OffloadedCache.selected_slots(c, heads, capacity_tokens) if offload else heads * c.topk_blocks
-    copied = offload or (backend == "torch" and not c.fits(capacity_tokens))
-    sparse = rows + kept + slots * block * copied
+    slots += OffloadedCache.selected_slots(c, heads, capacity_tokens)
+    sparse = rows + kept + slots * block * offload
     resident = m.n_layers - (m.n_layers - dense) * offload
     return resident * every_block + (m.n_layers - dense) * sparse, (m.n_layers - resident) * every_block
 

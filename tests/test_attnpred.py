@@ -252,10 +252,12 @@ def test_blocks_outside_the_selection_are_never_read(share_budget, select_heads)
             decoder.advance()
             clean = decoder.cache.kv.clone()
             if poison:
+                n_blocks = config.n_blocks(decoder.n_tokens)
+                decoder.cache.kv[:, :, :, n_blocks:] = 1e4  # for later tokens: may be read, but must not matter
                 for layer in range(3):
-                    mask = decoder.attended(layer, decoder.capacity)  # (heads, capacity)
-                    unread = ~mask.view(2, -1, mask.shape[1]).any(1)  # (Hk, capacity)
-                    decoder.cache.kv[:, layer][:, unread] = torch.nan
+                    mask = decoder.attended(layer, n_blocks)  # (heads, N)
+                    unread = ~mask.view(2, -1, n_blocks).any(1)  # (Hk, N)
+                    decoder.cache.kv[:, layer, :, :n_blocks][:, unread] = torch.nan
             runs.append(model(torch.tensor([step]), torch.tensor([149 + step]), decoder.decode_attention))
             if poison:
                 written = ~decoder.cache.kv.isnan()

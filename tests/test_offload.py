@@ -87,7 +87,7 @@ def test_resident_memory_is_counted():
     config, model = dataclasses.replace(CONFIG, dense_layers=1), tiny_llama()
     decoder = SparseDecoder(config, model, random_predictor(), 180)
     prefill(model, decoder, torch.arange(150) % 61)
-    tensors = decoder.history, decoder.contributions, decoder.queries, decoder.cache.kv, decoder.cache.working
+    tensors = decoder.history, decoder.contributions, decoder.queries, decoder.cache.kv
     assert attnpred.memory_needed(config, model.config, 180, torch.float32, "torch", False) == (
         sum(t.numel() * t.element_size() for t in tensors),
         0,
