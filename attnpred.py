@@ -31,6 +31,7 @@ from weights.fetch_llm import DEFAULT_LLM, FetchError, fetch_default_llm
 
 DEFAULT_PREDICTOR = pathlib.Path(__file__).parent / "weights" / "predictor.safetensors"
 HISTORY_DTYPE = torch.float16  # of the history and of the contributions; predictions are computed in float32
+PREFILL_CHUNK = 2048  # tokens of the prompt that run together: a multiple of every block size
 
 
 class InputError(Exception):
@@ -304,24 +305,23 @@ class SparseDecoder:
 
     def begin_prompt(self, n_tokens):
         self.n_tokens = n_tokens
-        self.fits = not self.sparse_layers or self.config.fits(n_tokens + 1)
+        self.n_prefilled = 0  # tokens of the prompt that have run
         stride = self.config.row_stride(n_tokens)
         self.count_query(min(self.config.history_len, -(-n_tokens // stride)))
 
     def prefill_attention(self, layer, q, k, v):
-        """Dense causal attention over the prompt; K and V enter the cache, the last H rows the history.
+        """Dense causal attention of the prompt's next T tokens, to all tokens so far: one layer, one chunk.
 
-        q (Hq, T, D), k and v (Hk, T, D) -> (Hq, T, D)
+        K and V enter the cache. The queries of the prompt's history rows are kept; `select_next` pools them if the text
+        exceeds the budget. q (Hq, T, D), k and v (Hk, T, D) -> (Hq, T, D)
         """
-        k_cache = self.cache.write_prompt(layer, k, v)  # (Hk, capacity, b, D)
+        first, stride = self.n_prefilled, self.config.row_stride(self.n_tokens)
+        k, v = self.cache.write_prompt(layer, k, v, first)  # (Hk, first + T, D) each
         if layer >= self.dense_layers:
-            sparse, rows, stride = layer - self.dense_layers, self.n_queries, self.config.row_stride(self.n_tokens)
-            last = q[:, q.shape[1] - 1 - (rows - 1) * stride :: stride]  # (Hq, rows, D)
-            if self.fits:  # pooled when the text outgrows the budget, together with the rows of later tokens
-                self.queries[sparse, :, :rows] = last
-            else:
-                pooled, _ = kernels.pool_history(last, k_cache, self.n_tokens, stride, self.backend)  # (Hq, rows, N)
-                self.store_rows(pooled[None], slice(sparse, sparse + 1))
+            oldest = self.n_tokens - 1 - (self.n_queries - 1) * stride  # position of row 0
+            row = max(0, -(-(first - oldest) // stride))  # the first row whose query is in this chunk
+            kept = q[:, oldest + row * stride - first :: stride]  # (Hq, rows in this chunk, D)
+            self.queries[layer - self.dense_layers, :, row : row + kept.shape[1]] = kept
         return causal_attention(layer, q, k, v)
 
     # One token
@@ -379,7 +379,7 @@ class SparseDecoder:
             if not self.cache.holds_everything:
                 self.choose(None, start, max(start, end))
             return
-        if self.fits:  # the text outgrows the budget now: pool the rows of the queries kept so far
+        if self.fits:  # from now on the text exceeds the budget: pool the rows of the queries kept so far
             self.fits = False
             rows = min(self.n_queries, self.config.history_len)
             order = (self.n_queries - rows + torch.arange(rows, device=self.queries.device)) % self.config.history_len
@@ -511,11 +511,12 @@ class KVCache:
         self.keeps_rows = c.history_rows == "every"
         self.lists = self.working = None  # (2, L', A * b, D): the selected blocks, with the torch backend
 
-    def write_prompt(self, layer, k, v):
-        """Store k, v (Hk, T, D). Returns the layer's keys (Hk, capacity, b, D)."""
-        self.kv[0, layer].flatten(1, 2)[:, : k.shape[1]] = k
-        self.kv[1, layer].flatten(1, 2)[:, : k.shape[1]] = v
-        return self.k[layer]
+    def write_prompt(self, layer, k, v, first=0):
+        """Store k, v (Hk, T, D) of the tokens from `first` on. Returns K and V up to there: (Hk, first + T, D) each."""
+        self.n_tokens = first + k.shape[1]
+        tokens = self.kv[:, layer].flatten(2, 3)[:, :, : self.n_tokens]  # (2, Hk, first + T, D)
+        tokens[0, :, first:], tokens[1, :, first:] = k, v
+        return tokens
 
     def begin_token(self, n_tokens):
         """The next writes and reads belong to token n_tokens - 1."""
@@ -650,19 +651,22 @@ class OffloadedCache:
             return block if block < self.sink else self.sink + block % self.ring
         return torch.where(block < self.sink, block, self.sink + block % self.ring)
 
-    def write_prompt(self, layer, k, v):
-        """Store k, v (Hk, T, D). Returns the keys in blocks (Hk, N, b, D)."""
+    def write_prompt(self, layer, k, v, first=0):
+        """As KVCache.write_prompt, `first` the start of a block. Earlier K and V are copied back from the host."""
+        self.n_tokens = first + k.shape[1]
         if layer < self.dense_layers:
-            return self.dense.write_prompt(layer, k, v)
+            return self.dense.write_prompt(layer, k, v, first)
         blocks = torch.stack((k, v), 1)  # (Hk, 2, T, D)
         blocks = F.pad(blocks, (0, 0, 0, -k.shape[1] % self.block_size)).unflatten(2, (-1, self.block_size))
-        blocks = blocks.transpose(1, 2)  # (Hk, N, 2, b, D)
-        n_blocks, layer = blocks.shape[1], layer - self.dense_layers
-        self.host[layer, :, :n_blocks].copy_(blocks)
-        for block in {*range(min(self.sink, n_blocks)), *range(max(0, n_blocks - self.ring), n_blocks)}:
-            each = blocks[:, block].repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, 2, b, D)
+        blocks = blocks.transpose(1, 2)  # (Hk, blocks, 2, b, D)
+        start, layer = first // self.block_size, layer - self.dense_layers
+        end = start + blocks.shape[1]
+        earlier = self.host[layer, :, :start].to(self.device)  # (Hk, start, 2, b, D)
+        self.host[layer, :, start:end].copy_(blocks)
+        for block in {*range(start, min(self.sink, end)), *range(max(start, end - self.ring), end)}:
+            each = blocks[:, block - start].repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, 2, b, D)
             self.home[layer, :, self.home_of(block)] = each
-        return blocks[:, :, 0]
+        return [torch.cat((old.flatten(1, 2), new), 1) for old, new in zip(earlier.unbind(2), (k, v))]
 
     def begin_token(self, n_tokens):
         self.n_tokens = self.dense.n_tokens = n_tokens
@@ -750,11 +754,17 @@ class OffloadedCache:
 
 @torch.inference_mode()
 def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Run the prompt, tokens (T,), and select blocks for the first new tokens. Returns the next logits (vocab,)."""
+    """Run the prompt, tokens (T,), and select blocks for the first new tokens. Returns the next logits (vocab,).
+
+    The prompt runs in chunks, so that the memory for activations does not grow with it.
+    """
     decoder.begin_prompt(len(tokens))
-    logits = model(tokens, torch.arange(len(tokens), device=tokens.device), decoder.prefill_attention)  # (vocab,)
+    for chunk in tokens.split(PREFILL_CHUNK):
+        positions = decoder.n_prefilled + torch.arange(len(chunk), device=tokens.device)  # (chunk,)
+        hidden = model.hidden(chunk, positions, decoder.prefill_attention)  # (chunk, C)
+        decoder.n_prefilled += len(chunk)
     decoder.finish_token()
-    return logits
+    return model.logits(hidden[-1:])[0]
 
 
 @torch.inference_mode()

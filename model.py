@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
+from torch.nn.attention.bias import causal_lower_right
 
 
 class ModelError(Exception):
@@ -146,10 +147,30 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, halves_swapped, sin).to(x.dtype)  # (heads, T, D)
 
 
+flash_attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the log-sum-exp too
+
+
 def causal_attention(layer, q, k, v):
-    """Dense causal attention over these T tokens alone: the `attend` of a prefill that keeps no cache."""
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)  # (1, Hq, T, D)
-    return out[0]  # (Hq, T, D)
+    """Dense causal attention of the last T of T' tokens: q (Hq, T, D), k and v (Hk, T', D) -> (Hq, T, D).
+
+    With T' = T it is the `attend` of a prefill that keeps no cache. Memory grows with T', never with T * T'.
+    """
+    (n_heads, T, D), (n_kv_heads, total, _), group = q.shape, k.shape, len(q) // len(k)
+    if q.is_cuda and q.dtype == torch.float32:  # PyTorch has no fused kernel that shares float32 K and V in a group
+        k, v = (x.repeat_interleave(group, 0) for x in (k, v))  # (Hq, T', D)
+    if not q.is_cpu:
+        mask = causal_lower_right(T, total)  # never materialised: it tells a fused kernel what to do
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=len(k) < n_heads)[0]
+    if total == T:
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+    # PyTorch's CPU kernel has no such mask: attend to the earlier tokens and to the last T apart, then merge.
+    past = total - T
+    recent = (x[None, :, past:].repeat_interleave(group, 1) for x in (k, v))  # (1, Hq, T, D) each
+    out, lse = flash_attention_on_cpu(q[None], *recent, is_causal=True)  # (1, Hq, T, D), (1, Hq, T)
+    shared = q.reshape(1, n_kv_heads, group * T, D)  # a group's queries see the same earlier keys
+    old_out, old_lse = flash_attention_on_cpu(shared, k[None, :, :past], v[None, :, :past])
+    weight = torch.sigmoid(old_lse.reshape_as(lse) - lse)[..., None]  # (1, Hq, T, 1): the share of the earlier tokens
+    return torch.lerp(out, old_out.reshape_as(out), weight.to(out.dtype))[0]
 
 
 class Linear(nn.Linear):

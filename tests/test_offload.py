@@ -86,8 +86,8 @@ def test_counters_are_exact():
     cache, block = decoder.cache, 2 * 8 * 16 * 4  # K and V of eight tokens of sixteen float32
     assert int(cache.fetched) == fetched and cache.selected == 8 * 2 * len(sets[1:])
     full = sum((150 + i) % 8 == 0 for i in range(1, 22))
-    calibrations = 21 // 3
-    assert cache.written_bytes == (full + calibrations) * 2 * 2 * block and cache.block_bytes == block
+    pooled = 21 // 3 + 1  # calibrations, and the prompt's rows
+    assert cache.written_bytes == (full + pooled) * 2 * 2 * block and cache.block_bytes == block
     need = attnpred.memory_needed(config, model.config, 180, torch.float32, "torch", True)
     rings = sum(t.numel() * t.element_size() for t in (decoder.history, decoder.contributions, decoder.queries))
     assert need[0] == cache.device_bytes + rings and need[1] == cache.host.numel() * 4
