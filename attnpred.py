@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import kernels
 from model import Llama, LlamaConfig, ModelError, TextStream, causal_attention, load_model
@@ -756,10 +757,13 @@ class OffloadedCache:
 def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch.Tensor:
     """Run the prompt, tokens (T,), and select blocks for the first new tokens. Returns the next logits (vocab,).
 
-    The prompt runs in chunks, so that the memory for activations does not grow with it.
+    The prompt runs in chunks, so that the memory for activations does not grow with it. On a terminal, standard error
+    shows the progress through a prompt of several chunks.
     """
     decoder.begin_prompt(len(tokens))
-    for chunk in tokens.split(PREFILL_CHUNK):
+    chunks, form = tokens.split(PREFILL_CHUNK), "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+    hide = True if len(chunks) == 1 else None  # None: unless standard error is a terminal
+    for chunk in tqdm(chunks, "Reading the prompt", disable=hide, leave=False, bar_format=form):
         positions = decoder.n_prefilled + torch.arange(len(chunk), device=tokens.device)  # (chunk,)
         hidden = model.hidden(chunk, positions, decoder.prefill_attention)  # (chunk, C)
         decoder.n_prefilled += len(chunk)
@@ -896,9 +900,8 @@ def config_of(args) -> Config:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=ShownDefaults)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="the text to answer")
-    source.add_argument("--prompt-file", help="read the text from this file; - for standard input")
+    parser.add_argument("--prompt", help="the text to answer, or a question about --prompt-file")
+    parser.add_argument("--prompt-file", help="a file to answer, or to ask --prompt about; - for standard input")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="stop after this many tokens")
     parser.add_argument("--stats", action="store_true", help="end with bytes read, recovery and predictor cost")
@@ -922,23 +925,26 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_prompt(args) -> str:
-    if args.prompt_file is None:
-        text = args.prompt
-    elif args.prompt_file == "-":
-        text = sys.stdin.buffer.read()
-    else:
-        try:
-            text = pathlib.Path(args.prompt_file).read_bytes()
-        except OSError as error:
-            raise InputError(f"prompt file {args.prompt_file} cannot be read: {error.strerror}") from None
-    if isinstance(text, bytes):
-        try:
-            text = text.decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"the prompt is not UTF-8 text (byte {error.start}): convert it first") from None
-    if not text.strip():
+    """The document, a blank line and the question; or the one of the two that is given, as it is."""
+    parts = []
+    if args.prompt_file is not None:
+        parts.append(read_document(args.prompt_file))
+    if args.prompt is not None:
+        parts.append(args.prompt)
+    if not parts:
+        raise InputError("there is no prompt: give --prompt, --prompt-file or both (--help lists the options)")
+    if not all(part.strip() for part in parts):
         raise InputError("the prompt is empty: give it some text")
-    return text
+    return parts[0].rstrip() + "\n\n" + parts[1] if len(parts) == 2 else parts[0]
+
+
+def read_document(name) -> str:
+    try:
+        return (sys.stdin.buffer.read() if name == "-" else pathlib.Path(name).read_bytes()).decode()
+    except OSError as error:
+        raise InputError(f"prompt file {name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt is not UTF-8 text (byte {error.start}): convert it first") from None
 
 
 def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
@@ -983,8 +989,20 @@ def free_memory(device) -> int | None:
         return None
 
 
+def prefill_memory(c: Config, m: LlamaConfig, n_tokens, dtype, offload) -> int:
+    """Bytes on the device for the activations of one chunk, or for the rows that are pooled after the last one."""
+    q, kv = m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
+    qkv = (q + 2 * kv) * dtype.itemsize + (q + kv) * (8 + dtype.itemsize)  # RoPE holds two float32 copies
+    mlp = 3 * m.d_ff * dtype.itemsize  # gate, up and their product
+    chunk = min(n_tokens, PREFILL_CHUNK) * (m.d_model * (4 + 2 * dtype.itemsize) + max(qkv, mlp))
+    earlier = 4 * kv * n_tokens * dtype.itemsize if offload else 0  # K and V of a layer, as copied and in order
+    sparse = m.n_layers - min(c.dense_layers, m.n_layers)
+    pooled = 0 if c.fits(n_tokens) else 4 * sparse * m.n_heads * c.history_len * c.n_blocks(n_tokens)
+    return max(chunk + earlier, pooled)
+
+
 def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, backend, offload) -> tuple[int, int]:
-    """Bytes that decoding allocates on the device and in host memory, beside weights and activations."""
+    """Bytes that prefill and decoding allocate on the device and in host memory, beside the weights."""
     heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
     dense = min(c.dense_layers, m.n_layers)
     block = 2 * c.block_size * m.head_dim * dtype.itemsize  # K and V of one head
@@ -994,7 +1012,9 @@ def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, backend, of
     slots = heads * (c.sink_tokens // c.block_size + c.topk_blocks + c.tail_blocks(capacity_tokens)) * block
     sparse = rows + kept + (slots if offload or (backend == "torch" and not c.fits(capacity_tokens)) else 0)
     resident = m.n_layers - (m.n_layers - dense) * offload
-    return resident * every_block + (m.n_layers - dense) * sparse, (m.n_layers - resident) * every_block
+    activations = prefill_memory(c, m, capacity_tokens, dtype, offload)
+    device = resident * every_block + (m.n_layers - dense) * sparse + activations
+    return device, (m.n_layers - resident) * every_block
 
 
 def check_memory(c: Config, m: LlamaConfig, capacity_tokens, dtype, device, backend, offload):
@@ -1006,7 +1026,7 @@ def check_memory(c: Config, m: LlamaConfig, capacity_tokens, dtype, device, back
             where = "host memory" if place.type == "cpu" else f"memory of {place}"
             remedy = "a shorter prompt, fewer --max-new-tokens" + ("" if offload else " or --offload")
             raise InputError(
-                f"decoding {capacity_tokens:,} tokens needs {need / 1e9:,.2f} GB of {where}, {free / 1e9:,.2f} GB are "
+                f"a text of {capacity_tokens:,} tokens needs {need / 1e9:,.2f} GB of {where}, {free / 1e9:,.2f} GB are "
                 f"free: try {remedy}"
             )
 
@@ -1066,6 +1086,10 @@ def exit_status(program, command) -> int:
         command()
     except (InputError, ModelError, FetchError) as error:
         print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        remedy = "try a shorter text, a smaller model or, where there is that option, --offload"
+        print(f"{program}: out of GPU memory: {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -142,9 +142,10 @@ def _supported_family(raw):
     window = raw.get("sliding_window", 4096) if family == "mistral" else raw.get("use_sliding_window")
     if window or "sliding_attention" in (raw.get("layer_types") or []):
         refuse("a sliding window", "a model that attends to its whole context")
+    flat = raw | (raw.get("rope_parameters") or {})
     for key, value in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
-        if raw.get(key, value) != value:
-            refuse(f"{key} {raw[key]!r}", f"a model with {value!r}")
+        if flat.get(key, value) != value:
+            refuse(f"{key} {flat[key]!r}", f"a model with {value!r}")
     return family
 
 
@@ -356,6 +357,7 @@ class Llama(nn.Module):
         on_cpu = torch.device(device).type == "cpu"
         self.residual_dtype = torch.float32 if on_cpu else dtype  # costs a CPU nothing, and keeps more of the answer
         self.kv_dtype = torch.float32 if on_cpu and not multiplies(dtype) else dtype  # of q, k, v and so of a cache
+        self.rope_by_matrix = not on_cpu  # for one token: saves a GPU launches, while a CPU is slow at such a product
         with torch.device("meta"):
             self.embed = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
             self.blocks = nn.ModuleList(Block(layer, config) for layer in range(config.n_layers))
@@ -382,7 +384,7 @@ class Llama(nn.Module):
         cos, sin = self.cos[positions], self.sin[positions]  # (T, D/2), (T, D/2)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (T, D), (T, D)
         rope = partial(rotate, cos=cos, sin=sin)
-        if len(tokens) == 1:
+        if len(tokens) == 1 and self.rope_by_matrix:
             rope = partial(torch.matmul, other=rotation_matrix(cos, sin).to(self.kv_dtype))
         for block in self.blocks:
             x = block(x, rope, attend, self.kv_dtype)  # (T, C)
