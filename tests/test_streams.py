@@ -1,0 +1,413 @@
+"""The happens-before checker on small programs and against brute force; then the decoder under it."""
+
+import dataclasses
+import itertools
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+from attnpred import Config, SparseDecoder, decode_one_token, prefill
+from tests.happens_before import Checker, tensors
+from tests.helpers import random_predictor, tiny_llama
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the launchers of kernels.py read and write, other than the results that they return
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def touched_by_pool_history(a):
+    full, more = divmod(a.n_tokens, a.k_cache.shape[2])
+    return [a.q, a.k_cache[:, :full], a.k_cache[:, full : full + 1, :more]], []
+
+
+def touched_by_predict(a):
+    columns = slice(a.start, a.end)
+    return [a.history[:, :, columns], *tensors(a.weights)], [a.contributions[:, :, columns]]
+
+
+def touched_by_sparse_decode(a):
+    reads, writes, block_size = [a.q, a.starts, a.lengths], [], a.k_pool.shape[1]
+    for start, length in zip(a.starts.tolist(), a.lengths.tolist()):
+        blocks = a.table[start : start - (-length // block_size)]
+        for i, block in enumerate(blocks.tolist()):
+            valid = slice(min(block_size, length - i * block_size))
+            reads += [a.k_pool[block, valid], a.v_pool[block, valid]]
+        reads.append(blocks)
+        writes += [] if a.block_max is None else [a.block_max[:, start : start + len(blocks)]]
+    return reads, writes
+
+
+def touched_by_copy_blocks(a):
+    pairs = [(i, j) for i, j in zip(a.source_index.tolist(), a.destination_index.tolist()) if i >= 0]
+    return [a.source_index, a.destination_index, *(a.source[i] for i, _ in pairs)], [a.destination[j] for _, j in pairs]
+
+
+DECLARED = {
+    (kernels, "pool_history"): touched_by_pool_history,
+    (kernels, "predict"): touched_by_predict,
+    (kernels, "select_blocks"): lambda a: ([a.scores], []),
+    (kernels, "sparse_decode"): touched_by_sparse_decode,
+    (kernels, "write_rows"): lambda a: ([a.block_max, a.lse, a.columns, a.starts, a.lengths], [a.rows]),
+    (kernels, "assign_slots"): lambda a: ([a.wanted, a.held], []),
+    (kernels, "copy_blocks"): touched_by_copy_blocks,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Small programs, each correct if `ordered`, else with one defect
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def side_stream(ordered):
+    """A side stream; it waits for what the current stream has done until now if `ordered`."""
+    side = torch.cuda.Stream()
+    if ordered:
+        side.wait_stream(torch.cuda.current_stream())
+    return side
+
+
+def read_after_write(ordered):
+    x = torch.ones(4, device="cuda")
+    with torch.cuda.stream(side_stream(ordered)):
+        assert (x + 1).tolist() == [2] * 4
+    return "add .* reads what that ones .* writes"
+
+
+def write_after_read(ordered):
+    x = torch.ones(4, device="cuda")
+    side, event = side_stream(True), torch.cuda.Event()
+    with torch.cuda.stream(side):
+        y = x + 1
+        event.record()
+    if ordered:
+        event.wait()
+    x.zero_()
+    del y
+    return "zero_ .* writes what that add .* reads"
+
+
+def write_after_write(ordered):
+    x = torch.ones(4, device="cuda")
+    with torch.cuda.stream(side_stream(ordered)):
+        x.zero_()
+    return "zero_ .* writes what that ones .* writes"
+
+
+def event_recorded_too_early(ordered):
+    event, side = torch.cuda.Event(), torch.cuda.Stream()
+    event.record()
+    x = torch.ones(4, device="cuda")
+    if ordered:
+        event.record()
+    side.wait_event(event)
+    with torch.cuda.stream(side):
+        x.add_(1)
+    return "add_ .* writes what that ones .* writes"
+
+
+def order_through_a_third_stream(ordered):
+    first, second, event = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Event()
+    with torch.cuda.stream(first):
+        x = torch.ones(4, device="cuda")
+        event.record()
+    if ordered:
+        torch.cuda.current_stream().wait_event(event)
+    second.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(second):
+        x.add_(1)
+    return "add_ .* writes what that ones .* writes"
+
+
+def overlapping_columns(ordered):
+    x = torch.zeros(6, 8, device="cuda")
+    side = side_stream(True)
+    x[1:, ::2].add_(1)
+    with torch.cuda.stream(side):
+        x[:, 1::2].add_(1)
+        x[0 if ordered else 1].add_(1)
+    return "add_ .* writes what that add_ .* writes"
+
+
+def other_dtype(ordered):
+    x = torch.zeros(6, dtype=torch.int32, device="cuda")
+    side = side_stream(True)
+    x[1:3].fill_(1)
+    with torch.cuda.stream(side):
+        x.view(torch.int16)[6 if ordered else 5 :].zero_()
+    return "zero_ .* writes what that fill_ .* writes"
+
+
+def copy_to_the_host(ordered):
+    x, host, event = torch.ones(4, device="cuda"), torch.zeros(4, pin_memory=True), torch.cuda.Event()
+    host.copy_(x, non_blocking=True)
+    event.record()
+    if ordered:
+        event.synchronize()
+    assert host.tolist() == [1] * 4
+    return r"tolist \(.*, host\) reads what that copy_ .* writes"
+
+
+def copy_to_new_host_memory(ordered):
+    x = torch.ones(4, device="cuda")
+    host = x.to("cpu", non_blocking=not ordered)
+    host += 1
+    return r"add_ \(.*, host\) writes what that to .* writes"
+
+
+def copy_from_the_host(ordered):
+    x, host = torch.ones(4, device="cuda"), torch.zeros(4, pin_memory=True)
+    x.copy_(host, non_blocking=True)
+    if ordered:
+        torch.cuda.synchronize()
+    host.fill_(1)
+    return r"fill_ \(.*, host\) writes what that copy_ .* reads"
+
+
+def copy_from_pageable_memory(ordered):
+    x, host = torch.zeros(4, device="cuda"), torch.ones(4)
+    x.copy_(host, non_blocking=not ordered)
+    host.fill_(2)  # was copied at the launch
+    with torch.cuda.stream(torch.cuda.Stream()):
+        x.add_(1)
+    return "add_ .* writes what that copy_ .* writes"
+
+
+def value_on_the_host(ordered):
+    x, side = torch.ones(4, device="cuda"), torch.cuda.Stream()
+    if ordered:
+        assert x.sum().item() == 4
+    with torch.cuda.stream(side):
+        x.add_(1)
+    return "add_ .* writes what that ones .* writes"
+
+
+def freed_while_used(ordered):
+    x, side = torch.ones(4, device="cuda"), side_stream(True)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        y = x + 1
+    if ordered:
+        x.record_stream(side)
+    view = x[1:]
+    del x
+    torch.ones(1, device="cuda")
+    del view
+    torch.ones(1, device="cuda")
+    del y
+    return "ones .* is given the freed memory that add .* reads"
+
+
+def freed_and_joined(ordered):
+    x, side = torch.ones(4, device="cuda"), side_stream(True)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        x.add_(1)
+    del x
+    if ordered:
+        torch.cuda.current_stream().wait_stream(side)
+    torch.ones(1, device="cuda")
+    return "ones .* is given the freed memory that add_ .* writes"
+
+
+def worker_before_caller(ordered):
+    host = torch.zeros(4)
+    future = ThreadPoolExecutor(1).submit(host.fill_, 1)
+    if ordered:
+        future.result()
+    host.tolist()
+    return r"tolist \(.*, host\) reads what that fill_ \(.*, worker\) writes"
+
+
+def caller_before_worker(ordered):
+    host, executor = torch.zeros(4), ThreadPoolExecutor(1)
+    if ordered:
+        host.fill_(1)
+    future = executor.submit(host.sum)
+    if not ordered:
+        host.fill_(1)
+    future.result()
+    return r"fill_ \(.*, host\) writes what that sum \(.*, worker\) reads"
+
+
+def worker_and_stream(ordered):
+    host, event = torch.zeros(4, pin_memory=True), torch.cuda.Event()
+    host.copy_(torch.ones(4, device="cuda"), non_blocking=True)
+    event.record()
+
+    def job():
+        if ordered:
+            event.synchronize()
+        return host.sum()
+
+    assert ThreadPoolExecutor(1).submit(job).result() == 4
+    return r"sum \(.*, worker\) reads what that copy_ .* writes"
+
+
+def blocks_copied(ordered):
+    host, slots = torch.rand(5, 4).pin_memory(), torch.zeros(6, 4, device="cuda")
+    source, slot = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([3, -1, 0], [1, 2, 4]))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        kernels.copy_blocks(host, slots, source, slot, "triton")
+    host[1:3].zero_()
+    host[4].zero_()
+    slots[2:4].zero_()
+    slots[0 if ordered else 1].zero_()
+    return "zero_ .* writes what that copy_blocks .* writes"
+
+
+def blocks_of_the_host_copied(ordered):
+    host, slots = torch.rand(5, 4).pin_memory(), torch.zeros(6, 4, device="cuda")
+    source, slot = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([3, -1, 0], [1, 2, 4]))
+    kernels.copy_blocks(host, slots, source, slot, "triton")
+    host[1 if ordered else 0 : 3].zero_()
+    return r"zero_ \(.*, host\) writes what that copy_blocks .* reads"
+
+
+def blocks_attended_to(ordered):
+    pool, side = torch.rand(6, 8, 16, device="cuda"), torch.cuda.Stream()
+    table, starts, lengths = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([4, 2, 0], [0, 1], [5, 10]))
+    q, block_max = torch.rand(2, 16, device="cuda"), torch.zeros(1, 3, device="cuda")
+    side.wait_stream(torch.cuda.current_stream())
+    out, lse = kernels.sparse_decode(q, pool, pool, table, starts, lengths, block_max, "triton")
+    with torch.cuda.stream(side):
+        pool[1::2].zero_()
+        pool[4, 5:].zero_()
+        pool[0, 2 if ordered else 1 :].zero_()
+    assert out.isfinite().all()
+    return "zero_ .* writes what that sparse_decode .* reads"
+
+
+PROGRAMS = [
+    read_after_write, write_after_read, write_after_write, event_recorded_too_early, order_through_a_third_stream,
+    overlapping_columns, other_dtype, copy_to_the_host, copy_to_new_host_memory, copy_from_the_host,
+    copy_from_pageable_memory, value_on_the_host, freed_while_used, freed_and_joined, worker_before_caller,
+    caller_before_worker, worker_and_stream, blocks_copied,
+    blocks_of_the_host_copied, blocks_attended_to,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_a_defect_is_reported_and_nothing_else(program):
+    with Checker(DECLARED) as checker:
+        program(True)
+    assert not checker.races
+    with Checker(DECLARED) as checker:
+        expected = program(False)
+    assert len(checker.races) == 1, checker.races
+    assert re.search(expected, *checker.races)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Random programs, against a graph of what precedes what
+# --------------------------------------------------------------------------------------------------------------------
+
+N_STREAMS, N_EVENTS = 3, 3
+STREAM, EVENT, SLICE = st.integers(0, N_STREAMS - 1), st.integers(0, N_EVENTS - 1), st.sampled_from([
+    (slice(0, 2), slice(0, 4)), (slice(2, 4), slice(0, 4)), (slice(0, 4), slice(0, 4, 2)), (slice(0, 4), slice(1, 2)),
+    (slice(1, 3), slice(2, 4)), (slice(3, 4), slice(3, 4)),
+])  # fmt: skip
+ACTION = st.one_of(
+    st.tuples(st.just("touch"), st.sampled_from(["host", "worker", *range(N_STREAMS)]), st.booleans(), SLICE),
+    st.tuples(st.just("record"), STREAM, EVENT),
+    st.tuples(st.just("wait"), STREAM, EVENT),
+    st.tuples(st.just("synchronize"), st.sampled_from(["host", "worker"]), EVENT),
+    st.tuples(st.just("join"), STREAM, STREAM),
+    st.tuples(st.just("result")),
+    st.tuples(st.just("item"), STREAM),
+)
+
+
+def racy_by_brute_force(program):
+    """Whether each action races with an earlier one: by the paths of a graph whose edges order two steps."""
+    before, last, events, future, touches, racy = {}, {}, {}, None, [], []
+
+    def step(actor, *others):
+        node = len(before)
+        before[node] = set()
+        for other in (last.get(actor), *others):
+            if other is not None:
+                before[node] |= before[other] | {other}
+        last[actor] = node
+        return node
+
+    for kind, *rest in program:
+        racy.append(False)
+        if kind == "touch":
+            actor, writes, where = rest
+            node = step("host") if actor == "host" else step(actor, step("host"))
+            cells = {(i, j) for i in range(4)[where[0]] for j in range(4)[where[1]]}
+            for other, other_actor, other_writes, other_cells in touches:
+                if actor != other_actor and (writes or other_writes) and cells & other_cells:
+                    racy[-1] |= other not in before[node]
+            touches.append((node, actor, writes, cells))
+            future = node if actor == "worker" else future
+        elif kind == "record":
+            events[rest[1]] = step(rest[0], step("host"))
+        elif kind == "wait":
+            step(rest[0], step("host"), events.get(rest[1]))
+        elif kind == "synchronize" and rest[0] == "host":
+            step("host", events.get(rest[1]))
+        elif kind == "synchronize":
+            future = step("worker", step("host"), events.get(rest[1]))
+        elif kind == "join":
+            step(rest[0], step("host"), last.get(rest[1]))
+        elif kind == "result":
+            step("host", future)
+        elif kind == "item":
+            step("host", step(rest[0], step("host")))
+    return racy
+
+
+def racy_by_the_checker(program):
+    racy = []
+    with Checker() as checker:
+        shared, executor, future = torch.zeros(4, 4, dtype=torch.int16).pin_memory(), ThreadPoolExecutor(1), None
+        checker.memory(shared).last.clear()
+        streams = [torch.cuda.Stream() for _ in range(N_STREAMS)]
+        events = [torch.cuda.Event() for _ in range(N_EVENTS)]
+        own = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                own.append(torch.zeros(4, 4, dtype=torch.int16, device="cuda"))
+        for kind, *rest in program:
+            if kind == "touch":
+                actor, writes, where = rest
+                if actor in ("host", "worker"):
+                    touch = shared[where].zero_ if writes else shared[where].tolist
+                    if actor == "host":
+                        touch()
+                    else:
+                        future = executor.submit(touch)
+                else:
+                    with torch.cuda.stream(streams[actor]):
+                        pair = (shared, own[actor]) if writes else (own[actor], shared)
+                        pair[0][where].copy_(pair[1][where], non_blocking=True)
+            elif kind == "record":
+                events[rest[1]].record(streams[rest[0]])
+            elif kind == "wait":
+                streams[rest[0]].wait_event(events[rest[1]])
+            elif kind == "synchronize" and rest[0] == "host":
+                events[rest[1]].synchronize()
+            elif kind == "synchronize":
+                future = executor.submit(events[rest[1]].synchronize)
+            elif kind == "join":
+                streams[rest[0]].wait_stream(streams[rest[1]])
+            elif kind == "result" and future:
+                future.result()
+            elif kind == "item":
+                with torch.cuda.stream(streams[rest[0]]):
+                    own[rest[0]][0, 0].item()
+            racy.append(bool(checker.races))
+            checker.races.clear()
+    return racy
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(ACTION, max_size=12))
+def test_random_programs_race_where_nothing_orders_them(program):
+    assert racy_by_the_checker(program) == racy_by_brute_force(program)
