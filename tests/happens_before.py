@@ -83,7 +83,7 @@ class Stream(Actor):
         self.learn(event.clock, "wait_event")
 
     def wait_stream(self, stream):
-        self.learn(stream.clock | self.checker.host.clock, "wait_stream")
+        self.learn(stream.clock, "wait_stream")
 
     def synchronize(self):
         self.checker.host.learn(self.clock, "synchronize")

@@ -5,6 +5,7 @@ import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,6 +124,18 @@ def order_through_a_third_stream(ordered):
     return "add_ .* writes what that ones .* writes"
 
 
+def event_waited_for_on_another_stream(ordered):
+    x, event, side = torch.ones(4, device="cuda"), torch.cuda.Event(), torch.cuda.Stream()
+    event.record()
+    if not ordered:
+        event.wait()
+    with torch.cuda.stream(side):
+        if ordered:
+            event.wait()
+        x.add_(1)
+    return "add_ .* writes what that ones .* writes"
+
+
 def overlapping_columns(ordered):
     x = torch.zeros(6, 8, device="cuda")
     side = side_stream(True)
@@ -159,6 +172,13 @@ def copy_to_new_host_memory(ordered):
     return r"add_ \(.*, host\) writes what that to .* writes"
 
 
+def copy_to_pageable_memory(ordered):
+    x, host, other = torch.ones(4, device="cuda"), torch.zeros(4, pin_memory=not ordered), torch.zeros(4)
+    host.copy_(x, non_blocking=True)
+    other.copy_(host)
+    return r"copy_ \(.*, host\) reads what that copy_ .* writes"
+
+
 def copy_from_the_host(ordered):
     x, host = torch.ones(4, device="cuda"), torch.zeros(4, pin_memory=True)
     x.copy_(host, non_blocking=True)
@@ -175,6 +195,29 @@ def copy_from_pageable_memory(ordered):
     with torch.cuda.stream(torch.cuda.Stream()):
         x.add_(1)
     return "add_ .* writes what that copy_ .* writes"
+
+
+def copy_through_the_host(ordered):
+    x = torch.ones(4, device="cuda")
+    host = x.to("cpu", non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    x.copy_(host, non_blocking=True)
+    if ordered:
+        torch.cuda.current_stream().synchronize()
+    host.fill_(1)
+    return r"fill_ \(.*, host\) writes what that copy_ .* reads"
+
+
+def number_of_the_host(ordered):
+    x, number, side = torch.zeros(4, device="cuda"), torch.tensor(2.0), torch.cuda.Stream()
+    x[1].copy_(number)
+    x.mul_(number)
+    number.fill_(3)  # was passed at the launch
+    if ordered:
+        side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        x.add_(1)
+    return "add_ .* writes what that mul_ .* writes"
 
 
 def value_on_the_host(ordered):
@@ -200,6 +243,20 @@ def freed_while_used(ordered):
     torch.ones(1, device="cuda")
     del y
     return "ones .* is given the freed memory that add .* reads"
+
+
+def freed_while_another_stream_uses_it(ordered):
+    x, known, other = torch.ones(4, device="cuda"), side_stream(True), torch.cuda.Stream()
+    for side in (known, other):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x[int(side is known)].add_(1)
+    x.record_stream(known)
+    if ordered:
+        x.record_stream(other)
+    del x
+    torch.ones(1, device="cuda")
+    return "ones .* is given the freed memory that add_ .* writes"
 
 
 def freed_and_joined(ordered):
@@ -284,10 +341,11 @@ def blocks_attended_to(ordered):
 
 PROGRAMS = [
     read_after_write, write_after_read, write_after_write, event_recorded_too_early, order_through_a_third_stream,
-    overlapping_columns, other_dtype, copy_to_the_host, copy_to_new_host_memory, copy_from_the_host,
-    copy_from_pageable_memory, value_on_the_host, freed_while_used, freed_and_joined, worker_before_caller,
-    caller_before_worker, worker_and_stream, blocks_copied,
-    blocks_of_the_host_copied, blocks_attended_to,
+    event_waited_for_on_another_stream, overlapping_columns, other_dtype, copy_to_the_host, copy_to_new_host_memory,
+    copy_to_pageable_memory, copy_from_the_host, copy_from_pageable_memory, copy_through_the_host,
+    number_of_the_host, value_on_the_host, freed_while_used, freed_while_another_stream_uses_it, freed_and_joined,
+    worker_before_caller, caller_before_worker, worker_and_stream, blocks_copied, blocks_of_the_host_copied,
+    blocks_attended_to,
 ]  # fmt: skip
 
 
@@ -302,112 +360,126 @@ def test_a_defect_is_reported_and_nothing_else(program):
     assert re.search(expected, *checker.races)
 
 
+def test_a_site_can_be_removed():
+    def program(checker):
+        x, side, event = torch.ones(4, device="cuda"), torch.cuda.Stream(), torch.cuda.Event()
+        event.record()
+        side.wait_event(event)
+        with torch.cuda.stream(side):
+            x.add_(1)
+        return checker
+
+    with Checker() as checker:
+        program(checker)
+    assert not checker.races and [site.split()[1] for site in sorted(checker.sites)] == ["record", "wait_event"]
+    for site in checker.sites:
+        with Checker(removed=site) as without:
+            program(without)
+        assert len(without.races) == 1 and without.sites == checker.sites
+
+
+def test_devices_do_not_mix():
+    with Checker(), pytest.raises(RuntimeError, match="test_streams.py:.* on the host and on the device"):
+        torch.ones(4, device="cuda") + torch.ones(4)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Random programs, against a graph of what precedes what
 # --------------------------------------------------------------------------------------------------------------------
 
-N_STREAMS, N_EVENTS = 3, 3
-STREAM, EVENT, SLICE = st.integers(0, N_STREAMS - 1), st.integers(0, N_EVENTS - 1), st.sampled_from([
-    (slice(0, 2), slice(0, 4)), (slice(2, 4), slice(0, 4)), (slice(0, 4), slice(0, 4, 2)), (slice(0, 4), slice(1, 2)),
-    (slice(1, 3), slice(2, 4)), (slice(3, 4), slice(3, 4)),
-])  # fmt: skip
-ACTION = st.one_of(
-    st.tuples(st.just("touch"), st.sampled_from(["host", "worker", *range(N_STREAMS)]), st.booleans(), SLICE),
-    st.tuples(st.just("record"), STREAM, EVENT),
-    st.tuples(st.just("wait"), STREAM, EVENT),
-    st.tuples(st.just("synchronize"), st.sampled_from(["host", "worker"]), EVENT),
-    st.tuples(st.just("join"), STREAM, STREAM),
-    st.tuples(st.just("result")),
-    st.tuples(st.just("item"), STREAM),
-)
+STREAMS, THREADS = range(3), ["host", "worker"]
+KINDS = [*["touch"] * 6, "record", "record", "wait", "wait", "synchronize", "join", "result", "item", "all"]
+AREAS = [np.s_[:2, :], np.s_[2:, :], np.s_[:, ::2], np.s_[:, 1:2], np.s_[1:3, 2:], np.s_[3:, 3:]]  # of shared memory
+ACTION = st.tuples(
+    st.sampled_from(KINDS), st.sampled_from([*THREADS, *STREAMS]), st.booleans(), st.sampled_from(AREAS),
+    st.sampled_from(STREAMS), st.sampled_from(THREADS), st.integers(0, 2),
+)  # fmt: skip
 
 
 def racy_by_brute_force(program):
     """Whether each action races with an earlier one: by the paths of a graph whose edges order two steps."""
-    before, last, events, future, touches, racy = {}, {}, {}, None, [], []
+    before, last, events, futures, touches, racy = {}, {}, {}, {}, [], []
 
     def step(actor, *others):
-        node = len(before)
-        before[node] = set()
-        for other in (last.get(actor), *others):
-            if other is not None:
-                before[node] |= before[other] | {other}
-        last[actor] = node
+        """The next node of an actor, after these other nodes and after its launch by the host."""
+        others = [node for node in (last.get(actor), *others) if node is not None]
+        if actor != "host":
+            others.append(step("host"))
+        node = last[actor] = len(before)
+        before[node] = set(others).union(*(before[other] for other in others))
         return node
 
-    for kind, *rest in program:
+    for kind, actor, writes, area, stream, thread, event in program:
         racy.append(False)
         if kind == "touch":
-            actor, writes, where = rest
-            node = step("host") if actor == "host" else step(actor, step("host"))
-            cells = {(i, j) for i in range(4)[where[0]] for j in range(4)[where[1]]}
+            node, cells = step(actor), np.zeros((4, 4), bool)
+            cells[area] = True
             for other, other_actor, other_writes, other_cells in touches:
-                if actor != other_actor and (writes or other_writes) and cells & other_cells:
+                if actor != other_actor and (writes or other_writes) and (cells & other_cells).any():
                     racy[-1] |= other not in before[node]
             touches.append((node, actor, writes, cells))
-            future = node if actor == "worker" else future
         elif kind == "record":
-            events[rest[1]] = step(rest[0], step("host"))
+            events[event] = step(stream)
         elif kind == "wait":
-            step(rest[0], step("host"), events.get(rest[1]))
-        elif kind == "synchronize" and rest[0] == "host":
-            step("host", events.get(rest[1]))
+            step(stream, events.get(event))
         elif kind == "synchronize":
-            future = step("worker", step("host"), events.get(rest[1]))
+            step(thread, events.get(event))
         elif kind == "join":
-            step(rest[0], step("host"), last.get(rest[1]))
+            step(stream, last.get(event))
         elif kind == "result":
-            step("host", future)
+            step("host", futures.get(event))
         elif kind == "item":
-            step("host", step(rest[0], step("host")))
+            step("host", step(stream))
+        elif kind == "all":
+            step("host", *(last.get(stream) for stream in STREAMS))
+        if "worker" == (actor if kind == "touch" else thread if kind == "synchronize" else None):
+            futures[event] = last["worker"]
     return racy
 
 
 def racy_by_the_checker(program):
     racy = []
     with Checker() as checker:
-        shared, executor, future = torch.zeros(4, 4, dtype=torch.int16).pin_memory(), ThreadPoolExecutor(1), None
+        shared, executor, futures = torch.zeros(4, 4, dtype=torch.int16, pin_memory=True), ThreadPoolExecutor(1), {}
         checker.memory(shared).last.clear()
-        streams = [torch.cuda.Stream() for _ in range(N_STREAMS)]
-        events = [torch.cuda.Event() for _ in range(N_EVENTS)]
-        own = []
-        for stream in streams:
-            with torch.cuda.stream(stream):
+        streams, events, own = [torch.cuda.Stream() for _ in STREAMS], [torch.cuda.Event() for _ in range(3)], []
+        for each in streams:
+            with torch.cuda.stream(each):
                 own.append(torch.zeros(4, 4, dtype=torch.int16, device="cuda"))
-        for kind, *rest in program:
-            if kind == "touch":
-                actor, writes, where = rest
-                if actor in ("host", "worker"):
-                    touch = shared[where].zero_ if writes else shared[where].tolist
-                    if actor == "host":
-                        touch()
-                    else:
-                        future = executor.submit(touch)
-                else:
-                    with torch.cuda.stream(streams[actor]):
-                        pair = (shared, own[actor]) if writes else (own[actor], shared)
-                        pair[0][where].copy_(pair[1][where], non_blocking=True)
+        for kind, actor, writes, area, stream, thread, event in program:
+            either = [lambda one, other: one, lambda one, other: other][writes]  # two calls that order the same
+            job = None
+            if kind == "touch" and actor in STREAMS:
+                target, source = (shared, own[actor]) if writes else (own[actor], shared)
+                with torch.cuda.stream(streams[actor]):
+                    target[area].copy_(source[area], non_blocking=True)
+            elif kind == "touch":
+                thread, job = actor, shared[area].zero_ if writes else shared[area].tolist
             elif kind == "record":
-                events[rest[1]].record(streams[rest[0]])
+                either(events[event].record, streams[stream].record_event)(either(streams[stream], events[event]))
             elif kind == "wait":
-                streams[rest[0]].wait_event(events[rest[1]])
-            elif kind == "synchronize" and rest[0] == "host":
-                events[rest[1]].synchronize()
+                either(events[event].wait, streams[stream].wait_event)(either(streams[stream], events[event]))
             elif kind == "synchronize":
-                future = executor.submit(events[rest[1]].synchronize)
+                job = either(events[event].synchronize, events[event].query)
             elif kind == "join":
-                streams[rest[0]].wait_stream(streams[rest[1]])
-            elif kind == "result" and future:
-                future.result()
+                streams[stream].wait_stream(streams[event])
+            elif kind == "result" and event in futures:
+                futures[event].result()
             elif kind == "item":
-                with torch.cuda.stream(streams[rest[0]]):
-                    own[rest[0]][0, 0].item()
+                with torch.cuda.stream(streams[stream]):
+                    either(own[stream][0, 0].item, torch.cuda.current_stream().synchronize)()
+            elif kind == "all":
+                torch.cuda.synchronize()
+            if job and thread == "worker":
+                futures[event] = executor.submit(job)
+            elif job:
+                job()
             racy.append(bool(checker.races))
             checker.races.clear()
     return racy
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.lists(ACTION, max_size=12))
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ACTION, min_size=6, max_size=24))
 def test_random_programs_race_where_nothing_orders_them(program):
     assert racy_by_the_checker(program) == racy_by_brute_force(program)
