@@ -114,24 +114,27 @@ class Event:
 
 
 class Future:
-    """A job of an executor. Its worker, an actor of its own, has run it at once."""
+    """A job of an executor. Its worker, an actor of its own, has run it at once, but may keep what it needs for long."""
 
     def __init__(self, checker, job):
-        self.checker, caller, checker.host = checker, checker.host, checker.worker
+        self.checker, self.job, caller, checker.host = checker, job, checker.host, checker.worker
+        checker.jobs.add(job)
         checker.worker.clock |= caller.clock
         self.value = job()
         self.clock, checker.host = checker.worker.clock.copy(), caller
 
     def result(self, timeout=None):
         self.checker.host.learn(self.clock, "result")
+        self.checker.jobs.discard(self.job)
         return self.value
 
 
 class Memory:
     """What is known of a storage: who touched each of its bytes last, and which stream's allocator it came from."""
 
-    def __init__(self, n_bytes, stream=None, pinned=False):
-        self.stream, self.pinned, self.recorded = stream, pinned, set()
+    def __init__(self, storage, stream=None, pinned=False):
+        self.stream, self.pinned, self.recorded, self.pointer = stream, pinned, set(), storage.data_ptr()
+        n_bytes = storage.nbytes()
         self.last = defaultdict(lambda: np.zeros(n_bytes, np.int32))  # (actor, "reads" or "writes") -> numbers
 
 
@@ -184,7 +187,7 @@ class Checker(TorchDispatchMode):
         self.host, self.worker = Actor(self, "host"), Actor(self, "worker")  # `host` is the thread that runs now
         self.streams = [Stream(self, "default stream")]
         self.current = defaultdict(lambda: self.streams[0])  # each thread's stream
-        self.memories, self.freed = {}, []
+        self.memories, self.freed, self.jobs = {}, [], set()
         self.noting, self.patches = True, contextlib.ExitStack()
 
     def __enter__(self):
@@ -192,6 +195,7 @@ class Checker(TorchDispatchMode):
             Stream=self.new_stream, Event=lambda *_, **__: Event(self), stream=self.use_stream,
             current_stream=lambda _=None: self.stream, default_stream=lambda _=None: self.streams[0],
             synchronize=self.synchronize, device=lambda _: contextlib.nullcontext(), _lazy_init=lambda: None,
+            cudart=lambda: SimpleNamespace(cudaHostRegister=self.pin, cudaHostUnregister=self.unpin),
         )  # fmt: skip
         patches = [(torch.cuda, name, fake) for name, fake in cuda.items()]
         patches.append((ThreadPoolExecutor, "submit", lambda _, job, *args: Future(self, partial(job, *args))))
@@ -207,6 +211,8 @@ class Checker(TorchDispatchMode):
 
     def __exit__(self, *error):
         super().__exit__(*error)
+        self.host.clock |= self.worker.clock
+        self.jobs.clear()
         self.patches.close()
 
     # Streams
@@ -247,7 +253,7 @@ class Checker(TorchDispatchMode):
         """The Memory of a CPU tensor's storage, which is described by `new` where it is not known yet."""
         storage, key = elem.untyped_storage(), storage_key(elem)
         if key not in self.memories:
-            self.memories[key] = Memory(storage.nbytes(), **new)
+            self.memories[key] = Memory(storage, **new)
             weakref.finalize(storage, self.free, key).atexit = False
         return self.memories[key]
 
@@ -255,6 +261,19 @@ class Checker(TorchDispatchMode):
         memory = self.memories.pop(key)
         if memory.stream:
             self.freed.append(memory)
+
+    def pin(self, pointer, n_bytes, flags):
+        """cudaHostRegister of a whole storage."""
+        (memory,) = (memory for memory in self.memories.values() if memory.pointer == pointer)
+        memory.pinned = True
+        return 0
+
+    def unpin(self, pointer):
+        """cudaHostUnregister, which the host may call when no stream uses the memory any more."""
+        self.note("cudaHostUnregister", self.host)
+        for memory in [memory for memory in self.memories.values() if memory.pointer == pointer]:
+            for (other, how), numbers in memory.last.items():
+                self.check(self.host, "of the memory", other, how, numbers)
 
     def reuse(self, stream):
         """An allocation on a stream may be given any memory that was freed there."""

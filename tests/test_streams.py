@@ -48,11 +48,21 @@ def touched_by_copy_blocks(a):
     return [a.source_index, a.destination_index, *(a.source[i] for i, _ in pairs)], [a.destination[j] for _, j in pairs]
 
 
+def touched_by_append_token(a):
+    reads, writes, block_size = [a.k, a.v, a.starts, a.lengths], [], a.k_pool.shape[1]
+    for start, length in zip(a.starts.tolist(), a.lengths.tolist()):
+        place = start + (length - 1) // block_size
+        reads.append(a.table[place])
+        writes += [pool[a.table[place], (length - 1) % block_size] for pool in (a.k_pool, a.v_pool)]
+    return reads, writes
+
+
 DECLARED = {
     (kernels, "pool_history"): touched_by_pool_history,
     (kernels, "predict"): touched_by_predict,
     (kernels, "select_blocks"): lambda a: ([a.scores], []),
     (kernels, "sparse_decode"): touched_by_sparse_decode,
+    (kernels, "append_token"): touched_by_append_token,
     (kernels, "write_rows"): lambda a: ([a.block_max, a.lse, a.columns, a.starts, a.lengths], [a.rows]),
     (kernels, "assign_slots"): lambda a: ([a.wanted, a.held], []),
     (kernels, "copy_blocks"): touched_by_copy_blocks,
@@ -210,14 +220,14 @@ def copy_through_the_host(ordered):
 
 def number_of_the_host(ordered):
     x, number, side = torch.zeros(4, device="cuda"), torch.tensor(2.0), torch.cuda.Stream()
-    x[1].copy_(number)
     x.mul_(number)
+    x.copy_(number)
     number.fill_(3)  # was passed at the launch
     if ordered:
         side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         x.add_(1)
-    return "add_ .* writes what that mul_ .* writes"
+    return "add_ .* writes what that copy_ .* writes"
 
 
 def value_on_the_host(ordered):
@@ -387,12 +397,12 @@ def test_devices_do_not_mix():
 # Random programs, against a graph of what precedes what
 # --------------------------------------------------------------------------------------------------------------------
 
-STREAMS, THREADS = range(3), ["host", "worker"]
+STREAMS, THREADS = range(2), ["host", "worker"]
 KINDS = [*["touch"] * 6, "record", "record", "wait", "wait", "synchronize", "join", "result", "item", "all"]
 AREAS = [np.s_[:2, :], np.s_[2:, :], np.s_[:, ::2], np.s_[:, 1:2], np.s_[1:3, 2:], np.s_[3:, 3:]]  # of shared memory
 ACTION = st.tuples(
     st.sampled_from(KINDS), st.sampled_from([*THREADS, *STREAMS]), st.booleans(), st.sampled_from(AREAS),
-    st.sampled_from(STREAMS), st.sampled_from(THREADS), st.integers(0, 2),
+    st.sampled_from(STREAMS), st.sampled_from(THREADS), st.integers(0, 1),
 )  # fmt: skip
 
 
@@ -442,7 +452,7 @@ def racy_by_the_checker(program):
     with Checker() as checker:
         shared, executor, futures = torch.zeros(4, 4, dtype=torch.int16, pin_memory=True), ThreadPoolExecutor(1), {}
         checker.memory(shared).last.clear()
-        streams, events, own = [torch.cuda.Stream() for _ in STREAMS], [torch.cuda.Event() for _ in range(3)], []
+        streams, events, own = [torch.cuda.Stream() for _ in STREAMS], [torch.cuda.Event() for _ in range(2)], []
         for each in streams:
             with torch.cuda.stream(each):
                 own.append(torch.zeros(4, 4, dtype=torch.int16, device="cuda"))
@@ -480,6 +490,6 @@ def racy_by_the_checker(program):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(ACTION, min_size=6, max_size=24))
+@given(st.lists(ACTION, min_size=10, max_size=40))
 def test_random_programs_race_where_nothing_orders_them(program):
     assert racy_by_the_checker(program) == racy_by_brute_force(program)
