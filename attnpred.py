@@ -12,12 +12,16 @@ Source: Yang et al., AttentionPredictor: Temporal Patterns Matter for KV Cache C
 
 import argparse
 import dataclasses
+import math
 import os
 import pathlib
 import re
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import safetensors.torch
@@ -73,6 +77,17 @@ class Config:
     select_heads: str = parameter(
         "kv", "", "q", "kv: the query heads of a KV head select together; q: each for itself", ("kv", "q")
     )
+    selection_delay: int | str = parameter(
+        0, "", 0, "tokens that run beside a calibration and its selection; auto: M / 8, at least 1 (with --offload)"
+    )
+    swap_share: float = parameter(
+        1.0,
+        "",
+        1.0,
+        "share of the selected blocks that one selection may exchange; the worst wait (with --offload: 0.2)",
+    )
+
+    OFFLOADED = dict(selection_delay="auto", swap_share=0.2)  # what --offload changes
 
     @classmethod
     def paper(cls, **changes) -> "Config":
@@ -102,6 +117,13 @@ class Config:
             raise InputError(f"selection_interval = {self.selection_interval} must be at least 1")
         if self.dense_layers < 0:
             raise InputError(f"dense_layers = {self.dense_layers} must not be negative")
+        if self.selection_delay != "auto" and not 0 <= self.selection_delay < self.longest_delay(0):
+            raise InputError(
+                f"selection_delay = {self.selection_delay} must be auto or lie in 0 ... {self.longest_delay(0) - 1}, "
+                "below both intervals and the local window"
+            )
+        if not 0 < self.swap_share <= 1:
+            raise InputError(f"swap_share = {self.swap_share} must be above 0 and at most 1")
         for f in dataclasses.fields(self):
             if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
                 raise InputError(
@@ -138,10 +160,28 @@ class Config:
                 m *= 2
         return m, self.selection_interval or m
 
+    def longest_delay(self, n_tokens: int) -> int:
+        """A delay must be below this: a selection is over before the next begins, its blocks are in the cache."""
+        return min(*self.intervals(n_tokens), self.local_tokens)
+
+    def delay(self, n_tokens: int) -> int:
+        """How many tokens run beside a selection that is based on a text of n_tokens."""
+        if self.selection_delay == "auto":
+            return min(max(1, self.intervals(n_tokens)[0] // 8), self.longest_delay(n_tokens) - 1)
+        return self.selection_delay
+
+    def new_blocks(self, n_tokens: int) -> int:
+        """Blocks that begin, at most, between a selection for a text of n_tokens and the next one."""
+        later = n_tokens + 2 * self.intervals(n_tokens)[1]
+        return self.n_blocks(self.intervals(later)[1] + self.delay(later))
+
     def tail_blocks(self, n_tokens: int) -> int:
         """The local window, partial block included, and the blocks that begin before the next selection."""
-        longest_wait = self.intervals(n_tokens + 2 * self.intervals(n_tokens)[1])[1]
-        return self.local_tokens // self.block_size + 1 + self.n_blocks(longest_wait)
+        return self.local_tokens // self.block_size + 1 + self.new_blocks(n_tokens)
+
+    def exchanged(self, n_selected: int) -> int:
+        """How many of the selected blocks one selection may exchange."""
+        return math.ceil(self.swap_share * n_selected)
 
     def row_stride(self, n_tokens: int) -> int:
         """Tokens from one row of the history to the next."""
@@ -207,14 +247,17 @@ class BlockLists:
 
     ids: torch.Tensor  # (L', A) int64: head * capacity + block
     starts: torch.Tensor  # (L', heads) int64: where each head's list starts in ids
-    lengths: torch.Tensor  # (L', heads) int64: tokens attended; one more with each token
+    lengths: torch.Tensor  # (L', heads) int32: tokens attended; one more with each token
     places: torch.Tensor  # (L', k) int64: where the selected blocks stand in ids
+    columns: torch.Tensor  # (L' * A,) int32: the block numbers, for kernels
+    table: torch.Tensor  # (L' * A,) int32: addresses of the blocks in the cache's pool, for kernels; by cache.select
+    first: torch.Tensor  # (L', heads) int32: where each list starts in the table
     capacity: int
 
     @classmethod
     def build(cls, selected, heads, capacity, n_tokens, sink, end, tail, block_size):
         """From the selected blocks (L', k) int64, as ids, ascending; `sink` and `tail` blocks, those from `end` on."""
-        device, k = selected.device, selected.shape[1]
+        device, (layers, k) = selected.device, selected.shape
         head = selected // capacity  # (L', k)
         count = F.one_hot(head, heads).sum(1)  # (L', heads): a head has 0 ... k of them
         size = sink + count + tail  # (L', heads)
@@ -223,23 +266,24 @@ class BlockLists:
         places = starts.gather(1, head) + sink + rank  # (L', k)
         first = torch.arange(heads, device=device)[:, None] * capacity  # (heads, 1): the id of each head's block 0
         block = torch.arange(max(sink, tail), device=device)
-        sink_ids = (first + block[:sink]).flatten().expand(len(selected), -1)  # (L', heads * sink)
-        tail_ids = (first + (end + block[:tail]).clamp(max=capacity - 1)).flatten().expand(len(selected), -1)
-        ids = selected.new_empty(len(selected), heads * (sink + tail) + k)  # (L', A)
+        sink_ids = (first + block[:sink]).flatten().expand(layers, -1)  # (L', heads * sink)
+        tail_ids = (first + (end + block[:tail]).clamp(max=capacity - 1)).flatten().expand(layers, -1)
+        ids = selected.new_empty(layers, heads * (sink + tail) + k)  # (L', A)
         ids.scatter_(1, places, selected)
         ids.scatter_(1, (starts[..., None] + block[:sink]).flatten(1), sink_ids)
         ids.scatter_(1, ((starts + sink + count)[..., None] + block[:tail]).flatten(1), tail_ids)
-        return cls(ids, starts, (sink + count) * block_size + n_tokens - end * block_size, places, capacity)
+        lengths = ((sink + count) * block_size + n_tokens - end * block_size).int()
+        columns = (ids % capacity).flatten().int()
+        in_table = (starts + torch.arange(layers, device=device)[:, None] * ids.shape[1]).int()
+        return cls(ids, starts, lengths, places, columns, torch.empty_like(columns), in_table, capacity)
 
-    def replace(self, other, layers):
-        """Take over the lists of some layers, of the same size."""
-        for name in ("ids", "starts", "lengths", "places"):
-            getattr(self, name)[layers] = getattr(other, name)
+    def shapes(self):
+        return self.ids.shape, self.places.shape
 
-    def flat(self):
-        """For kernels: block numbers (L' * A,) int32, and where each list starts among them (L', heads) int32."""
-        layer = torch.arange(len(self.ids), device=self.ids.device)[:, None]  # (L', 1)
-        return (self.ids % self.capacity).flatten().int(), (self.starts + layer * self.ids.shape[1]).int()
+    def copy_(self, other):
+        """Take over other lists of the same shapes, in place, so that a captured CUDA graph reads them."""
+        for name in ("ids", "starts", "lengths", "places", "columns", "table", "first"):
+            getattr(self, name).copy_(getattr(other, name))
 
 
 @dataclass
@@ -273,7 +317,14 @@ class SparseDecoder:
     """
 
     def __init__(
-        self, config: Config, model: Llama, predictor: Predictor, capacity_tokens: int, backend="torch", offload=False
+        self,
+        config: Config,
+        model: Llama,
+        predictor: Predictor,
+        capacity_tokens: int,
+        backend="torch",
+        offload=False,
+        graph=True,
     ):
         c, m, device, dtype = config, model.config, model.device, model.kv_dtype
         self.config, self.model_config, self.backend = c, m, backend
@@ -293,17 +344,25 @@ class SparseDecoder:
         kept = self.sparse_layers, m.n_heads, c.history_len, m.head_dim
         self.queries = torch.zeros(kept, dtype=dtype, device=device)  # (L', Hq, H, D): ring of the rows' queries
         self.n_queries, self.last_query = 0, 0  # how many there have been; n_tokens at the newest one
-        self.lse = torch.zeros(self.sparse_layers, m.n_heads, device=device)  # of this step's sparse attention
+        self.lse = [None] * self.sparse_layers  # (Hq,) each: of this step's sparse attention
         self.fits = True  # the budget covers the text: nothing is selected, no row is written
-        self.lists = None  # BlockLists of the next token
+        self.lists = self.next_lists = None  # BlockLists of this token, and those that the next token takes over
+        self.selected = None  # (L', k) int64: ids of the selected blocks, once the text exceeds the budget
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
         self.n_tokens = 0
         self.step = 0  # decode steps since prefill
+        self.calibration = None  # the calibration under way: a function that waits for its rows
+        self.calibration_due = self.selection_due = -1  # the steps after which they end
+        self.side = torch.cuda.Stream(device) if backend == "triton" and uses_streams(device) else None
+        self.begun = self.ready = None  # events: what a selection needs is there; the selection is done
+        self.graph, self.uses_graph = None, graph and self.side is not None
         self.stats = Stats()
 
     # Prefill
 
     def begin_prompt(self, n_tokens):
         self.n_tokens = n_tokens
+        self.position.fill_(n_tokens - 1)
         self.fits = not self.sparse_layers or self.config.fits(n_tokens + 1)
         stride = self.config.row_stride(n_tokens)
         self.count_query(min(self.config.history_len, -(-n_tokens // stride)))
@@ -321,24 +380,42 @@ class SparseDecoder:
                 self.queries[sparse, :, :rows] = last
             else:
                 pooled, _ = kernels.pool_history(last, k_cache, self.n_tokens, stride, self.backend)  # (Hq, rows, N)
-                self.store_rows(pooled[None], slice(sparse, sparse + 1))
+                slots = (
+                    self.newest - rows + 1 + torch.arange(rows, device=q.device)
+                ) % self.config.history_len  # (rows,)
+                self.history[sparse, :, slots, : pooled.shape[-1]] = group_mean(pooled[None], self.heads)[0].to(
+                    self.history.dtype
+                )
         return causal_attention(layer, q, k, v)
 
     # One token
 
     def begin_token(self):
+        """Count a token, and take over what was selected beside the one before it."""
         self.n_tokens += 1
         self.step += 1
         if self.step % self.config.row_stride(self.n_tokens) == 0:
             self.count_query(1)
+        if self.next_lists is not None:
+            self.join()
+            if self.lists is not None and self.lists.shapes() == self.next_lists.shapes():
+                self.lists.copy_(self.next_lists)
+            else:
+                self.lists, self.graph = self.next_lists, None
+            self.next_lists = None
+        self.cache.begin_token(self.n_tokens, self.lists)
+
+    def advance(self):
+        """The part of `begin_token` that runs on the device, and so in a CUDA graph."""
+        self.position += 1
         if self.lists is not None:
             self.lists.lengths += 1
-        self.cache.begin_token(self.n_tokens)
+        self.cache.advance()
 
     def decode_attention(self, layer, q, k, v):
         """Attention of one token over its selected blocks: q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)."""
-        self.cache.write_token(layer, k, v)
-        if layer < self.dense_layers or (self.fits and self.cache.holds_everything):
+        self.cache.write_token(layer, k[:, 0], v[:, 0])
+        if layer < self.dense_layers or self.lists is None:
             out = self.cache.attend_all(layer, q[:, 0])  # (Hq, D)
         else:
             out, self.lse[layer - self.dense_layers] = self.cache.attend(layer - self.dense_layers, q[:, 0])
@@ -346,47 +423,109 @@ class SparseDecoder:
             self.queries[layer - self.dense_layers, :, (self.n_queries - 1) % self.config.history_len] = q[:, 0]
         return out[:, None]
 
+    def forward(self, model, token):
+        """Run the model on token (1,) -> logits (V,). A step that keeps no query is captured once and then replayed."""
+        if not self.uses_graph or self.last_query == self.n_tokens:
+            return self.run_layers(model, token)
+        if self.graph is None:  # run this step, which compiles the kernels; capture it for the next ones
+            logits = self.run_layers(model, token)
+            self.graph, self.graph_token = torch.cuda.CUDAGraph(), token.clone()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.graph_logits = self.run_layers(model, self.graph_token)
+            self.graph_lse = list(self.lse)
+            return logits
+        self.graph_token.copy_(token)
+        self.graph.replay()
+        self.lse = list(self.graph_lse)
+        return self.graph_logits
+
+    def run_layers(self, model, token):
+        self.advance()
+        return model(token, self.position, self.decode_attention)
+
     def finish_token(self):
-        """After a step, or the prompt (step 0): calibrate, then predict and select where it is time to."""
+        """After a step, or the prompt (step 0): calibrate, then predict and select where it is time to.
+
+        What a calibration and a selection need is taken now; their results are entered `delay` tokens later.
+        """
         calibration_interval, selection_interval = self.config.intervals(self.n_tokens)
-        self.cache.end_token(self.n_tokens)
+        delay = self.config.delay(self.n_tokens) if self.step else 0
+        calibrates = self.step and not self.fits and self.step % calibration_interval == 0
+        selects = self.sparse_layers and self.step % selection_interval == 0
         if self.step:
             self.count_reads()
-        if self.step and not self.fits:
-            if self.step % calibration_interval == 0:
-                self.calibrate()
-            elif self.config.history_rows == "every":
-                self.push_row()
-                self.cache.write_rows(self.lse, self.history.flatten(0, 1)[:, self.newest])
-        if self.step % selection_interval == 0 and self.sparse_layers:
-            self.select_next()
+        if selects or calibrates:
+            self.cache.keep(self.n_tokens)
+        if calibrates:
+            self.begin_calibration()
+            self.calibration_due = self.step + delay
+        elif self.step and not self.fits and self.config.history_rows == "every":
+            self.push_row()
+            self.cache.write_rows(torch.cat(self.lse), self.history.flatten(0, 1)[:, self.newest])
+        if selects:
+            self.selection_due = self.step + delay
+        if self.side and (selects or calibrates):
+            self.begun = torch.cuda.current_stream().record_event()
+        if self.step in (self.calibration_due, self.selection_due):
+            with self.beside_the_token():
+                if self.step == self.calibration_due:
+                    self.end_calibration()
+                if self.step == self.selection_due:
+                    self.select_next()
 
-    def calibrate(self):
-        """The true attention row of this step enters the history."""
+    @contextmanager
+    def beside_the_token(self):
+        """Run what follows on the side stream, so that the tokens under way do not wait for it.
+
+        It waits for the step that it is based on; for the newest one only where it needs that one's row or keys.
+        """
+        if not self.side:
+            yield
+            return
+        newest = self.config.history_rows == "every" or self.fits
+        self.side.wait_event(torch.cuda.current_stream().record_event() if newest else self.begun)
+        with torch.cuda.stream(self.side):
+            yield
+            self.ready = self.side.record_event()
+
+    def join(self):
+        """Have the current stream wait for the side stream."""
+        if self.ready:
+            torch.cuda.current_stream().wait_event(self.ready)
+
+    def begin_calibration(self):
+        """Pool the true attention row of this step: on the device at once, of an offloaded cache on the host."""
         newest = (self.n_queries - 1) % self.config.history_len
-        pooled, lse = self.cache.pool(self.queries[:, :, newest : newest + 1], self.n_tokens)  # (L', Hq, 1, N)
-        self.push_row()
-        self.store_rows(pooled)
-        self.stats.recovery.append(torch.exp(self.lse - lse[..., 0]))  # (L', Hq)
+        self.calibrated_lse = torch.stack(self.lse)  # (L', Hq)
+        self.calibration = self.cache.begin_pooling(self.queries[:, :, newest : newest + 1], self.n_tokens)
         m = self.model_config
         keys = self.sparse_layers * m.n_kv_heads * self.n_tokens
         self.stats.calibration_bytes += keys * m.head_dim * self.queries.element_size()
+
+    def end_calibration(self):
+        """The true row enters the history."""
+        rows, lse = self.calibration()  # (L', heads, 1, N), (L', Hq, 1)
+        self.push_row()
+        self.store_rows(rows)
+        self.stats.recovery.append(torch.exp(self.calibrated_lse - lse[..., 0]))  # (L', Hq)
 
     def select_next(self):
         """Predict and select the blocks that the tokens up to the next selection attend to."""
         start, end = self.config.middle(self.n_tokens + 1)
         if self.config.fits(self.n_tokens + 1):
             if not self.cache.holds_everything:
-                self.choose(None, start, max(start, end))
+                self.next_lists = self.choose(None, start, max(start, end))
+                self.cache.select(self.next_lists)
             return
         if self.fits:  # the text outgrows the budget now: pool the rows of the queries kept so far
             self.fits = False
             rows = min(self.n_queries, self.config.history_len)
             order = (self.n_queries - rows + torch.arange(rows, device=self.queries.device)) % self.config.history_len
             stride = self.config.row_stride(self.n_tokens)
-            pooled, _ = self.cache.pool(self.queries[:, :, order], self.last_query, stride)  # (L', Hq, rows, N)
-            self.store_rows(pooled)
-        self.choose(self.scores(start, end) if self.config.topk_blocks else None, start, end)
+            self.cache.keep(self.last_query)
+            self.store_rows(self.cache.pool(self.queries[:, :, order], self.last_query, stride)[0])
+        self.next_lists = self.choose(self.scores(start, end) if self.config.topk_blocks else None, start, end)
+        self.cache.select(self.next_lists)
         self.predicted_end, self.new_rows = end, 0
 
     def scores(self, start, end, layers=slice(None)):
@@ -404,37 +543,34 @@ class SparseDecoder:
         )  # (layers * heads, n)
         return scores.unflatten(0, (-1, self.heads))
 
-    def choose(self, scores, start, end, layers=slice(None)):
-        """Select the blocks with the highest scores (layers, heads, n), and have the cache make them ready.
+    def choose(self, scores, start, end) -> BlockLists:
+        """Lists with the blocks of the highest scores (layers, heads, n).
 
         scores is None where all of the middle is selected, or nothing.
         """
         c, n, device = self.config, end - start, self.history.device
-        head = torch.arange(self.heads, device=device)[:, None]  # (heads, 1)
-        if scores is not None and c.share_budget == "layer":
-            k = self.heads * c.topk_blocks
-            best = kernels.select_blocks(scores.flatten(1), k, self.backend).long()  # (layers, heads * K)
-            selected = best // n * self.capacity + best % n + start
+        offset = torch.arange(self.heads, device=device)[:, None] * n  # (heads, 1)
+        if scores is None:
+            best = (offset + torch.arange(n if self.fits else 0, device=device)).expand(self.sparse_layers, -1, -1)
         else:
-            if scores is not None:
-                best = kernels.select_blocks(scores.flatten(0, 1), c.topk_blocks, self.backend)  # (layers * heads, K)
-            else:
-                kept = torch.arange(n if self.fits else 0, device=device)
-                best = kept.expand(len(range(self.sparse_layers)[layers]) * self.heads, -1)
-            best = best.unflatten(0, (-1, self.heads)).long()  # (layers, heads, k)
-            selected = (head * self.capacity + best + start).flatten(1)  # (layers, heads * k)
+            layers, shared = len(scores), c.share_budget == "layer"
+            rows = scores.flatten(1) if shared else scores.flatten(0, 1)  # (rows, n'): a row shares its budget
+            best = kernels.select_blocks(rows, c.topk_blocks * (self.heads if shared else 1), self.backend).long()
+            if self.selected is not None and c.swap_share < 1:
+                held = self.selected // self.capacity * n + self.selected % self.capacity - start  # (layers, heads * K)
+                held = (held if shared else held % n).view(best.shape)  # (rows, k)
+                best = limit_exchange(rows, best, held, c.exchanged(best.shape[1]), self.backend)
+            best = best if shared else best.unflatten(0, (layers, -1)) + offset
+        best = best.flatten(1)  # (layers, k) in heads * n
+        selected = best // n * self.capacity + best % n + start  # (layers, k) ids
+        self.selected = None if scores is None else selected
         tail = c.tail_blocks(self.n_tokens)
-        sink = min(start, c.n_blocks(self.n_tokens + 1)) if self.fits else start
-        end = max(sink, end)
-        lists = BlockLists.build(selected, self.heads, self.capacity, self.n_tokens, sink, end, tail, c.block_size)
+        sink = min(start, c.n_blocks(self.n_tokens + 1))
+        end = end if end > start else sink  # without a middle, the tail follows the sink
         self.attended_tokens = selected.shape[1] * c.block_size + self.heads * (
             self.n_tokens - (end - sink) * c.block_size
         )
-        if layers == slice(None):
-            self.lists = lists
-        else:
-            self.lists.replace(lists, layers)
-        self.cache.select(self.lists, layers)
+        return BlockLists.build(selected, self.heads, self.capacity, self.n_tokens, sink, end, tail, c.block_size)
 
     # What it knows of itself
 
@@ -446,15 +582,13 @@ class SparseDecoder:
         self.newest = (self.newest + 1) % self.config.history_len
         self.new_rows += 1
 
-    def store_rows(self, pooled, layers=slice(None)):
-        """Make pooled (layers, Hq, rows, N) the last rows of the history."""
-        rows, n_blocks = pooled.shape[2:]
-        slots = (self.newest - rows + 1 + torch.arange(rows, device=pooled.device)) % self.config.history_len  # (rows,)
-        self.history[layers, :, slots, :n_blocks] = self.group_mean(pooled).to(self.history.dtype)
-
-    def group_mean(self, pooled):
-        """(layers, Hq, ...) -> (layers, heads, ...): with "kv" selection a group's queries share their mean row."""
-        return pooled.unflatten(1, (self.heads, -1)).mean(2)
+    def store_rows(self, rows):
+        """Make rows (L', heads, rows, N) the last ones of the history."""
+        count, n_blocks = rows.shape[2:]
+        slots = (
+            self.newest - count + 1 + torch.arange(count, device=rows.device)
+        ) % self.config.history_len  # (count,)
+        self.history[:, :, slots, :n_blocks] = rows.to(self.history.dtype)
 
     def window(self):
         """The history, oldest row first: (L', heads, H, capacity) float32."""
@@ -462,10 +596,11 @@ class SparseDecoder:
         return self.history[:, :, order.to(self.history.device)].float()
 
     def attended(self, layer, n_blocks):
-        """Which blocks (heads, n_blocks) bool a sparse layer attends to in this step."""
-        if self.lists is None:
+        """Which blocks (heads, n_blocks) bool a sparse layer attends to: in this step or, after it, in the next."""
+        lists = self.next_lists or self.lists
+        if lists is None:
             return torch.ones(self.heads, n_blocks, dtype=torch.bool, device=self.history.device)
-        ids, starts, lengths = (x[layer] for x in (self.lists.ids, self.lists.starts, self.lists.lengths))
+        ids, starts, lengths = (x[layer] for x in (lists.ids, lists.starts, lists.lengths))
         place = torch.arange(len(ids), device=ids.device)  # (A,)
         listed = (place >= starts[:, None]) & (place < (starts + -(-lengths // self.config.block_size))[:, None])
         mask = torch.zeros(self.heads * self.capacity, dtype=torch.bool, device=ids.device)
@@ -485,16 +620,51 @@ class SparseDecoder:
         self.stats.dense_bytes += row_bytes * m.n_layers * dense
 
 
+def limit_exchange(scores, best, held, limit, backend):
+    """Let at most `limit` new blocks per row into a selection; the held ones that they do not replace stay.
+
+    scores (rows, n); best and held (rows, k) int64: the highest scores, and the selection so far -> (rows, k) int64
+    """
+    scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min, neginf=torch.finfo(scores.dtype).min)
+    stays, new = (torch.zeros_like(scores, dtype=torch.bool).scatter_(1, blocks, True) for blocks in (held, best))
+    new &= ~stays
+    let_in = kernels.select_blocks(scores.masked_fill(~new, -torch.inf), limit, backend).long()  # (rows, limit)
+    new &= torch.zeros_like(new).scatter_(1, let_in, True)
+    return kernels.select_blocks(scores.masked_fill(~(stays | new), -torch.inf), best.shape[1], backend).long()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Where K and V are
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def uses_streams(device) -> bool:
+    """Whether work on this device runs asynchronously, on streams."""
+    return device.type == "cuda"
+
+
+def group_mean(pooled, heads):
+    """(L', Hq, ...) -> (L', heads, ...): with "kv" selection a group's queries share their mean row."""
+    return pooled.unflatten(1, (heads, -1)).mean(2)
+
+
+def host_memory(shape, dtype, device, owner) -> torch.Tensor:
+    """Zeros in host memory, which a GPU reads and writes until `owner` is gone. PyTorch's own pinned memory would be
+    rounded up to a power of two."""
+    memory = torch.zeros(shape, dtype=dtype)
+    if device.type == "cuda" and memory.numel():
+        cuda = torch.cuda.cudart()
+        if int(cuda.cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)):
+            raise InputError(f"{memory.numel() * memory.element_size() / 1e9:,.2f} GB of host memory cannot be pinned")
+        weakref.finalize(owner, lambda: (torch.cuda.synchronize(device), cuda.cudaHostUnregister(memory.data_ptr())))
+    return memory
+
+
 class KVCache:
     """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come.
 
-    With the torch backend, `select` copies the selected blocks together once, and the following tokens attend to this
-    contiguous working set. With Triton the kernel reads the blocks where they are, through a table of addresses.
+    With Triton the kernels read the blocks where they are, through a table of addresses. With the torch backend,
+    `select` copies the selected blocks together once, and the following tokens attend to this contiguous working set.
     """
 
     holds_everything = True  # so while the text fits the budget, attend_all serves
@@ -510,68 +680,80 @@ class KVCache:
         self.dense_layers = min(c.dense_layers, m.n_layers)
         self.keeps_rows = c.history_rows == "every"
         self.lists = self.working = None  # (2, L', A * b, D): the selected blocks, with the torch backend
+        if backend == "triton":  # a dense layer's lists: every block of each head
+            every_block = torch.arange(m.n_kv_heads * self.capacity, dtype=torch.int32, device=device)
+            lengths = torch.zeros(m.n_kv_heads, dtype=torch.int32, device=device)
+            self.every_block = every_block, every_block[:: self.capacity].contiguous(), lengths
+            self.every_max = self.kv.new_empty(m.n_heads // m.n_kv_heads, len(every_block), dtype=torch.float32)
 
     def write_prompt(self, layer, k, v):
         """Store k, v (Hk, T, D). Returns the layer's keys (Hk, capacity, b, D)."""
         self.kv[0, layer].flatten(1, 2)[:, : k.shape[1]] = k
         self.kv[1, layer].flatten(1, 2)[:, : k.shape[1]] = v
+        if self.backend == "triton":
+            self.every_block[2].fill_(k.shape[1])
         return self.k[layer]
 
-    def begin_token(self, n_tokens):
-        """The next writes and reads belong to token n_tokens - 1."""
+    def begin_token(self, n_tokens, lists):
+        """The next writes and reads belong to token n_tokens - 1, which attends to these lists."""
         self.n_tokens = n_tokens
-        self.find_lists()
+        if lists is not self.lists:
+            self.lists, n_listed = lists, lists.ids.numel()  # L' * A
+            self.block_max = self.kv.new_zeros(self.group, n_listed, dtype=torch.float32)  # (G, L' * A)
 
-    def find_lists(self):
-        """Note where in the working set, or in the table, each list starts and ends now."""
-        if self.lists is None:
-            return
-        self.lengths = self.lists.lengths.int()  # (L', heads)
-        if self.backend == "torch":
-            first = self.lists.starts * self.block_size  # (L', heads) tokens
+    def advance(self):
+        """All lists have grown by the token."""
+        if self.backend == "triton":
+            self.every_block[2].add_(1)
+        elif self.lists is not None:
+            first = self.lists.starts * self.block_size  # (L', heads) places in the working set
             self.runs = list(zip(first.tolist(), self.lists.lengths.tolist()))
             self.newest = first + self.lists.lengths - 1  # (L', heads): the current token's copies
 
+    def pool_and_lists(self, layer):
+        """For kernels: the blocks of K and of V (blocks, b, D), and what a layer attends to."""
+        if layer < self.dense_layers or self.lists is None:
+            return *self.kv[:, layer].flatten(1, 2), *self.every_block
+        sparse = layer - self.dense_layers
+        return *self.kv.flatten(1, 3), self.lists.table, self.lists.first[sparse], self.lists.lengths[sparse]
+
     def write_token(self, layer, k, v):
-        """Store k, v (Hk, 1, D) of the current token."""
-        kv = torch.stack((k, v))[:, :, 0]  # (2, Hk, D)
+        """Store k, v (Hk, D) of the current token."""
+        if self.backend == "triton":
+            return kernels.append_token(k, v, *self.pool_and_lists(layer), self.backend)
+        kv = torch.stack((k, v))  # (2, Hk, D)
         self.kv[:, layer].flatten(2, 3)[:, :, self.n_tokens - 1] = kv
         if self.working is not None and layer >= self.dense_layers:
-            if self.heads > self.n_kv_heads:
-                kv = kv.repeat_interleave(self.heads // self.n_kv_heads, 1)  # (2, heads, D)
+            kv = kv.repeat_interleave(self.heads // self.n_kv_heads, 1)  # (2, heads, D)
             layer -= self.dense_layers
             self.working[:, layer].index_copy_(1, self.newest[layer], kv)
 
-    def end_token(self, n_tokens):
-        """Nothing is left to do."""
+    def keep(self, n_tokens):
+        """Everything is kept where it is."""
 
-    def select(self, lists, layers=slice(None)):
-        """Make the blocks of these sparse layers' lists ready for attention."""
-        self.lists, b = lists, self.block_size
-        ids = lists.ids[layers]  # (layers, A)
-        layer = torch.arange(len(lists.ids), device=ids.device)[layers, None] + self.dense_layers  # (layers, 1)
+    def select(self, lists, first_layer=0):
+        """Make the blocks of these lists, which belong to sparse layers from first_layer on, ready for attention."""
+        ids, b = lists.ids, self.block_size  # (layers, A)
+        layers = slice(first_layer, first_layer + len(ids))
+        layer = torch.arange(layers.start, layers.stop, device=ids.device)[:, None] + self.dense_layers  # (layers, 1)
         kv_head = ids // self.capacity * self.n_kv_heads // self.heads  # (layers, A)
         address = ((layer * self.n_kv_heads + kv_head) * self.capacity + ids % self.capacity).flatten()
-        if self.backend == "triton" or self.keeps_rows:
-            self.columns, self.starts = lists.flat()
-            self.block_max = self.kv.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
         if self.backend == "triton":
-            self.table = address.int()  # (L' * A,)
+            lists.table.copy_(address)
             return
-        shape = 2, len(lists.ids), lists.ids.shape[1] * b, self.kv.shape[-1]
+        shape = 2, len(self.k) - self.dense_layers, ids.shape[1] * b, self.kv.shape[-1]
         if self.working is None or self.working.shape != shape:
             self.working = self.kv.new_empty(shape)  # (2, L', A * b, D)
         for cached, copied in zip(self.kv, self.working[:, layers]):
             blocks = cached.view(-1, b * shape[-1])  # (L * Hk * capacity, b * D)
             torch.index_select(blocks, 0, address, out=copied.view(len(address), -1))
-        self.find_lists()
 
     def attend(self, layer, q):
         """Attention of q (Hq, D) over the lists of a sparse layer -> out (Hq, D), log-sum-exp (Hq,)."""
         if self.backend == "triton":
-            k, v = self.kv.flatten(1, 3)  # (L * Hk * capacity, b, D) each
-            lists = self.table, self.starts[layer], self.lengths[layer], self.block_max
-            return kernels.sparse_decode(q, k, v, *lists, self.backend)
+            return kernels.sparse_decode(
+                q, *self.pool_and_lists(layer + self.dense_layers), self.block_max, self.backend
+            )
         size = self.lists.ids.shape[1]
         block_max = self.block_max[:, layer * size : (layer + 1) * size] if self.keeps_rows else None  # (G, A)
         k, v = self.working[:, layer]  # (A * b, D) each
@@ -580,34 +762,37 @@ class KVCache:
 
     def attend_all(self, layer, q):
         """Dense attention of q (Hq, D) -> (Hq, D)."""
-        if self.backend == "triton":  # every block is in the list
-            k, v = self.kv[:, layer].flatten(1, 2)  # (Hk * capacity, b, D) each
-            table = torch.arange(len(k), dtype=torch.int32, device=q.device)  # (Hk * capacity,)
-            starts = table[:: self.capacity].contiguous()  # (Hk,)
-            lengths = torch.full_like(starts, self.n_tokens)  # (Hk,)
-            block_max = q.new_empty(len(q) // self.n_kv_heads, len(k), dtype=torch.float32)
-            return kernels.sparse_decode(q, k, v, table, starts, lengths, block_max, self.backend)[0]
+        if self.backend == "triton":
+            pool = self.kv[:, layer].flatten(1, 2)  # (2, Hk * capacity, b, D)
+            return kernels.sparse_decode(q, *pool, *self.every_block, self.every_max, self.backend)[0]
         k, v = self.kv[:, layer].flatten(2, 3)[:, None, :, : self.n_tokens]  # (1, Hk, T, D) each
         return F.scaled_dot_product_attention(q.unflatten(0, (self.n_kv_heads, -1))[None], k, v)[0].flatten(0, 1)
 
     def pool(self, q, n_tokens, stride=1):
-        """`kernels.pool_history` in all sparse layers: q (L', Hq, rows, D) -> (L', Hq, rows, N), (L', Hq, rows)."""
+        """Pool rows of all sparse layers: q (L', Hq, rows, D) -> (L', heads, rows, N), as in the history, and the rows'
+        log-sum-exps (L', Hq, rows)."""
         keys = self.kv[0, self.dense_layers :].flatten(0, 1)  # (L' * Hk, capacity, b, D)
         pooled, lse = kernels.pool_history(q.flatten(0, 1), keys, n_tokens, stride, self.backend)
-        return pooled.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+        return group_mean(pooled.unflatten(0, q.shape[:2]), self.heads), lse.unflatten(0, q.shape[:2])
+
+    def begin_pooling(self, q, n_tokens):
+        """Pool one row per layer; returns a function that gives it."""
+        pooled = self.pool(q, n_tokens)
+        return lambda: pooled
 
     def write_rows(self, lse, rows):
-        """The rows (L' * heads, capacity) that this step's attention leaves, from its lse (L', Hq)."""
-        lists = self.columns, self.starts.flatten(), self.lengths.flatten()
-        kernels.write_rows(self.block_max, lse.flatten(), *lists, rows, self.block_size, self.backend)
+        """The rows (L' * heads, capacity) that this step's attention leaves, from its lse (L' * Hq,)."""
+        lists = self.lists.columns, self.lists.first.flatten(), self.lists.lengths.flatten()
+        kernels.write_rows(self.block_max, lse, *lists, rows, self.block_size, self.backend)
 
 
 class OffloadedCache:
     """Stands in for KVCache where K and V live in host memory, a block's K and V side by side.
 
-    The device has slots: for each sparse layer heads * K that hold the selected blocks, and for each head those of the
-    sink and of the tail. A new selection copies only the blocks that no slot holds yet. A block is written to the host
-    when it is full. Calibration pools the keys in host memory, where they are. Dense layers stay on the device.
+    The device has slots: for each sparse layer those of the selected blocks and spare ones, and for each head those of
+    the sink and of the tail. A new selection copies only the blocks that no slot holds yet, into spare slots, while
+    tokens that attend to the selection before it go on. A calibration runs where the keys are: a thread pools them in
+    host memory. Before each of both the tail's new blocks are written to the host. Dense layers stay on the device.
     """
 
     holds_everything = False
@@ -619,20 +804,33 @@ class OffloadedCache:
         self.dense_layers = min(c.dense_layers, m.n_layers)
         self.dense = KVCache(c, m, heads, capacity_tokens, dtype, device, backend, n_layers=self.dense_layers)
         self.keeps_rows = c.history_rows == "every"
-        self.sink = c.sink_tokens // c.block_size
-        self.ring = c.tail_blocks(capacity_tokens)
-        self.selectable = heads * c.topk_blocks  # slots of a layer that hold selected blocks
-        sparse, block = m.n_layers - self.dense_layers, (2, c.block_size, m.head_dim)
-        pinned = self.device.type == "cuda"
-        self.host = torch.zeros(sparse, m.n_kv_heads, self.capacity, *block, dtype=dtype, pin_memory=pinned)
+        self.sink, self.ring = c.sink_tokens // c.block_size, c.tail_blocks(capacity_tokens)
+        self.selectable = self.selected_slots(c, heads, capacity_tokens)
+        n_layers, block = m.n_layers - self.dense_layers, (2, c.block_size, m.head_dim)
+        host = n_layers, m.n_kv_heads, self.capacity, *block
+        self.host = host_memory(host, dtype, self.device, self)  # (L', Hk, capacity, 2, b, D)
         n_slots = self.selectable + heads * (self.sink + self.ring)
-        self.slots = torch.zeros(sparse, n_slots, *block, dtype=dtype, device=device)  # (L', slots, 2, b, D)
+        self.slots = torch.zeros(n_layers, n_slots, *block, dtype=dtype, device=device)  # (L', slots, 2, b, D)
         self.home = self.slots[:, self.selectable :].unflatten(1, (heads, -1))  # (L', heads, sink + ring, 2, b, D)
-        self.held = torch.full((sparse, self.selectable), -1, dtype=torch.int32, device=device)  # ids in the slots
+        self.held = torch.full((n_layers, self.selectable), -1, dtype=torch.int32, device=device)  # ids in the slots
         self.lists = None
+        self.written = 0  # tokens that the host has
+        self.worker = None
+        if uses_streams(self.device):
+            self.worker = ThreadPoolExecutor(1, "pooling")
+            self.host_q = host_memory((n_layers, m.n_heads, 1, m.head_dim), dtype, self.device, self)
+            row = n_layers, heads, 1, self.capacity
+            self.host_rows = host_memory(row, torch.float32, self.device, self)
+            self.host_lse = host_memory((n_layers, m.n_heads, 1), torch.float32, self.device, self)
         self.fetched = torch.zeros((), dtype=torch.int64, device=device)  # blocks copied into slots, of all heads
         self.selected = 0  # blocks selected, of all heads
         self.written_bytes = 0  # to the host
+
+    @staticmethod
+    def selected_slots(c, heads, n_tokens):
+        """Slots of a layer for selected blocks: heads * K, and spare ones for all that a selection may bring."""
+        rows, k = (1, heads * c.topk_blocks) if c.share_budget == "layer" else (heads, c.topk_blocks)
+        return heads * c.topk_blocks + max(rows * c.exchanged(k), heads * c.new_blocks(n_tokens))
 
     @property
     def block_bytes(self) -> int:
@@ -654,6 +852,7 @@ class OffloadedCache:
         """Store k, v (Hk, T, D). Returns the keys in blocks (Hk, N, b, D)."""
         if layer < self.dense_layers:
             return self.dense.write_prompt(layer, k, v)
+        n_tokens = k.shape[1]
         blocks = torch.stack((k, v), 1)  # (Hk, 2, T, D)
         blocks = F.pad(blocks, (0, 0, 0, -k.shape[1] % self.block_size)).unflatten(2, (-1, self.block_size))
         blocks = blocks.transpose(1, 2)  # (Hk, N, 2, b, D)
@@ -662,41 +861,54 @@ class OffloadedCache:
         for block in {*range(min(self.sink, n_blocks)), *range(max(0, n_blocks - self.ring), n_blocks)}:
             each = blocks[:, block].repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, 2, b, D)
             self.home[layer, :, self.home_of(block)] = each
+        self.written = n_tokens
         return blocks[:, :, 0]
 
-    def begin_token(self, n_tokens):
-        self.n_tokens = self.dense.n_tokens = n_tokens
-        if self.lists is not None:
-            self.lengths = self.lists.lengths.int()  # (L', heads)
+    def begin_token(self, n_tokens, lists):
+        """As KVCache.begin_token."""
+        self.dense.begin_token(n_tokens, None)
+        if lists is not self.lists:
+            self.lists = lists
+            self.block_max = self.slots.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
+
+    def advance(self):
+        self.dense.advance()
+
+    def pool_and_lists(self, layer):
+        """As KVCache.pool_and_lists, of a sparse layer."""
+        sparse = layer - self.dense_layers
+        k, v = self.slots.flatten(0, 1).unbind(1)  # (L' * slots, b, D) each
+        return k, v, self.lists.table, self.lists.first[sparse], self.lists.lengths[sparse]
 
     def write_token(self, layer, k, v):
-        """Store k, v (Hk, 1, D) of the current token in its block's slots."""
+        """Store k, v (Hk, D) of the current token in its block's slots."""
         if layer < self.dense_layers:
             return self.dense.write_token(layer, k, v)
-        block, offset = divmod(self.n_tokens - 1, self.block_size)
-        kv = torch.cat((k, v), 1).repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, 2, D)
-        self.home[layer - self.dense_layers, :, self.home_of(block), :, offset] = kv
+        kernels.append_token(k, v, *self.pool_and_lists(layer), self.backend)
 
-    def end_token(self, n_tokens):
-        if n_tokens % self.block_size == 0:
-            self.write_back(n_tokens // self.block_size - 1)
+    def keep(self, n_tokens):
+        """Write the blocks that the host does not have yet back to it, up to a text of n_tokens."""
+        if n_tokens <= self.written:
+            return
+        block = torch.arange(self.written // self.block_size, -(-n_tokens // self.block_size), device=self.device)
+        layer = torch.arange(len(self.slots), device=self.device)[:, None, None]  # (L', 1, 1)
+        kv_head = torch.arange(self.n_kv_heads, device=self.device)[:, None]  # (Hk, 1)
+        head = kv_head * (self.heads // self.n_kv_heads)  # the first of those that share a KV head
+        slot = self.selectable + head * (self.sink + self.ring) + self.home_of(block)  # (Hk, blocks)
+        source = (layer * self.slots.shape[1] + slot).flatten().int()  # (L' * Hk * blocks,)
+        target = ((layer * self.n_kv_heads + kv_head) * self.capacity + block).flatten().int()
+        blocks = self.slots.flatten(0, 1).flatten(1), self.host.flatten(0, 2).flatten(1)
+        kernels.copy_blocks(*blocks, source, target, self.backend)
+        self.written = n_tokens
+        self.written_bytes += len(source) * self.block_bytes
 
-    def write_back(self, block):
-        """Copy a block of the tail to the host, in all layers."""
-        source = self.home[:, :: self.heads // self.n_kv_heads, self.home_of(block)]  # (L', Hk, 2, b, D)
-        self.host[:, :, block].copy_(source)
-        self.written_bytes += source.numel() * source.element_size()
-
-    def select(self, lists, layers=slice(None)):
+    def select(self, lists):
         """Copy the selected blocks that no slot holds yet, and note which slots the lists are in."""
-        assert layers == slice(None)
-        self.lists, n_layers = lists, len(lists.ids)
-        layer = torch.arange(n_layers, device=lists.ids.device)[:, None]  # (L', 1)
+        layer = torch.arange(len(lists.ids), device=lists.ids.device)[:, None]  # (L', 1)
         wanted = lists.ids.gather(1, lists.places).int()  # (L', k)
-        wanted = F.pad(wanted, (0, self.selectable - wanted.shape[1]), value=-1)  # (L', heads * K)
         slots, fetch, self.held = kernels.assign_slots(wanted, self.held, self.backend)
         source = (layer * self.n_kv_heads + fetch // self.capacity * self.n_kv_heads // self.heads) * self.capacity
-        source = torch.where(fetch < 0, -1, source + fetch % self.capacity)  # (L', heads * K): blocks of the host
+        source = torch.where(fetch < 0, -1, source + fetch % self.capacity)  # (L', k): blocks of the host
         row = layer * self.slots.shape[1]  # (L', 1): a layer's first slot
         kernels.copy_blocks(
             self.host.flatten(0, 2).flatten(1), self.slots.flatten(0, 1).flatten(1),
@@ -706,17 +918,12 @@ class OffloadedCache:
         self.selected += lists.places.numel()
         head, block = lists.ids // self.capacity, lists.ids % self.capacity  # (L', A)
         table = self.selectable + head * (self.sink + self.ring) + self.home_of(block)
-        table.scatter_(1, lists.places, slots[:, : lists.places.shape[1]].long())
-        self.table = (row + table).flatten().int()  # (L' * A,)
-        self.columns, self.starts = lists.flat()
-        self.block_max = self.slots.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
+        lists.table.copy_((row + table.scatter_(1, lists.places, slots.long())).flatten())
 
     def attend(self, layer, q):
         """As KVCache.attend."""
-        k, v = self.slots.flatten(0, 1).unbind(1)  # (L' * slots, b, D) each
         block_max = self.block_max if self.keeps_rows or self.backend == "triton" else None
-        lists = self.table, self.starts[layer], self.lengths[layer], block_max
-        return kernels.sparse_decode(q, k, v, *lists, self.backend)
+        return kernels.sparse_decode(q, *self.pool_and_lists(layer + self.dense_layers), block_max, self.backend)
 
     def attend_all(self, layer, q):
         """A dense layer's attention."""
@@ -724,10 +931,31 @@ class OffloadedCache:
 
     def pool(self, q, n_tokens, stride=1):
         """As KVCache.pool, on the host: the queries go there, the rows come back."""
-        self.write_back((self.n_tokens - 1) // self.block_size)
+        rows, lse = self.pool_on_host(q.cpu(), n_tokens, stride)
+        return rows.to(q.device), lse.to(q.device)
+
+    @torch.inference_mode()
+    def pool_on_host(self, q, n_tokens, stride=1):
+        """`pool` with q and results in host memory; the keys must be there already."""
         keys = self.host.flatten(0, 1)[:, :, 0]  # (L' * Hk, capacity, b, D)
-        pooled, lse = kernels.pool_history(q.flatten(0, 1).cpu(), keys, n_tokens, stride, "torch")
-        return pooled.unflatten(0, q.shape[:2]).to(q.device), lse.unflatten(0, q.shape[:2]).to(q.device)
+        pooled, lse = kernels.pool_history(q.flatten(0, 1), keys, n_tokens, stride, "torch")
+        return group_mean(pooled.unflatten(0, q.shape[:2]), self.heads), lse.unflatten(0, q.shape[:2])
+
+    def begin_pooling(self, q, n_tokens):
+        """As KVCache.begin_pooling. Beside a GPU a thread pools, as soon as queries and keys are in host memory."""
+        if not self.worker:
+            pooled = self.pool(q, n_tokens)
+            return lambda: pooled
+        self.host_q.copy_(q.contiguous(), non_blocking=True)  # (L', Hq, 1, D)
+        pooled = self.worker.submit(self.pool_after, torch.cuda.current_stream().record_event(), n_tokens)
+        return lambda: [x.to(self.device, non_blocking=True) for x in pooled.result()]
+
+    def pool_after(self, event, n_tokens):
+        """What the thread does: pool, and leave the results in pinned memory."""
+        event.synchronize()
+        results = self.pool_on_host(self.host_q, n_tokens)
+        pinned = self.host_rows, self.host_lse
+        return [p.flatten()[: x.numel()].view(x.shape).copy_(x) for p, x in zip(pinned, results)]
 
     write_rows = KVCache.write_rows
 
@@ -761,8 +989,7 @@ def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch
 def decode_one_token(model: Llama, decoder: SparseDecoder, token: torch.Tensor) -> torch.Tensor:
     """Append token (1,), attend sparsely, and select for later tokens when it is time. Returns logits (vocab,)."""
     decoder.begin_token()
-    position = torch.full((1,), decoder.n_tokens - 1, device=token.device)
-    logits = model(token, position, decoder.decode_attention)  # (vocab,)
+    logits = decoder.forward(model, token)  # (vocab,)
     began = time.perf_counter()
     decoder.finish_token()
     decoder.stats.choosing_seconds += time.perf_counter() - began
@@ -786,18 +1013,34 @@ def generate(
     generator = torch.Generator(device).manual_seed(seed)
     began = time.perf_counter()
     token = sample(prefill(model, decoder, torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
-    value = token.item()
+    token.item()  # waits for a GPU
     stats.prefill_tokens, stats.prefill_seconds = len(tokens), time.perf_counter() - began
+
+    def following():
+        stats.decode_tokens += 1
+        return sample(decode_one_token(model, decoder, token), temperature, top_p, generator)  # (1,)
+
     for left in reversed(range(max_new_tokens)):
+        began, value, ahead = time.perf_counter(), read_later(token), left and uses_streams(device)
+        token = following() if ahead else token  # launched before the host knows the token that it follows
+        value = value()
+        stats.decode_seconds += time.perf_counter() - began
         if value in model.config.eos_token_ids:
             return
         yield value
-        if left:
+        if left and not ahead:
             began = time.perf_counter()
-            token = sample(decode_one_token(model, decoder, token), temperature, top_p, generator)  # (1,)
-            value = token.item()
-            stats.decode_tokens += 1
+            token = following()
             stats.decode_seconds += time.perf_counter() - began
+
+
+def read_later(token) -> Callable[[], int]:
+    """Begin to copy a token (1,) to the host; returns a function that waits for its value."""
+    if not uses_streams(token.device):
+        return token.item
+    value = torch.empty(1, dtype=token.dtype, pin_memory=token.is_cuda).copy_(token, non_blocking=True)
+    copied = torch.cuda.current_stream().record_event()
+    return lambda: (copied.synchronize(), value.item())[1]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -868,7 +1111,8 @@ def add_method_options(parser):
     for f in dataclasses.fields(Config):
         paper = "" if f.metadata["paper"] == f.default else f"; paper: {f.metadata['paper']}"
         default = "" if f.default is None else f" (default: {f.default}{paper})"
-        kind = str if f.metadata["choices"] else auto_or_int if f.type == int | str else int
+        number = float if f.type is float else int
+        kind = str if f.metadata["choices"] else auto_or_int if f.type == int | str else number
         option = "--" + f.name.replace("_", "-")
         group.add_argument(
             option,
@@ -881,6 +1125,7 @@ def add_method_options(parser):
 
 def config_of(args) -> Config:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    given = (Config.OFFLOADED if getattr(args, "offload", False) else {}) | given
     return Config.paper(**given) if args.paper else Config(**given)
 
 
@@ -901,6 +1146,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights; auto: bfloat16")
     group.add_argument("--backend", default="auto", choices=backends, help="auto: triton on a GPU, else torch")
     group.add_argument("--offload", action="store_true", help="keep the KV cache in host memory")
+    group.add_argument("--no-graph", action="store_true", help="launch every kernel anew, without a CUDA graph")
     group.add_argument("--dense", action="store_true", help="attend to everything in every layer")
 
     group = parser.add_argument_group("sampling")
@@ -981,8 +1227,10 @@ def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, backend, of
     every_block = m.n_kv_heads * c.n_blocks(capacity_tokens) * block  # of one layer
     rows = 2 * heads * c.history_len * c.n_blocks(capacity_tokens) * HISTORY_DTYPE.itemsize  # history, contributions
     kept = m.n_heads * c.history_len * m.head_dim * dtype.itemsize  # queries
-    slots = heads * (c.sink_tokens // c.block_size + c.topk_blocks + c.tail_blocks(capacity_tokens)) * block
-    sparse = rows + kept + (slots if offload or (backend == "torch" and not c.fits(capacity_tokens)) else 0)
+    slots = heads * (c.sink_tokens // c.block_size + c.tail_blocks(capacity_tokens))
+    slots += OffloadedCache.selected_slots(c, heads, capacity_tokens) if offload else heads * c.topk_blocks
+    copied = offload or (backend == "torch" and not c.fits(capacity_tokens))
+    sparse = rows + kept + slots * block * copied
     resident = m.n_layers - (m.n_layers - dense) * offload
     return resident * every_block + (m.n_layers - dense) * sparse, (m.n_layers - resident) * every_block
 
@@ -1024,7 +1272,9 @@ def run(args, make_decoder=SparseDecoder) -> SparseDecoder:
         raise InputError(f"the prompt has {len(tokens):,} tokens, the model's context {m.context_len:,}: shorten it")
     max_new_tokens = min(args.max_new_tokens, room)
     check_memory(config, m, len(tokens) + max_new_tokens, model.kv_dtype, device, backend, args.offload)
-    decoder = make_decoder(config, model, predictor, len(tokens) + max_new_tokens, backend, args.offload)
+    decoder = make_decoder(
+        config, model, predictor, len(tokens) + max_new_tokens, backend, args.offload, not args.no_graph
+    )
     stream = TextStream(tokenizer)
     try:
         for token in generate(model, decoder, tokens, max_new_tokens, args.temperature, args.top_p, args.seed):

@@ -3,7 +3,8 @@
     1. pool_history    queries x keys      ->  block-max attention probabilities, one row per query
     2. predict         rows of history     ->  one score per block
     3. select_blocks   scores              ->  the best blocks
-    4. sparse_decode   query, those blocks ->  attention output; `write_rows` makes the next row of history
+    4. sparse_decode   query, those blocks ->  attention output, after `append_token` has stored the token's K and V;
+                                               `write_rows` makes the next row of history
     5. copy_blocks     host memory         ->  device slots, for the blocks that `assign_slots` does not find there
 
 Each section gives the mathematics, a PyTorch reference that can be checked by eye, the Triton kernel, and the launcher
@@ -706,6 +707,51 @@ def sparse_decode(q, k_pool, v_pool, table, starts, lengths, block_max, backend=
     return out, lse
 
 
+def append_token_reference(k, v, k_pool, v_pool, table, starts, lengths):
+    """See `append_token`."""
+    last = lengths.long() - 1  # (heads,)
+    block_size, shared = k_pool.shape[1], len(starts) // len(k)
+    address = table[starts + last // block_size].long()  # (heads,)
+    for pool, new in ((k_pool, k), (v_pool, v)):
+        pool[address, last % block_size] = new.repeat_interleave(shared, 0)
+
+
+# Grid: (heads,). Traffic: one key and one value.
+@triton.jit
+def _append_kernel(
+    k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, table_ptr, starts_ptr, lengths_ptr, stride_kh, stride_vh, stride_n, stride_t,
+    SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    head, d = tl.program_id(0), tl.arange(0, HEAD_DIM)
+    last = tl.load(lengths_ptr + head) - 1
+    address = tl.load(table_ptr + tl.load(starts_ptr + head) + last // BLOCK_SIZE).to(tl.int64)
+    cell = address * stride_n + last % BLOCK_SIZE * stride_t + d  # (D,)
+    kv_head = head // SHARED
+    tl.store(k_pool_ptr + cell, tl.load(k_ptr + kv_head * stride_kh + d))
+    tl.store(v_pool_ptr + cell, tl.load(v_ptr + kv_head * stride_vh + d))
+
+
+def append_token(k, v, k_pool, v_pool, table, starts, lengths, backend="torch"):
+    """Store the key and the value of a token at the end of every list.
+
+    k, v                                  (Hk, D); the lists of heads / Hk selection heads get the same
+    k_pool, v_pool, table, starts, lengths  as in `sparse_decode`; the lengths, at least 1, count the token already
+    """
+    heads, (n_kv_heads, head_dim) = len(starts), k.shape
+    assert heads % n_kv_heads == 0 and len(lengths) == heads and k.shape == v.shape and k_pool.shape == v_pool.shape
+    if not use_triton(backend, k.device):
+        return append_token_reference(k, v, k_pool, v_pool, table, starts, lengths)
+    check_kernel_layout(k, k_pool, v_pool)
+    assert v.stride(1) == 1 and v.dtype == k.dtype
+    assert k_pool.stride() == v_pool.stride() and table.dtype == starts.dtype == lengths.dtype == torch.int32
+    assert table.stride(0) == starts.stride(0) == lengths.stride(0) == 1
+    _append_kernel[(heads,)](
+        k, v, k_pool, v_pool, table, starts, lengths,
+        k.stride(0), v.stride(0), k_pool.stride(0), k_pool.stride(1),
+        SHARED=heads // n_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=k_pool.shape[1], num_warps=1,
+    )  # fmt: skip
+
+
 def write_rows_reference(block_max, lse, columns, starts, lengths, rows, block_size):
     """See `write_rows`."""
     heads, group = len(starts), len(block_max)
@@ -757,81 +803,87 @@ def write_rows(block_max, lse, columns, starts, lengths, rows, block_size, backe
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 5. Copying.   First the difference: a wanted block that is in a slot stays there; the others take, in order, the slots
-# of blocks that are no longer wanted. Then destination[to[i]] = source[from[i]] for every i with from[i] >= 0.
+# 5. Copying.   First the difference: a wanted block that is in a slot stays there; the others take, in order, the empty
+# slots. Then destination[to[i]] = source[from[i]] for every i with from[i] >= 0.
+#
+# A slot whose block is no longer wanted counts as empty from the next call on, not in this one: the token that runs
+# beside the copy still reads it. So there are more slots than wanted blocks: spare ones for the blocks that come.
 # --------------------------------------------------------------------------------------------------------------------
 
-ASSIGN_CELLS = 4096  # pairs of a wanted block and a slot that are compared at once
+ASSIGN_CELLS = 2048  # pairs of a wanted block and a slot that are compared at once
 COPY_PROGRAMS = 16  # use at most 16 multiprocessors, leaving the rest for compute
 COPY_CHUNK = 1024  # entries of the index lists that a program holds at once
 
 
 def assign_slots_reference(wanted, held):
     """See `assign_slots`."""
-    same = (wanted[:, :, None] == held[:, None, :]) & (wanted >= 0)[:, :, None]  # (rows, k, k)
+    same = (wanted[:, :, None] == held[:, None, :]) & (wanted >= 0)[:, :, None]  # (rows, k, s)
     found = same.any(2)  # (rows, k)
     missing = (wanted >= 0) & ~found  # (rows, k)
-    free_first = same.any(1).int().sort(dim=1, stable=True).indices  # (rows, k): the free slots first, ascending
-    taken = free_first.gather(1, (missing.cumsum(1) - 1).clamp(min=0))  # (rows, k)
+    empty_first = (held >= 0).int().sort(dim=1, stable=True).indices  # (rows, s): the empty slots first, ascending
+    taken = empty_first.gather(1, (missing.cumsum(1) - 1).clamp(min=0))  # (rows, k)
     slots = torch.where(missing, taken, torch.where(found, same.int().argmax(2), -1)).int()  # (rows, k)
-    new_held = F.pad(held, (0, 1))  # one more slot takes what is not missing
+    new_held = F.pad(torch.where(same.any(1), held, -1), (0, 1))  # one more slot takes what is not missing
     new_held.scatter_(1, torch.where(missing, taken, held.shape[1]), wanted)
     return slots, torch.where(missing, wanted, -1), new_held[:, :-1].contiguous()
 
 
 # Grid: (rows,). A program holds a row's wanted blocks in one tile and goes twice over the slots in chunks: once to find
-# the wanted blocks that are in a slot, once to give the r-th missing block the r-th free slot. Comparing every wanted
+# the wanted blocks that are in a slot, once to give the r-th missing block the r-th empty slot. Comparing every wanted
 # block with every slot needs no communication between threads other than the reductions. Traffic: the lists, a few KB.
 @triton.jit
 def _assign_kernel(
-    wanted_ptr, held_ptr, slots_ptr, fetch_ptr, new_held_ptr, k, TILE: tl.constexpr, CHUNK: tl.constexpr
+    wanted_ptr, held_ptr, slots_ptr, fetch_ptr, new_held_ptr, k, n_slots, TILE: tl.constexpr, CHUNK: tl.constexpr
 ):
-    base = tl.program_id(0).to(tl.int64) * k
+    row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, TILE)
-    wanted = tl.load(wanted_ptr + base + i, mask=i < k, other=-1)  # (TILE,)
+    wanted = tl.load(wanted_ptr + row * k + i, mask=i < k, other=-1)  # (TILE,)
     slots = tl.full((TILE,), -1, tl.int32)
-    for first in range(0, k, CHUNK):
+    for first in range(0, n_slots, CHUNK):
         slot = first + tl.arange(0, CHUNK)  # (CHUNK,)
-        held = tl.load(held_ptr + base + slot, mask=slot < k, other=-1)
+        held = tl.load(held_ptr + row * n_slots + slot, mask=slot < n_slots, other=-1)
         same = (wanted[:, None] == held[None, :]) & (wanted >= 0)[:, None]  # (TILE, CHUNK)
         slots = tl.maximum(slots, tl.max(tl.where(same, slot[None, :], -1), 1))
     missing = (wanted >= 0) & (slots < 0)  # (TILE,)
     missing_rank = tl.where(missing, tl.cumsum(missing.to(tl.int32), 0) - 1, -1)
-    n_free = 0
-    for first in range(0, k, CHUNK):
+    n_empty = 0
+    for first in range(0, n_slots, CHUNK):
         slot = first + tl.arange(0, CHUNK)  # (CHUNK,)
-        held = tl.load(held_ptr + base + slot, mask=slot < k, other=-1)
+        held = tl.load(held_ptr + row * n_slots + slot, mask=slot < n_slots, other=0)
         same = (wanted[:, None] == held[None, :]) & (wanted >= 0)[:, None]  # (TILE, CHUNK)
-        free = (slot < k) & (tl.max(same.to(tl.int32), 0) == 0)  # (CHUNK,)
-        free_rank = tl.where(free, n_free + tl.cumsum(free.to(tl.int32), 0) - 1, -2)
-        gives = missing_rank[:, None] == free_rank[None, :]  # (TILE, CHUNK)
+        empty = held < 0  # (CHUNK,)
+        empty_rank = tl.where(empty, n_empty + tl.cumsum(empty.to(tl.int32), 0) - 1, -2)
+        gives = missing_rank[:, None] == empty_rank[None, :]  # (TILE, CHUNK)
         slots = tl.maximum(slots, tl.max(tl.where(gives, slot[None, :], -1), 1))
-        block = tl.max(tl.where(gives, wanted[:, None], -1), 0)  # (CHUNK,) the block that the slot gets, or -1
-        tl.store(new_held_ptr + base + slot, tl.where(block >= 0, block, held), mask=slot < k)
-        n_free += tl.sum(free.to(tl.int32), 0)
-    tl.store(slots_ptr + base + i, slots, mask=i < k)
-    tl.store(fetch_ptr + base + i, tl.where(missing, wanted, -1), mask=i < k)
+        block = tl.max(
+            tl.where(gives | same, wanted[:, None], -1), 0
+        )  # (CHUNK,) what the slot holds from now on, or -1
+        tl.store(new_held_ptr + row * n_slots + slot, block, mask=slot < n_slots)
+        n_empty += tl.sum(empty.to(tl.int32), 0)
+    tl.store(slots_ptr + row * k + i, slots, mask=i < k)
+    tl.store(fetch_ptr + row * k + i, tl.where(missing, wanted, -1), mask=i < k)
 
 
 def assign_slots(wanted, held, backend="torch"):
     """Slots for the wanted blocks, and which of them must be copied (README: offloaded cache).
 
     wanted   (rows, k) int32: different blocks in each row, -1 for none
-    held     (rows, k) int32: the block in each slot, -1 for none
+    held     (rows, s) int32: the block in each slot, -1 for none. There must be an empty slot for each wanted block
+             that no slot holds
     returns  slots (rows, k) int32, -1 where nothing is wanted; the blocks to copy (rows, k) int32, -1 where there is
-             nothing to do; and what each slot holds afterwards (rows, k) int32
+             nothing to do; and what each slot holds afterwards (rows, s) int32, -1 for blocks that nobody wants
     """
-    assert wanted.shape == held.shape and wanted.dtype == held.dtype == torch.int32
+    assert len(wanted) == len(held) and wanted.dtype == held.dtype == torch.int32
     if wanted.numel() == 0:
-        return wanted, wanted, held
+        return wanted, wanted, torch.full_like(held, -1)
     if not use_triton(backend, wanted.device):
         return assign_slots_reference(wanted, held)
     assert wanted.is_contiguous() and held.is_contiguous()
-    rows, k = wanted.shape
+    (rows, k), n_slots = wanted.shape, held.shape[1]
     slots, fetch, new_held = torch.empty_like(wanted), torch.empty_like(wanted), torch.empty_like(held)
     tile = max(16, triton.next_power_of_2(k))
-    chunk = max(1, min(tile, ASSIGN_CELLS // tile))
-    _assign_kernel[(rows,)](wanted, held, slots, fetch, new_held, k, TILE=tile, CHUNK=chunk, num_warps=4)
+    chunk = max(1, min(triton.next_power_of_2(n_slots), ASSIGN_CELLS // tile))
+    _assign_kernel[(rows,)](wanted, held, slots, fetch, new_held, k, n_slots, TILE=tile, CHUNK=chunk, num_warps=4)
     return slots, fetch, new_held
 
 
@@ -839,7 +891,7 @@ def copy_blocks_reference(source, destination, source_index, destination_index):
     """See `copy_blocks`."""
     copied = source_index >= 0
     rows = source[source_index[copied].long().to(source.device)]
-    destination[destination_index[copied].long()] = rows.to(destination.device)
+    destination[destination_index[copied].long().to(destination.device)] = rows.to(destination.device)
 
 
 # Grid: (COPY_PROGRAMS,). Every program numbers the rows that are to be copied, and takes every COPY_PROGRAMS-th tile of
@@ -872,7 +924,7 @@ def _copy_kernel(
 
 
 def copy_blocks(source, destination, source_index, destination_index, backend="torch"):
-    """Copy blocks of (pinned host) memory into device slots (README: offloaded cache).
+    """Copy blocks from (pinned) host memory into device slots, or back (README: offloaded cache).
 
     source             (blocks, elements): one block's K and V in each row
     destination        (slots, elements), same dtype, written in place
@@ -880,7 +932,7 @@ def copy_blocks(source, destination, source_index, destination_index, backend="t
     destination_index  (n,) int32, no slot twice
     """
     assert source.dtype == destination.dtype and source.shape[1] == destination.shape[1]
-    if not use_triton(backend, destination.device):
+    if not use_triton(backend, source_index.device):
         return copy_blocks_reference(source, destination, source_index, destination_index)
     assert source.stride(1) == destination.stride(1) == 1
     size = source.element_size()

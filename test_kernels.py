@@ -507,6 +507,29 @@ def test_attend_lists(combination, lengths, large, with_block_max, seed):
 
 
 @BACKENDS
+@given(ATTENTION, st.lists(st.integers(1, 70), min_size=1, max_size=3), st.sampled_from([1, 2, 3]), SEEDS)
+def test_append_token(backend, combination, lengths, shared, seed):
+    """Each of `shared` lists in a row gets the same key and value, behind its last token; all else stays."""
+    dtype, head_dim, block_size, _ = combination
+    lengths, n_kv_heads = [n for n in lengths for _ in range(shared)], len(lengths)
+    n_blocks = sum(-(-length // block_size) for length in lengths)
+    lists = Lists(lengths, n_blocks, block_size, seed)
+    order = int32(torch.randperm(n_blocks, generator=torch.Generator().manual_seed(seed)))
+    lists.table[lists.listed.any(0)] = order  # no block is in two lists
+    pool = Embedded(normal(seed, n_blocks, 2, block_size, head_dim, dtype=dtype))
+    heads = Embedded(normal(seed + 1, 2, n_kv_heads, head_dim, dtype=dtype))
+    (k, v), expected = heads.view, pool.view.clone()
+    for h, length in enumerate(lengths):
+        block = lists.table[lists.starts[h] + (length - 1) // block_size]
+        for i in range(2):
+            expected[block, i, (length - 1) % block_size] = heads.view[i, h // shared]
+    with guarded(heads.whole, lists.table, lists.starts, lists.lengths):
+        kernels.append_token(k, v, *pool.view.unbind(1), lists.table, lists.starts, lists.lengths, backend=backend)
+    pool.assert_intact()
+    assert same_bits(pool.view, expected)
+
+
+@BACKENDS
 @given(
     st.lists(st.sampled_from([0, 1]) | st.integers(0, 300), min_size=1, max_size=4), st.sampled_from([1, 3, 4, 17]),
     st.sampled_from([torch.float32, torch.float16]), SEEDS,
@@ -552,38 +575,50 @@ def test_write_rows(backend, lengths, group, dtype, seed):
 class Slots(RuleBasedStateMachine):
     """Blocks wanted again and again, against a dictionary from slots to blocks for each row."""
 
-    @initialize(rows=st.integers(1, 3), k=st.sampled_from([1, 2, 3, 15, 16, 17, 40]), seed=SEEDS)
-    def empty_slots(self, rows, k, seed):
+    @initialize(
+        rows=st.integers(1, 3), k=st.sampled_from([1, 2, 3, 15, 16, 17, 40]), spare=st.integers(0, 9), seed=SEEDS
+    )
+    def empty_slots(self, rows, k, spare, seed):
         self.generator = torch.Generator().manual_seed(seed)
-        self.rows, self.k = rows, k
-        self.held = [{slot: -1 for slot in range(k)} for _ in range(rows)]
+        self.k, self.spare = k, spare
+        self.held = [{slot: -1 for slot in range(k + spare)} for _ in range(rows)]
         if seed % 2:  # the slots as some earlier selection left them, in any order
             for held in self.held:
-                held.update(enumerate(torch.randperm(3 * k, generator=self.generator)[:k].tolist()))
+                blocks = torch.randperm(3 * k, generator=self.generator)[:k].tolist() + [-1] * spare
+                held.update(enumerate(blocks[i] for i in torch.randperm(k + spare, generator=self.generator)))
 
     @rule(share=st.sampled_from([0.0, 0.3, 0.9, 1.0]), spread=st.sampled_from([1, 2, 5]))
     def want(self, share, spread):
-        wanted = torch.stack([torch.randperm(self.k * spread, generator=self.generator)[: self.k] for _ in self.held])
-        wanted[torch.rand(wanted.shape, generator=self.generator) >= share] = -1
+        """Any blocks, no more of them new than there are empty slots."""
+        wanted = torch.full((len(self.held), self.k), -1)
+        for row, held in zip(wanted, self.held):
+            blocks = torch.randperm(self.k * spread, generator=self.generator)[: int(share * self.k)]
+            new = [block for block in blocks.tolist() if block not in held.values()]
+            refused = new[list(held.values()).count(-1) :]
+            row[: len(blocks)] = torch.where(torch.isin(blocks, torch.tensor(refused, dtype=torch.int64)), -1, blocks)
+            row.copy_(row[torch.randperm(self.k, generator=self.generator)])
         self.check(int32(wanted))
 
     @rule()
     def want_the_same_in_another_order(self):
+        wanted = [[block for block in held.values() if block >= 0] for held in self.held]
+        wanted = [blocks + [-1] * (self.k - len(blocks)) for blocks in wanted]
         order = torch.randperm(self.k, generator=self.generator).tolist()
-        self.check(int32([[held[slot] for slot in order] for held in self.held]))
+        self.check(int32([[blocks[i] for i in order] for blocks in wanted]))
 
     def check(self, wanted):
         before = int32([list(held.values()) for held in self.held])
         expected_slots, expected_fetch = torch.full_like(wanted, -1), torch.full_like(wanted, -1)
         for row, (held, blocks) in enumerate(zip(self.held, wanted.tolist())):
             slot_of = {block: slot for slot, block in held.items() if block >= 0}
-            free = [slot for slot, block in held.items() if block < 0 or block not in blocks]
+            empty = [slot for slot, block in held.items() if block < 0]
             for i, block in enumerate(blocks):
                 if block >= 0:
                     if block not in slot_of:
-                        slot_of[block], expected_fetch[row, i] = free.pop(0), block
+                        slot_of[block], expected_fetch[row, i] = empty.pop(0), block
                         held[slot_of[block]] = block
                     expected_slots[row, i] = slot_of[block]
+            held.update({slot: -1 for slot, block in held.items() if block not in blocks})
         after = int32([list(held.values()) for held in self.held])
         for backend in ("torch", "triton"):
             with guarded(wanted, before, ASSIGN_CELLS=256):  # 16 slots at once, or fewer
@@ -600,16 +635,18 @@ test_assign_slots.settings = settings(settings.get_profile("kernels"), max_examp
 
 @BACKENDS
 def test_assign_many_slots(backend):
-    """2,048 slots, half of them to be filled anew; and rows of nothing."""
-    held = int32(torch.randperm(2048, generator=torch.Generator().manual_seed(0))[None])
-    wanted = (held.flip(1) + 1024).contiguous()
-    with guarded(wanted, held, ASSIGN_CELLS=2**17):
+    """2,048 blocks, half of them new, and as many spare slots; and rows of nothing."""
+    held = int32(F.pad(torch.randperm(2048, generator=torch.Generator().manual_seed(0))[None], (0, 1024), value=-1))
+    wanted = (held[:, :2048].flip(1) + 1024).contiguous()
+    with guarded(wanted, held, ASSIGN_CELLS=2**18):
         slots, fetch, new_held = kernels.assign_slots(wanted, held, backend)
     assert torch.equal(new_held[0, slots[0].long()], wanted[0])
     assert torch.equal(fetch >= 0, wanted >= 2048) and torch.equal(fetch[fetch >= 0], wanted[wanted >= 2048])
     assert torch.equal(new_held[0, held[0] >= 1024], held[0, held[0] >= 1024]), "a wanted block left its slot"
+    assert (new_held >= 0).sum() == 2048, "a block that nobody wants kept its slot"
     empty = int32(torch.zeros(4, 0))
-    assert all(result.shape == (4, 0) for result in kernels.assign_slots(empty, empty, backend))
+    assert all(result.shape[0] == 4 for result in kernels.assign_slots(empty, held[:, :9].expand(4, 9), backend))
+    assert (kernels.assign_slots(empty, held[:, :9].expand(4, 9), backend)[2] == -1).all()
 
 
 def random_bits(generator, rows, elements, dtype):
@@ -680,6 +717,9 @@ DISTANT = {  # shapes and dtype of the distant tensors; what is done with them, 
     ),
     "predict": ([(5, 4)] * 2, HALF, lambda x, p: kernels.predict(x, p, 2, 0, 0, 4, 0, WEIGHTS, "triton")),
     "select": ([(40,)], torch.float32, lambda scores: kernels.select_blocks(scores, 7, "triton")),
+    "append": (
+        [(8, 16)] * 2, HALF, lambda k, v: kernels.append_token(Q[:1], Q[1:2], k, v, I([2]), I([0]), I([5]), "triton")
+    ),
     "decode": ([(8, 16)] * 2, HALF, lambda k, v: kernels.sparse_decode(Q, k, v, *LIST, MAXIMA, "triton")),
     "rows": (
         [(6,)], HALF,

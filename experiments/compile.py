@@ -75,8 +75,10 @@ def run_launchers(m, c):
         scores = kernels.predict(history, contributions, *shape, weights, backend="triton")
     kernels.select_blocks(scores.view(n_layers, -1), k, backend="triton")
     kernels.select_blocks(scores, c.topk_blocks, backend="triton")
-    q = empty(n_heads, 1, head_dim)[:, 0]
+    q, token = empty(n_heads, 1, head_dim)[:, 0], empty(heads, 1, head_dim)[:, 0]
     cache = keys.flatten(0, 2)
+    kernels.append_token(token, token, cache, cache, table, *lists, backend="triton")
+    kernels.append_token(token, token, *slots.unbind(1), table, *lists, backend="triton")
     kernels.sparse_decode(q, cache, cache, table, *lists, block_max, backend="triton")
     kernels.sparse_decode(q, *slots.unbind(1), table, *lists, block_max, backend="triton")
     every_max = empty(group, len(every_block), dtype=torch.float32)
@@ -84,7 +86,7 @@ def run_launchers(m, c):
     lse, columns = empty(n_layers * n_heads, dtype=torch.float32), int32(len(table))
     of_all_layers = int32(n_layers * heads), int32(n_layers * heads)
     kernels.write_rows(block_max, lse, columns, *of_all_layers, history[:, 0], c.block_size, backend="triton")
-    kernels.assign_slots(int32(n_layers, k), int32(n_layers, k), backend="triton")
+    kernels.assign_slots(int32(n_layers, k), int32(n_layers, k + c.exchanged(k)), backend="triton")
     kernels.copy_blocks(host, slots.flatten(1), int32(n_layers * k), int32(n_layers * k), backend="triton")
 
 
@@ -98,7 +100,7 @@ def record(model, amd):
         launches.append(Launch(kernel, grid, arguments, {n: x for n, x in options.items() if n not in names}))
 
     with patch.object(kernels.triton.JITFunction, "run", run), patch.object(kernels, "is_amd", lambda: amd):
-        run_launchers(MODELS[model], Config())
+        run_launchers(MODELS[model], Config(**Config.OFFLOADED))
     return launches
 
 

@@ -280,6 +280,7 @@ def decode_together(model, decoders, tokens):
     """One token each, tokens (M,), for M decoders of the same length: the weights are read once -> logits (M, V)."""
     for decoder in decoders:
         decoder.begin_token()
+        decoder.advance()
 
     def attend(layer, q, k, v):  # (Hq, M, D), (Hk, M, D), (Hk, M, D)
         columns = zip(decoders, *(x.split(1, 1) for x in (q, k, v)))

@@ -114,8 +114,10 @@ class Recorder(SparseDecoder):
             p = (queries @ keys.mT * q.shape[-1] ** -0.5).softmax(-1).flatten(0, 1)  # (Hq, T)
             p = F.pad(p, (0, n_blocks * b - self.n_tokens)).unflatten(-1, (-1, b)).cpu()  # (Hq, N, b)
             self.mask[index] = self.attended(index, n_blocks).cpu()
-            self.row[index] = self.group_mean(p.amax(-1)[None])[0]
-            self.share.append((self.group_mean(p.sum(-1)[None])[0] * self.mask[index]).sum(-1).mean().item())
+            self.row[index] = attnpred.group_mean(p.amax(-1)[None], self.heads)[0]
+            self.share.append(
+                (attnpred.group_mean(p.sum(-1)[None], self.heads)[0] * self.mask[index]).sum(-1).mean().item()
+            )
         return out
 
     def finish_token(self):

@@ -298,9 +298,12 @@ class RivalDecoder(SparseDecoder):
             start, end = self.config.middle(self.n_tokens)
             self.count_choosing(1, start, end)
             scores = self.rival.score(Seen(self, index, start, end, q[:, 0]))  # (heads, n)
-            self.choose(scores[None], start, end, slice(index, index + 1))
+            chosen = self.choose(scores[None], start, end)
             self.attended_tokens -= self.heads  # `count_reads` adds this token
-            self.cache.begin_token(self.n_tokens)
+            for name in ("ids", "starts", "lengths", "places"):
+                getattr(self.lists, name)[index] = getattr(chosen, name)[0]
+            self.cache.select(chosen, index)
+            self.cache.advance()
         out = super().decode_attention(layer, q, k, v)  # (Hq, 1, D)
         if index >= 0 and self.measure_every and self.step % self.measure_every == 0:
             self.measure(index, q)

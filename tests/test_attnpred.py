@@ -1,6 +1,7 @@
 """The method against a naive simulation of it, the command line on the real model, and bad input."""
 
 import io
+import math
 import os
 import pathlib
 import signal
@@ -34,6 +35,7 @@ class NaiveMethod:
     def __init__(self, config, model, predictor, choose):
         self.c, self.m, self.predictor, self.choose = config, model.config, predictor, choose
         self.k, self.v, self.rows, self.selected = {}, {}, {}, {}
+        self.due, self.late = {}, {}  # by layer: the step after which a selection is made; (a step, a true row)
         self.step = 0
 
     def intervals(self, n_tokens):
@@ -41,6 +43,11 @@ class NaiveMethod:
         if m == "auto":
             m = next(2**i for i in range(3, 30) if n_tokens / 2**i <= 2 * self.c.budget)
         return m, self.c.selection_interval or m
+
+    def delay(self, n_tokens):
+        longest = min(*self.intervals(n_tokens), self.c.local_tokens) - 1
+        auto = self.c.selection_delay == "auto"
+        return min(max(1, self.intervals(n_tokens)[0] // 8), longest) if auto else self.c.selection_delay
 
     def attend(self, layer, q, k, v):
         c, m, b = self.c, self.m, self.c.block_size
@@ -54,24 +61,33 @@ class NaiveMethod:
         true = logits.masked_fill(~causal, -torch.inf).softmax(-1)
         mask = self.mask(layer, total) if self.step and layer >= c.dense_layers else None
         p = true if mask is None else logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-        interval = self.intervals(total)[0]
-        calibrated = self.step % interval == 0
+        interval, selection_interval = self.intervals(total)
+        calibrated, fits = self.step % interval == 0, layer not in self.selected
         pooled = torch.nn.functional.pad(true if calibrated else p, (0, -total % b)).unflatten(-1, (-1, b)).amax(-1)
         if c.select_heads == "kv":
             pooled = pooled.unflatten(0, (m.n_kv_heads, -1)).mean(1)  # (heads, new, N)
         rows = self.rows.setdefault(layer, [])
-        for i in range(new):
-            if c.history_rows == "every" or (calibrated and (new - 1 - i) % interval == 0):
-                rows.append(pooled[:, i])
+        due = self.step + self.delay(total) if self.step else 0
+        if self.step % selection_interval == 0:
+            self.due[layer] = due
+        if calibrated and self.step and not fits:
+            self.late[layer] = due, pooled[:, 0]
+        else:
+            for i in range(new):
+                if c.history_rows == "every" or (calibrated and (new - 1 - i) % interval == 0):
+                    rows.append(pooled[:, i])
+        if self.late.get(layer, (-1,))[0] == self.step:
+            rows.append(self.late[layer][1])
         return (p @ values).float()
 
     def mask(self, layer, total):
         """Which tokens (Hq, T) a sparse layer attends to in this step; None: all."""
         c, b = self.c, self.c.block_size
         start, end = c.sink_tokens // b, total // b - c.local_tokens // b
-        if (self.step - 1) % self.intervals(total - 1)[1] == 0 and end - start > c.topk_blocks:
+        if self.due[layer] == self.step - 1 and end - start > c.topk_blocks:
             scores = self.predictor(self.image(layer, end)[:, :, start:])  # (heads, n)
-            self.selected[layer] = self.choose(layer, scores, start, end), end  # (heads, n) bool
+            before = self.selected[layer][0] if layer in self.selected else None
+            self.selected[layer] = self.choose(layer, scores, before, start, end), end  # (heads, n) bool
         if layer not in self.selected:
             return None
         chosen, end = self.selected[layer]
@@ -88,18 +104,37 @@ class NaiveMethod:
         return image
 
 
+def check_selection(kept, scores, before, limit, tolerance):
+    """Are the kept blocks (n,) bool those of the highest scores (n,), but for the limit to what may be new?"""
+    allowed = torch.ones_like(kept)
+    if before is not None:
+        new = kept & ~before
+        assert new.sum() <= limit, "more blocks were exchanged than may be"
+        if (
+            new.sum() == limit
+        ):  # then the new ones must be the best of all others, and the rest the best of the old ones
+            assert scores[new].amin() >= scores.masked_fill(before | kept, -torch.inf).amax() - tolerance
+            allowed = before | new
+    worst, best_left = scores[kept].amin(), scores.masked_fill(kept | ~allowed, -torch.inf).amax()
+    assert worst >= best_left - tolerance, "a block with a lower score was selected"
+
+
 @st.composite
 def configurations(draw):
     b = draw(st.sampled_from([8, 16]))
     sink, local = b * draw(st.integers(0, 2)), b * draw(st.integers(1, 2))
+    m, p = draw(st.sampled_from([1, 2, 3, 4, 5, "auto"])), draw(st.sampled_from([None, None, 1, 2, 3, 7, 19]))
+    shortest = min(8 if m == "auto" else m, p or 8)
     return Config(
+        selection_delay=draw(st.sampled_from([0, "auto", shortest - 1, shortest // 2])),
+        swap_share=draw(st.sampled_from([1.0, 0.4, 0.01])),
         block_size=b,
         history_len=draw(st.integers(5, 12)),
         sink_tokens=sink,
         local_tokens=local,
         budget=sink + local + b * draw(st.integers(0, 4)),
-        calibration_interval=draw(st.sampled_from([1, 2, 3, 4, 5, "auto"])),
-        selection_interval=draw(st.sampled_from([None, None, 1, 2, 3, 7, 19])),
+        calibration_interval=m,
+        selection_interval=p,
         history_rows=draw(st.sampled_from(["every", "true"])),
         dense_layers=draw(st.sampled_from([0, 0, 1, 3])),
         share_budget=draw(st.sampled_from(["layer", "head"])),
@@ -109,6 +144,8 @@ def configurations(draw):
 
 GROWS = Config(block_size=8, sink_tokens=0, local_tokens=8, budget=16, history_len=6)  # auto M goes from 8 to 16 at 257
 OUTGROWS = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_len=7, calibration_interval=2)
+LATE = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, calibration_interval=4, selection_delay=2,
+              swap_share=0.3, history_rows="every", history_len=6)  # fmt: skip
 STRIDES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibration_interval=5, history_rows="true",
                  selection_interval=3, history_len=6)  # fmt: skip
 
@@ -120,6 +157,7 @@ STRIDES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibra
 @example(GROWS, 240, 0, (2, 2), False)
 @example(OUTGROWS, 30, 1, (2, 2), False)
 @example(STRIDES, 31, 2, (2, 2), False)
+@example(LATE, 150, 5, (2, 2), False)
 @example(STRIDES, 200, 3, (3, 1), True)
 def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, narrow):
     model, predictor = tiny_llama(n_kv_heads=heads[0], group=heads[1], seed=seed), random_predictor(seed)
@@ -128,14 +166,19 @@ def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, n
     with mock.patch.object(attnpred, "HISTORY_DTYPE", torch.float16 if narrow else torch.float32):
         decoder = SparseDecoder(config, model, predictor, prompt_len + 40)
 
-    def choose(layer, scores, start, end):
+    def choose(layer, scores, before, start, end):
         kept = decoder.attended(layer - decoder.dense_layers, end)[:, start:]  # (heads, n)
-        n_lists = 1 if config.share_budget == "layer" else len(kept)
-        per_list = lambda x: x.reshape(n_lists, -1)  # noqa: E731
-        assert (per_list(kept).sum(1) == config.topk_blocks * len(kept) // n_lists).all()
-        worst = per_list(scores.masked_fill(~kept, torch.inf)).amin(1)
-        best_left = per_list(scores.masked_fill(kept, -torch.inf)).amax(1)
-        assert (worst >= best_left - tolerance).all(), "a block with a lower score was selected"
+        if config.topk_blocks:
+            shared = config.share_budget == "layer"
+            row = (lambda x: x.reshape(1, -1)) if shared else (lambda x: x)
+            before = (
+                before if before is None else row(torch.nn.functional.pad(before, (0, end - start - before.shape[1])))
+            )
+            for i, (some_kept, some_scores) in enumerate(zip(row(kept), row(scores))):
+                k = config.topk_blocks * (len(kept) if shared else 1)
+                assert some_kept.sum() == k
+                limit = k if before is None else math.ceil(config.swap_share * k)
+                check_selection(some_kept, some_scores, None if before is None else before[i], limit, tolerance)
         return kept
 
     naive = NaiveMethod(config, model, predictor, choose)
@@ -206,6 +249,7 @@ def test_blocks_outside_the_selection_are_never_read(share_budget, select_heads)
         prefill(model, decoder, torch.arange(150) % 61)
         for step in range(1, 12):
             decoder.begin_token()
+            decoder.advance()
             clean = decoder.cache.kv.clone()
             if poison:
                 for layer in range(3):
@@ -437,7 +481,8 @@ def test_a_long_prompt_is_decoded_sparsely_and_covering_budgets_agree_with_dense
     sparse = attnpred_main(capsys, *args, "--budget", "256")
     covering = attnpred_main(capsys, *args, "--budget", "2048")
     dense = attnpred_main(capsys, *args, "--dense")
-    offloaded = attnpred_main(capsys, *args, "--budget", "256", "--offload")
+    resident = "--selection-delay", "0", "--swap-share", "1"
+    offloaded = attnpred_main(capsys, *args, "--budget", "256", "--offload", *resident)
     assert sparse[0] == covering[0] == dense[0] == offloaded[0] == 0
     assert covering[1] == dense[1] != ""
     assert "recovery" in sparse[2] and "multiply-adds" in sparse[2] and "recovery" not in dense[2]

@@ -126,7 +126,7 @@ def test_ada_snapkv_keeps_a_floor_per_head():
     decoder.notes[0]["votes"] = decoder.notes[0]["votes"] * scale
     start, end = decoder.config.middle(decoder.n_tokens)
     with torch.inference_mode():
-        decoder.choose(decoder.scores(start, end), start, end)
+        decoder.next_lists = decoder.choose(decoder.scores(start, end), start, end)
     counts = [decoder.attended(layer, end)[:, start:].sum(1).tolist() for layer in range(2)]
     assert counts[0] == [2, 8] and min(counts[1]) >= 2 and sum(counts[1]) == 10  # K = 5
 
