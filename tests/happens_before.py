@@ -114,7 +114,7 @@ class Event:
 
 
 class Future:
-    """A job of an executor. Its worker, an actor of its own, has run it at once, but may keep what it needs for long."""
+    """A job of an executor. Its worker, an actor, has run it at once, but keeps its arguments until it is joined."""
 
     def __init__(self, checker, job):
         self.checker, self.job, caller, checker.host = checker, job, checker.host, checker.worker

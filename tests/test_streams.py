@@ -1,6 +1,7 @@
 """The happens-before checker on small programs and against brute force; then the decoder under it."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -493,3 +494,66 @@ def racy_by_the_checker(program):
 @given(st.lists(ACTION, min_size=10, max_size=40))
 def test_random_programs_race_where_nothing_orders_them(program):
     assert racy_by_the_checker(program) == racy_by_brute_force(program)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The decoder
+# --------------------------------------------------------------------------------------------------------------------
+
+CONFIG = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_len=8)
+CACHES, ROWS, DELAYS = (False, True), ("true", "every"), (0, 1, 2)  # offloaded or not
+INTERVALS = [(4, 4), (3, 4), (6, 3)]  # of calibration and of selection
+CASES = [*itertools.product(CACHES, ROWS, DELAYS, INTERVALS)]
+
+
+def to_device(module):
+    for part in module.modules():
+        for named in (part._parameters, part._buffers):
+            named.update({name: tensor.data.to("cuda") for name, tensor in named.items() if tensor is not None})
+    return module
+
+
+def decode(model, predictor, offload, rows, delay, intervals, backend, steps=60):
+    """Logits (steps + 1, V) of a prompt that fits the budget and of `steps` tokens; then the decoder is dropped.
+
+    The host never waits for a token. 60 is a multiple of the intervals, so the last selection is 60 + delay tokens old.
+    """
+    config = dataclasses.replace(
+        CONFIG, history_rows=rows, selection_delay=delay, calibration_interval=intervals[0],
+        selection_interval=intervals[1],
+    )  # fmt: skip
+    steps, tokens = steps + delay, torch.arange(37 + steps + delay, device=model.device) * 7 % 61
+    decoder = SparseDecoder(config, model, predictor, len(tokens), backend=backend, offload=offload, graph=False)
+    logits = [prefill(model, decoder, tokens[:37])]
+    for token in tokens[37:, None]:
+        logits.append(decode_one_token(model, decoder, token))
+    assert not decoder.fits and decoder.step == steps
+    return torch.stack(logits)
+
+
+@functools.cache
+def checked(case, removed=None):
+    """The checker after a decoder's run, and the logits."""
+    with Checker(DECLARED, removed) as checker:
+        logits = decode(to_device(tiny_llama(n_layers=2)), to_device(random_predictor()), *case, "triton")
+        torch.zeros(1, device="cuda")  # may be given the dropped decoder's memory
+        return checker, logits.cpu()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decoding_has_no_race(case):
+    checker, logits = checked(case)
+    assert not checker.races
+    assert len(checker.streams) == 2 and all(len(stream.operations) > 100 for stream in checker.streams)
+    assert bool(checker.worker.operations) == case[0]
+    expected = decode(tiny_llama(n_layers=2), random_predictor(), *case, "torch")
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("offload", CACHES)
+def test_every_wait_is_needed(offload):
+    """Each call that orders something: without it there is a race, in one case at least."""
+    cases = [case for case in CASES if case[0] == offload]
+    for site in sorted(set.union(*(checked(case)[0].sites for case in cases))):
+        those = (case for case in cases if site in checked(case)[0].sites)
+        assert any(checked(case, site)[0].races for case in those), f"{site} is not needed"
