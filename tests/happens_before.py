@@ -28,7 +28,7 @@ followed; capturing a CUDA graph is not known.
 
 import contextlib
 import inspect
-import pathlib
+import os
 import sys
 import weakref
 from collections import Counter, defaultdict
@@ -140,9 +140,9 @@ class Memory:
 
 def bytes_of(elem, numbers):
     """The view of `numbers`, one for each byte of a storage, that has the place of the tensor in that storage."""
-    size, step = elem.element_size(), numbers.itemsize
-    strides = *(stride * size * step for stride in elem.stride()), step
-    return np.lib.stride_tricks.as_strided(numbers[elem.storage_offset() * size :], (*elem.shape, size), strides)
+    size = elem.element_size()
+    shape, strides = (*elem.shape, size), (*(4 * size * stride for stride in elem.stride()), 4)  # of int32, in bytes
+    return np.ndarray(shape, np.int32, numbers, 4 * size * elem.storage_offset(), strides)
 
 
 def change(x, function):
@@ -240,7 +240,7 @@ class Checker(TorchDispatchMode):
         frame = sys._getframe(1)
         while frame.f_code.co_filename.startswith(INTERNAL):
             frame = frame.f_back
-        return f"{pathlib.Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
     def orders(self, how):
         """Whether a call that orders something has its effect."""

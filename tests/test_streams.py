@@ -501,9 +501,12 @@ def test_random_programs_race_where_nothing_orders_them(program):
 # --------------------------------------------------------------------------------------------------------------------
 
 CONFIG = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_len=8)
-CACHES, ROWS, DELAYS = (False, True), ("true", "every"), (0, 1, 2)  # offloaded or not
-INTERVALS = [(4, 4), (3, 4), (6, 3)]  # of calibration and of selection
-CASES = [*itertools.product(CACHES, ROWS, DELAYS, INTERVALS)]
+CACHES, ROWS = (False, True), ("true", "every")  # offloaded or not; history_rows
+CASES = [  # the cache, history_rows, selection_delay, calibration_interval, selection_interval
+    *itertools.product(CACHES, ROWS, (0, 1, 2), [4], [4]),
+    *itertools.product(CACHES, ROWS, [1], [3], [4]),
+    *itertools.product(CACHES, ["true"], [2], [6], [3]),
+]
 
 
 def to_device(module):
@@ -513,21 +516,19 @@ def to_device(module):
     return module
 
 
-def decode(model, predictor, offload, rows, delay, intervals, backend, steps=60):
-    """Logits (steps + 1, V) of a prompt that fits the budget and of `steps` tokens; then the decoder is dropped.
+def decode(model, predictor, offload, rows, delay, calibration, selection, backend):
+    """Logits of a prompt that fits the budget and of 60 tokens or more; then the decoder is dropped.
 
-    The host never waits for a token. 60 is a multiple of the intervals, so the last selection is 60 + delay tokens old.
+    The host never waits for a token. The last selection has just ended (delay 0 and 1) or is under way (2).
     """
     config = dataclasses.replace(
-        CONFIG, history_rows=rows, selection_delay=delay, calibration_interval=intervals[0],
-        selection_interval=intervals[1],
-    )  # fmt: skip
-    steps, tokens = steps + delay, torch.arange(37 + steps + delay, device=model.device) * 7 % 61
+        CONFIG, history_rows=rows, selection_delay=delay, calibration_interval=calibration, selection_interval=selection
+    )
+    tokens = torch.arange(97 + min(delay, 1), device=model.device) * 7 % 61
     decoder = SparseDecoder(config, model, predictor, len(tokens), backend=backend, offload=offload, graph=False)
     logits = [prefill(model, decoder, tokens[:37])]
-    for token in tokens[37:, None]:
-        logits.append(decode_one_token(model, decoder, token))
-    assert not decoder.fits and decoder.step == steps
+    logits += [decode_one_token(model, decoder, token) for token in tokens[37:, None]]
+    assert not decoder.fits
     return torch.stack(logits)
 
 
