@@ -28,6 +28,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import kernels
 from model import Llama, LlamaConfig, ModelError, TextStream, causal_attention, load_model
@@ -35,6 +36,7 @@ from weights.fetch_llm import DEFAULT_LLM, FetchError, fetch_default_llm
 
 DEFAULT_PREDICTOR = pathlib.Path(__file__).parent / "weights" / "predictor.safetensors"
 HISTORY_DTYPE = torch.float16  # of the history and of the contributions; predictions are computed in float32
+PREFILL_CHUNK = 2048  # tokens of the prompt that run together: a multiple of every block size
 
 
 class InputError(Exception):
@@ -363,29 +365,23 @@ class SparseDecoder:
     def begin_prompt(self, n_tokens):
         self.n_tokens = n_tokens
         self.position.fill_(n_tokens - 1)
-        self.fits = not self.sparse_layers or self.config.fits(n_tokens + 1)
+        self.n_prefilled = 0  # tokens of the prompt that have run
         stride = self.config.row_stride(n_tokens)
         self.count_query(min(self.config.history_len, -(-n_tokens // stride)))
 
     def prefill_attention(self, layer, q, k, v):
-        """Dense causal attention over the prompt; K and V enter the cache, the last H rows the history.
+        """Dense causal attention of the prompt's next T tokens, to all tokens so far: one layer, one chunk.
 
-        q (Hq, T, D), k and v (Hk, T, D) -> (Hq, T, D)
+        K and V enter the cache. The queries of the prompt's history rows are kept; `select_next` pools them if the text
+        exceeds the budget. q (Hq, T, D), k and v (Hk, T, D) -> (Hq, T, D)
         """
-        k_cache = self.cache.write_prompt(layer, k, v)  # (Hk, capacity, b, D)
+        first, stride = self.n_prefilled, self.config.row_stride(self.n_tokens)
+        k, v = self.cache.write_prompt(layer, k, v, first)  # (Hk, first + T, D) each
         if layer >= self.dense_layers:
-            sparse, rows, stride = layer - self.dense_layers, self.n_queries, self.config.row_stride(self.n_tokens)
-            last = q[:, q.shape[1] - 1 - (rows - 1) * stride :: stride]  # (Hq, rows, D)
-            if self.fits:  # pooled when the text outgrows the budget, together with the rows of later tokens
-                self.queries[sparse, :, :rows] = last
-            else:
-                pooled, _ = kernels.pool_history(last, k_cache, self.n_tokens, stride, self.backend)  # (Hq, rows, N)
-                slots = (
-                    self.newest - rows + 1 + torch.arange(rows, device=q.device)
-                ) % self.config.history_len  # (rows,)
-                self.history[sparse, :, slots, : pooled.shape[-1]] = group_mean(pooled[None], self.heads)[0].to(
-                    self.history.dtype
-                )
+            oldest = self.n_tokens - 1 - (self.n_queries - 1) * stride  # position of row 0
+            row = max(0, -(-(first - oldest) // stride))  # the first row whose query is in this chunk
+            kept = q[:, oldest + row * stride - first :: stride]  # (Hq, rows in this chunk, D)
+            self.queries[layer - self.dense_layers, :, row : row + kept.shape[1]] = kept
         return causal_attention(layer, q, k, v)
 
     # One token
@@ -517,7 +513,7 @@ class SparseDecoder:
                 self.next_lists = self.choose(None, start, max(start, end))
                 self.cache.select(self.next_lists)
             return
-        if self.fits:  # the text outgrows the budget now: pool the rows of the queries kept so far
+        if self.fits:  # from now on the text exceeds the budget: pool the rows of the queries kept so far
             self.fits = False
             rows = min(self.n_queries, self.config.history_len)
             order = (self.n_queries - rows + torch.arange(rows, device=self.queries.device)) % self.config.history_len
@@ -661,11 +657,7 @@ def host_memory(shape, dtype, device, owner) -> torch.Tensor:
 
 
 class KVCache:
-    """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come.
-
-    With Triton the kernels read the blocks where they are, through a table of addresses. With the torch backend,
-    `select` copies the selected blocks together once, and the following tokens attend to this contiguous working set.
-    """
+    """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come."""
 
     holds_everything = True  # so while the text fits the budget, attend_all serves
 
@@ -678,21 +670,23 @@ class KVCache:
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.k, self.v = self.kv  # (L, Hk, capacity, b, D) each
         self.dense_layers = min(c.dense_layers, m.n_layers)
-        self.keeps_rows = c.history_rows == "every"
-        self.lists = self.working = None  # (2, L', A * b, D): the selected blocks, with the torch backend
+        self.lists = None
+        padded = backend == "torch" and self.kv.is_cpu and c.history_rows == "true"  # so kernels.attend_padded serves
+        self.padded = [] if padded else None  # a sparse layer's addresses (heads, n) each
         if backend == "triton":  # a dense layer's lists: every block of each head
             every_block = torch.arange(m.n_kv_heads * self.capacity, dtype=torch.int32, device=device)
             lengths = torch.zeros(m.n_kv_heads, dtype=torch.int32, device=device)
             self.every_block = every_block, every_block[:: self.capacity].contiguous(), lengths
             self.every_max = self.kv.new_empty(m.n_heads // m.n_kv_heads, len(every_block), dtype=torch.float32)
 
-    def write_prompt(self, layer, k, v):
-        """Store k, v (Hk, T, D). Returns the layer's keys (Hk, capacity, b, D)."""
-        self.kv[0, layer].flatten(1, 2)[:, : k.shape[1]] = k
-        self.kv[1, layer].flatten(1, 2)[:, : k.shape[1]] = v
+    def write_prompt(self, layer, k, v, first=0):
+        """Store k, v (Hk, T, D) of the tokens from `first` on. Returns K and V up to there: (Hk, first + T, D) each."""
+        self.n_tokens = first + k.shape[1]
+        tokens = self.kv[:, layer].flatten(2, 3)[:, :, : self.n_tokens]  # (2, Hk, first + T, D)
+        tokens[0, :, first:], tokens[1, :, first:] = k, v
         if self.backend == "triton":
-            self.every_block[2].fill_(k.shape[1])
-        return self.k[layer]
+            self.every_block[2].fill_(self.n_tokens)
+        return tokens
 
     def begin_token(self, n_tokens, lists):
         """The next writes and reads belong to token n_tokens - 1, which attends to these lists."""
@@ -705,10 +699,10 @@ class KVCache:
         """All lists have grown by the token."""
         if self.backend == "triton":
             self.every_block[2].add_(1)
-        elif self.lists is not None:
-            first = self.lists.starts * self.block_size  # (L', heads) places in the working set
-            self.runs = list(zip(first.tolist(), self.lists.lengths.tolist()))
-            self.newest = first + self.lists.lengths - 1  # (L', heads): the current token's copies
+        elif self.padded:  # one operation for all layers
+            lengths = self.lists.lengths  # (L', heads)
+            self.longest = (-(-lengths // self.block_size)).amax(1).tolist()  # of a layer's lists, in blocks
+            self.mask = kernels.length_mask(lengths, max(self.longest) * self.block_size)  # (L', heads, tokens)
 
     def pool_and_lists(self, layer):
         """For kernels: the blocks of K and of V (blocks, b, D), and what a layer attends to."""
@@ -720,45 +714,34 @@ class KVCache:
     def write_token(self, layer, k, v):
         """Store k, v (Hk, D) of the current token."""
         if self.backend == "triton":
-            return kernels.append_token(k, v, *self.pool_and_lists(layer), self.backend)
-        kv = torch.stack((k, v))  # (2, Hk, D)
-        self.kv[:, layer].flatten(2, 3)[:, :, self.n_tokens - 1] = kv
-        if self.working is not None and layer >= self.dense_layers:
-            kv = kv.repeat_interleave(self.heads // self.n_kv_heads, 1)  # (2, heads, D)
-            layer -= self.dense_layers
-            self.working[:, layer].index_copy_(1, self.newest[layer], kv)
+            kernels.append_token(k, v, *self.pool_and_lists(layer), self.backend)
+        else:
+            self.kv[:, layer].flatten(2, 3)[:, :, self.n_tokens - 1] = torch.stack((k, v))  # (2, Hk, D)
 
     def keep(self, n_tokens):
         """Everything is kept where it is."""
 
     def select(self, lists, first_layer=0):
-        """Make the blocks of these lists, which belong to sparse layers from first_layer on, ready for attention."""
-        ids, b = lists.ids, self.block_size  # (layers, A)
+        """Note where the blocks of these lists are, which belong to the sparse layers from first_layer on."""
+        ids = lists.ids  # (layers, A)
         layers = slice(first_layer, first_layer + len(ids))
         layer = torch.arange(layers.start, layers.stop, device=ids.device)[:, None] + self.dense_layers  # (layers, 1)
         kv_head = ids // self.capacity * self.n_kv_heads // self.heads  # (layers, A)
-        address = ((layer * self.n_kv_heads + kv_head) * self.capacity + ids % self.capacity).flatten()
-        if self.backend == "triton":
-            lists.table.copy_(address)
-            return
-        shape = 2, len(self.k) - self.dense_layers, ids.shape[1] * b, self.kv.shape[-1]
-        if self.working is None or self.working.shape != shape:
-            self.working = self.kv.new_empty(shape)  # (2, L', A * b, D)
-        for cached, copied in zip(self.kv, self.working[:, layers]):
-            blocks = cached.view(-1, b * shape[-1])  # (L * Hk * capacity, b * D)
-            torch.index_select(blocks, 0, address, out=copied.view(len(address), -1))
+        lists.table.copy_(((layer * self.n_kv_heads + kv_head) * self.capacity + ids % self.capacity).flatten())
+        if self.padded is not None:
+            end = torch.full_like(lists.starts[:, :1], ids.shape[1])  # (layers, 1)
+            sizes = lists.starts.diff(append=end).tolist()  # blocks, with room for the tokens up to the next selection
+            rows = zip(lists.table.view(ids.shape), sizes)
+            self.padded[layers] = [kernels.pad_lists(row.split(size)) for row, size in rows]
 
     def attend(self, layer, q):
         """Attention of q (Hq, D) over the lists of a sparse layer -> out (Hq, D), log-sum-exp (Hq,)."""
-        if self.backend == "triton":
-            return kernels.sparse_decode(
-                q, *self.pool_and_lists(layer + self.dense_layers), self.block_max, self.backend
-            )
-        size = self.lists.ids.shape[1]
-        block_max = self.block_max[:, layer * size : (layer + 1) * size] if self.keeps_rows else None  # (G, A)
-        k, v = self.working[:, layer]  # (A * b, D) each
-        starts, lengths = self.runs[layer]
-        return kernels.attend_lists(q, k, v, starts, lengths, self.block_size, block_max)
+        k, v, *lists = self.pool_and_lists(layer + self.dense_layers)
+        if self.padded is not None:
+            n = self.longest[layer]
+            address, mask = self.padded[layer][:, :n], self.mask[layer, :, : n * self.block_size]
+            return kernels.attend_padded(q, k, v, address, mask)  # of (heads, n), (heads, n * b)
+        return kernels.sparse_decode(q, k, v, *lists, self.block_max, self.backend)
 
     def attend_all(self, layer, q):
         """Dense attention of q (Hq, D) -> (Hq, D)."""
@@ -803,7 +786,7 @@ class OffloadedCache:
         self.capacity, self.device = c.n_blocks(capacity_tokens), torch.device(device)
         self.dense_layers = min(c.dense_layers, m.n_layers)
         self.dense = KVCache(c, m, heads, capacity_tokens, dtype, device, backend, n_layers=self.dense_layers)
-        self.keeps_rows = c.history_rows == "every"
+        self.keeps_rows = c.history_rows == "every"  # so each block's largest logit is needed
         self.sink, self.ring = c.sink_tokens // c.block_size, c.tail_blocks(capacity_tokens)
         self.selectable = self.selected_slots(c, heads, capacity_tokens)
         n_layers, block = m.n_layers - self.dense_layers, (2, c.block_size, m.head_dim)
@@ -848,21 +831,23 @@ class OffloadedCache:
             return block if block < self.sink else self.sink + block % self.ring
         return torch.where(block < self.sink, block, self.sink + block % self.ring)
 
-    def write_prompt(self, layer, k, v):
-        """Store k, v (Hk, T, D). Returns the keys in blocks (Hk, N, b, D)."""
+    def write_prompt(self, layer, k, v, first=0):
+        """As KVCache.write_prompt, `first` the start of a block. Earlier K and V are copied back from the host."""
+        self.n_tokens = first + k.shape[1]
         if layer < self.dense_layers:
-            return self.dense.write_prompt(layer, k, v)
-        n_tokens = k.shape[1]
+            return self.dense.write_prompt(layer, k, v, first)
         blocks = torch.stack((k, v), 1)  # (Hk, 2, T, D)
         blocks = F.pad(blocks, (0, 0, 0, -k.shape[1] % self.block_size)).unflatten(2, (-1, self.block_size))
-        blocks = blocks.transpose(1, 2)  # (Hk, N, 2, b, D)
-        n_blocks, layer = blocks.shape[1], layer - self.dense_layers
-        self.host[layer, :, :n_blocks].copy_(blocks)
-        for block in {*range(min(self.sink, n_blocks)), *range(max(0, n_blocks - self.ring), n_blocks)}:
-            each = blocks[:, block].repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, 2, b, D)
+        blocks = blocks.transpose(1, 2)  # (Hk, blocks, 2, b, D)
+        start, layer = first // self.block_size, layer - self.dense_layers
+        end = start + blocks.shape[1]
+        earlier = self.host[layer, :, :start].to(self.device)  # (Hk, start, 2, b, D)
+        self.host[layer, :, start:end].copy_(blocks)
+        for block in {*range(start, min(self.sink, end)), *range(max(start, end - self.ring), end)}:
+            each = blocks[:, block - start].repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, 2, b, D)
             self.home[layer, :, self.home_of(block)] = each
-        self.written = n_tokens
-        return blocks[:, :, 0]
+        self.written = first + k.shape[1]
+        return [torch.cat((old.flatten(1, 2), new), 1) for old, new in zip(earlier.unbind(2), (k, v))]
 
     def begin_token(self, n_tokens, lists):
         """As KVCache.begin_token."""
@@ -978,11 +963,20 @@ class OffloadedCache:
 
 @torch.inference_mode()
 def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Run the prompt, tokens (T,), and select blocks for the first new tokens. Returns the next logits (vocab,)."""
+    """Run the prompt, tokens (T,), and select blocks for the first new tokens. Returns the next logits (vocab,).
+
+    The prompt runs in chunks, so that the memory for activations does not grow with it. On a terminal, standard error
+    shows the progress through a prompt of several chunks.
+    """
     decoder.begin_prompt(len(tokens))
-    logits = model(tokens, torch.arange(len(tokens), device=tokens.device), decoder.prefill_attention)  # (vocab,)
+    chunks, form = tokens.split(PREFILL_CHUNK), "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+    hide = True if len(chunks) == 1 else None  # None: unless standard error is a terminal
+    for chunk in tqdm(chunks, "Reading the prompt", disable=hide, leave=False, bar_format=form):
+        positions = decoder.n_prefilled + torch.arange(len(chunk), device=tokens.device)  # (chunk,)
+        hidden = model.hidden(chunk, positions, decoder.prefill_attention)  # (chunk, C)
+        decoder.n_prefilled += len(chunk)
     decoder.finish_token()
-    return logits
+    return model.logits(hidden[-1:])[0]
 
 
 @torch.inference_mode()
@@ -1131,9 +1125,8 @@ def config_of(args) -> Config:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=ShownDefaults)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="the text to answer")
-    source.add_argument("--prompt-file", help="read the text from this file; - for standard input")
+    parser.add_argument("--prompt", help="the text to answer, or a question about --prompt-file")
+    parser.add_argument("--prompt-file", help="a file to answer, or to ask --prompt about; - for standard input")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="stop after this many tokens")
     parser.add_argument("--stats", action="store_true", help="end with bytes read, recovery and predictor cost")
@@ -1158,23 +1151,26 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_prompt(args) -> str:
-    if args.prompt_file is None:
-        text = args.prompt
-    elif args.prompt_file == "-":
-        text = sys.stdin.buffer.read()
-    else:
-        try:
-            text = pathlib.Path(args.prompt_file).read_bytes()
-        except OSError as error:
-            raise InputError(f"prompt file {args.prompt_file} cannot be read: {error.strerror}") from None
-    if isinstance(text, bytes):
-        try:
-            text = text.decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"the prompt is not UTF-8 text (byte {error.start}): convert it first") from None
-    if not text.strip():
+    """The document, a blank line and the question; or the one of the two that is given, as it is."""
+    parts = []
+    if args.prompt_file is not None:
+        parts.append(read_document(args.prompt_file))
+    if args.prompt is not None:
+        parts.append(args.prompt)
+    if not parts:
+        raise InputError("there is no prompt: give --prompt, --prompt-file or both (--help lists the options)")
+    if not all(part.strip() for part in parts):
         raise InputError("the prompt is empty: give it some text")
-    return text
+    return parts[0].rstrip() + "\n\n" + parts[1] if len(parts) == 2 else parts[0]
+
+
+def read_document(name) -> str:
+    try:
+        return (sys.stdin.buffer.read() if name == "-" else pathlib.Path(name).read_bytes()).decode()
+    except OSError as error:
+        raise InputError(f"prompt file {name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt is not UTF-8 text (byte {error.start}): convert it first") from None
 
 
 def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
@@ -1219,8 +1215,20 @@ def free_memory(device) -> int | None:
         return None
 
 
+def prefill_memory(c: Config, m: LlamaConfig, n_tokens, dtype, offload) -> int:
+    """Bytes on the device for the activations of one chunk, or for the rows that are pooled after the last one."""
+    q, kv = m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
+    qkv = (q + 2 * kv) * dtype.itemsize + (q + kv) * (8 + dtype.itemsize)  # RoPE holds two float32 copies
+    mlp = 3 * m.d_ff * dtype.itemsize  # gate, up and their product
+    chunk = min(n_tokens, PREFILL_CHUNK) * (m.d_model * (4 + 2 * dtype.itemsize) + max(qkv, mlp))
+    earlier = 4 * kv * n_tokens * dtype.itemsize if offload else 0  # K and V of a layer, as copied and in order
+    sparse = m.n_layers - min(c.dense_layers, m.n_layers)
+    pooled = 0 if c.fits(n_tokens) else 4 * sparse * m.n_heads * c.history_len * c.n_blocks(n_tokens)
+    return max(chunk + earlier, pooled)
+
+
 def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, backend, offload) -> tuple[int, int]:
-    """Bytes that decoding allocates on the device and in host memory, beside weights and activations."""
+    """Bytes that prefill and decoding allocate on the device and in host memory, beside the weights."""
     heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
     dense = min(c.dense_layers, m.n_layers)
     block = 2 * c.block_size * m.head_dim * dtype.itemsize  # K and V of one head
@@ -1228,11 +1236,12 @@ def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, backend, of
     rows = 2 * heads * c.history_len * c.n_blocks(capacity_tokens) * HISTORY_DTYPE.itemsize  # history, contributions
     kept = m.n_heads * c.history_len * m.head_dim * dtype.itemsize  # queries
     slots = heads * (c.sink_tokens // c.block_size + c.tail_blocks(capacity_tokens))
-    slots += OffloadedCache.selected_slots(c, heads, capacity_tokens) if offload else heads * c.topk_blocks
-    copied = offload or (backend == "torch" and not c.fits(capacity_tokens))
-    sparse = rows + kept + slots * block * copied
+    slots += OffloadedCache.selected_slots(c, heads, capacity_tokens)
+    sparse = rows + kept + slots * block * offload
     resident = m.n_layers - (m.n_layers - dense) * offload
-    return resident * every_block + (m.n_layers - dense) * sparse, (m.n_layers - resident) * every_block
+    activations = prefill_memory(c, m, capacity_tokens, dtype, offload)
+    device = resident * every_block + (m.n_layers - dense) * sparse + activations
+    return device, (m.n_layers - resident) * every_block
 
 
 def check_memory(c: Config, m: LlamaConfig, capacity_tokens, dtype, device, backend, offload):
@@ -1244,7 +1253,7 @@ def check_memory(c: Config, m: LlamaConfig, capacity_tokens, dtype, device, back
             where = "host memory" if place.type == "cpu" else f"memory of {place}"
             remedy = "a shorter prompt, fewer --max-new-tokens" + ("" if offload else " or --offload")
             raise InputError(
-                f"decoding {capacity_tokens:,} tokens needs {need / 1e9:,.2f} GB of {where}, {free / 1e9:,.2f} GB are "
+                f"a text of {capacity_tokens:,} tokens needs {need / 1e9:,.2f} GB of {where}, {free / 1e9:,.2f} GB are "
                 f"free: try {remedy}"
             )
 
@@ -1306,6 +1315,10 @@ def exit_status(program, command) -> int:
         command()
     except (InputError, ModelError, FetchError) as error:
         print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        remedy = "try a shorter text, a smaller model or, where there is that option, --offload"
+        print(f"{program}: out of GPU memory: {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

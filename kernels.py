@@ -26,6 +26,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 try:
     import triton
@@ -109,7 +110,7 @@ def check_kernel_layout(q, *caches):
 # pooled = exp(block_max - lse). Nothing of size rows x T exists.
 # --------------------------------------------------------------------------------------------------------------------
 
-POOL_CHUNK_HEADS, POOL_CHUNK_TOKENS = 8, 512  # whose keys the reference multiplies at once: they stay in a CPU cache
+POOL_CHUNK_HEADS, POOL_CHUNK_TOKENS = 8, 1024  # whose keys the reference multiplies at once: they stay in a CPU cache
 
 
 def pool_history_reference(q, k_cache, n_tokens, stride):
@@ -255,7 +256,7 @@ def pool_history(q, k_cache, n_tokens, stride=1, backend="torch"):
 # contributions p live in a ring of the same shape, in the same slots.
 # --------------------------------------------------------------------------------------------------------------------
 
-PREDICT_CELLS = 1 << 15  # cells of the image that the reference convolves at once: about what fits in a CPU's cache
+PREDICT_CELLS = 1 << 14  # cells of the image that the reference convolves at once: about what fits in a CPU's cache
 ROWS_PER_PROGRAM = 8  # of contributions; more would share more of the convolutions and use fewer processors
 
 
@@ -313,7 +314,7 @@ def predict_incremental_reference(history, contributions, newest, strips, start,
     chunk = max(1, PREDICT_CELLS // max((bottom - top + 4) * (end - first) for top, bottom, first in strips))
     scores = []
     for some_history, some_p in zip(history.split(chunk), contributions.split(chunk)):
-        image = some_history[:, slots, start:end]  # (chunk, H, n)
+        image = some_history.roll(-newest - 1, 1)[..., start:end]  # (chunk, H, n), the oldest row first
         for top, bottom, first in strips:
             p = contributions_reference(image, (top, bottom, first - start), weights)  # (chunk, rows, columns)
             some_p[:, slots[top:bottom], first:end] = p.to(some_p.dtype)
@@ -512,53 +513,58 @@ def select_blocks(scores, k, backend="torch"):
 # --------------------------------------------------------------------------------------------------------------------
 
 DECODE_PROGRAMS_PER_MULTIPROCESSOR = 2
-cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 MERGE_TILE = 32  # partial results that the merge holds at once
 
 
-def attend_lists(q, k, v, starts, lengths, block_size, block_max=None):
-    """Attention of each head over its own run of tokens, in float32.
+def pad_lists(lists):
+    """Lists of blocks (n,) int32, one at least not empty, as a rectangle (lists, longest): a listed block fills it."""
+    return pad_sequence(lists, batch_first=True, padding_value=next(int(blocks[0]) for blocks in lists if len(blocks)))
 
-    q          (Hq, D); k and v (tokens, D), where list h is the tokens starts[h] ... starts[h] + lengths[h] - 1
-    block_max  (G, blocks) float32 or None: is given each block's largest scaled logit, at starts[h] / b and after
-    returns    out (Hq, D) in q's dtype, and the log-sum-exp of the scaled logits (Hq,) float32
+
+def length_mask(lengths, n_tokens):
+    """What to add to logits: 0 for the first lengths[...] of n_tokens, -inf for the others; (..., n_tokens) float32."""
+    return torch.where(torch.arange(n_tokens, device=lengths.device) < lengths[..., None], 0.0, float("-inf"))
+
+
+def gather_blocks(pool, address):
+    """Blocks of a pool (blocks, b, D), copied together: (lists, n) addresses -> (lists, n * b, D)."""
+    return pool.index_select(0, address.flatten()).view(len(address), -1, pool.shape[-1])
+
+
+def attend_padded(q, k_pool, v_pool, address, mask):
+    """Attention on a CPU, in one operation for all heads: q (Hq, D), none of the lists empty -> as `sparse_decode`.
+
+    address (heads, n) from `pad_lists`; mask (heads, n * b) from `length_mask`. PyTorch approximates the exponentials
+    of 16-bit inputs: the log-sum-exp is then good to 5e-5, while `sparse_decode_reference` has float32's accuracy.
     """
-    group, dtype = len(q) // len(starts), torch.promote_types(q.dtype, torch.float32)
-    outs, lses = [], []
-    for queries, start, length in zip(q.split(group), starts, lengths):
-        keys, values = k[start : start + length], v[start : start + length]  # (length, D) each
-        if block_max is None and q.is_cpu and length:  # the same in one operation, which returns no logits
-            out, lse = cpu_flash_attention(queries[None, None], keys[None, None], values[None, None])
-            outs.append(out[0, 0]), lses.append(lse[0, 0, :, None])
-            continue
-        logits = (queries.to(dtype) * q.shape[1] ** -0.5) @ keys.to(dtype).mT  # (G, length)
-        lse = logits.logsumexp(-1, keepdim=True)  # (G, 1), -inf where the list is empty
-        outs.append((torch.exp(logits - lse) @ values.to(dtype)).to(q.dtype))  # (G, D)
-        lses.append(lse)
-        if block_max is not None and length:
-            padded = F.pad(logits, (0, -length % block_size), value=float("-inf")).unflatten(-1, (-1, block_size))
-            first = start // block_size
-            block_max[:, first : first + padded.shape[1]] = padded.amax(-1)
-    return torch.cat(outs), torch.cat(lses).flatten().float()
+    k, v = (gather_blocks(pool, address)[:, None] for pool in (k_pool, v_pool))  # (heads, 1, n * b, D)
+    groups = q.view(len(address), 1, -1, q.shape[1])  # (heads, 1, G, D)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike F's, it returns the log-sum-exp
+    out, lse = attend(groups, k, v, attn_mask=mask[:, None, None])  # (heads, 1, G, D), (heads, 1, G)
+    return out.view(q.shape), lse.view(-1)
 
 
 def sparse_decode_reference(q, k_pool, v_pool, table, starts, lengths, block_max):
-    """See `sparse_decode`: copy the listed blocks together, then attend to the copies."""
-    block_size, runs = k_pool.shape[1], []
-    first = starts.tolist()
-    for start, length in zip(first, lengths.tolist()):
-        runs.append(table[start : start + -(-length // block_size)].long())
-    blocks = torch.cat(runs)  # all heads' lists, one after another
-    k, v = k_pool.index_select(0, blocks).flatten(0, 1), v_pool.index_select(0, blocks).flatten(0, 1)  # (tokens, D)
-    ends = torch.tensor([len(run) for run in runs]).cumsum(0).tolist()
-    packed = [end - len(run) for end, run in zip(ends, runs)]  # where each list starts in the copy
-    packed_max = None if block_max is None else block_max.new_empty(len(block_max), len(blocks))  # (G, blocks)
-    starts_in_copy = [start * block_size for start in packed]
-    out, lse = attend_lists(q, k, v, starts_in_copy, lengths.tolist(), block_size, packed_max)
+    """See `sparse_decode`. What follows a list in its last block must be finite."""
+    block_size, head_dim = k_pool.shape[1:]
+    starts, blocks = starts.tolist(), (-(-lengths // block_size)).tolist()
+    if not any(blocks):
+        return torch.zeros_like(q), torch.full_like(q[:, 0], float("-inf"), dtype=torch.float32)
+    address = pad_lists([table[start : start + n] for start, n in zip(starts, blocks)])  # (heads, longest)
+    mask = length_mask(lengths, address.shape[1] * block_size)  # (heads, tokens)
+    if block_max is None and q.is_cpu and all(blocks):
+        return attend_padded(q, k_pool, v_pool, address, mask)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = (gather_blocks(pool, address).to(dtype) for pool in (k_pool, v_pool))  # (heads, tokens, D)
+    groups = q.view(len(starts), -1, head_dim).to(dtype) * head_dim**-0.5  # (heads, G, D)
+    logits = groups @ k.mT + mask[:, None]  # (heads, G, tokens)
+    lse = logits.logsumexp(-1)  # (heads, G), -inf where the list is empty
+    p = torch.exp(logits - lse.clamp(min=torch.finfo(dtype).min)[..., None])  # (heads, G, tokens)
     if block_max is not None:
-        for start, copied, run in zip(first, packed, runs):
-            block_max[:, start : start + len(run)] = packed_max[:, copied : copied + len(run)]
-    return out, lse
+        largest = logits.unflatten(-1, (-1, block_size)).amax(-1)  # (heads, G, longest)
+        for start, n, head_max in zip(starts, blocks, largest):
+            block_max[:, start : start + n] = head_max[:, :n]
+    return (p @ v).to(q.dtype).view(q.shape), lse.view(-1).float()
 
 
 # The lengths are known on the device only, so the grid is fixed and the programs divide the work among themselves: all

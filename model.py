@@ -1,4 +1,4 @@
-"""The Llama family in one file: configuration, modules, loading, tokenizer and chat template.
+"""Llama and its relatives in one file: configuration, modules, loading, tokenizer and chat template.
 
 Read it top to bottom: LlamaConfig, the RoPE tables, Llama (a block is attention, then SwiGLU), Tokenizer, load_model.
 The batch size is always 1, so no tensor has a batch dimension. In the shapes, T is the number of tokens passed in,
@@ -7,7 +7,8 @@ C = d_model, F = d_ff, D = head_dim, Hq = n_heads, Hk = n_kv_heads, V = vocab_si
 The model keeps no KV cache and does not know how attention is computed: `Llama.forward` is handed a callable,
 attend(layer, q, k, v) -> out, with q and out (Hq, T, D), k and v (Hk, T, D), q and k already rotated.
 
-Source: Touvron et al., LLaMA (arXiv 2302.13971), and Hugging Face's checkpoint layout and RoPE scalings.
+Source: Touvron et al., LLaMA (arXiv 2302.13971); Peng et al., YaRN (arXiv 2309.00071); Hugging Face's checkpoint layout
+and RoPE scalings.
 """
 
 import json
@@ -15,33 +16,19 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import huggingface_hub
 import jinja2
+import jinja2.ext
 import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
-
-
-class ModelError(Exception):
-    """A model folder, checkpoint or tokenizer of no use; the message is one line: what is wrong, what would do."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
-
-
-# The RoPE types known, and Hugging Face's keys for the parameters of each beside rope_theta.
-ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+from torch.nn.attention.bias import causal_lower_right
 
 
 @dataclass(frozen=True)
@@ -58,9 +45,12 @@ class LlamaConfig:
     rope_scaling: dict | None  # None, or {"rope_type": ...} and the keys of ROPE_KEYS
     rms_eps: float
     tie_embeddings: bool
-    attention_bias: bool
+    attention_bias: bool  # of q, k and v
     mlp_bias: bool
     eos_token_ids: tuple[int, ...]
+    output_bias: bool = False  # of the projection after attention
+    qk_norm: bool = False  # Qwen3 normalises each head of q and k before RoPE
+    nope_layers: tuple[int, ...] = ()  # SmolLM3 has layers without RoPE
 
     @property
     def group_size(self):
@@ -69,54 +59,119 @@ class LlamaConfig:
     @classmethod
     def from_json(cls, raw: dict) -> "LlamaConfig":
         """From the contents of a Hugging Face config.json, of transformers 4 or 5. Raises ModelError."""
-        architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-        if raw.get("model_type") != "llama" or "LlamaForCausalLM" not in architectures:
-            found = f"model_type {raw.get('model_type')!r}, architectures {raw.get('architectures')}"
-            raise ModelError(f"config.json: {found} is not supported; a model of the Llama family would do")
-        # transformers 5 writes rope_parameters; 4 writes rope_theta and rope_scaling, and 'type' before 'rope_type'.
-        rope = {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ROPE_KEYS:
-            raise ModelError(f"config.json: rope type {rope_type!r} is not supported; {', '.join(ROPE_KEYS)} are")
+        family = _supported_family(raw)
         try:
-            scaling = {"rope_type": rope_type} | {key: float(rope[key]) for key in ROPE_KEYS[rope_type]}
-            eos = raw.get("eos_token_id")
+            theta, scaling = _rope_parameters(raw, family)
+            n_layers, context_len = int(raw["num_hidden_layers"]), int(raw["max_position_embeddings"])
+            if scaling and scaling["rope_type"] == "yarn":  # config.json may name the context before its extension
+                context_len = max(context_len, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
+            nope_layers = ()
+            if family == "smollm3":
+                interval = raw.get("no_rope_layer_interval", 4)
+                uses_rope = raw.get("no_rope_layers") or [(i + 1) % interval for i in range(n_layers)]  # 0: no RoPE
+                nope_layers = tuple(i for i in range(n_layers) if not uses_rope[i])
+            eos, attention_bias = raw.get("eos_token_id"), bool(raw.get("attention_bias", False))
             config = cls(
-                n_layers=int(raw["num_hidden_layers"]),
+                n_layers=n_layers,
                 n_heads=int(raw["num_attention_heads"]),
                 n_kv_heads=int(raw.get("num_key_value_heads") or raw["num_attention_heads"]),
                 head_dim=int(raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]),
                 d_model=int(raw["hidden_size"]),
                 d_ff=int(raw["intermediate_size"]),
                 vocab_size=int(raw["vocab_size"]),
-                context_len=int(raw["max_position_embeddings"]),
-                rope_theta=float(rope["rope_theta"] or 10000.0),
-                rope_scaling=None if rope_type == "default" else scaling,
+                context_len=context_len,
+                rope_theta=theta,
+                rope_scaling=scaling,
                 rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
-                tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-                attention_bias=bool(raw.get("attention_bias", False)),
+                tie_embeddings=bool(raw.get("tie_word_embeddings", family == "smollm3")),
+                attention_bias=attention_bias or family == "qwen2",
                 mlp_bias=bool(raw.get("mlp_bias", False)),
                 eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+                output_bias=attention_bias and family != "qwen2",
+                qk_norm=family == "qwen3",
+                nope_layers=nope_layers,
             )
         except KeyError as error:
             raise ModelError(f"config.json: the key {error} is missing")
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
             raise ModelError(f"config.json: {error}")
-        config._validate(raw)
+        config._validate()
         return config
 
-    def _validate(self, raw):
-        sizes = "n_layers n_heads n_kv_heads head_dim d_model d_ff vocab_size context_len"
-        for name in sizes.split():
+    def _validate(self):
+        for name in "n_layers n_heads n_kv_heads head_dim d_model d_ff vocab_size context_len".split():
             if getattr(self, name) < 1:
                 raise ModelError(f"config.json: {name} is {getattr(self, name)}; it must be at least 1")
         if self.n_heads % self.n_kv_heads:
             raise ModelError(f"config.json: {self.n_heads} heads do not divide into {self.n_kv_heads} KV heads")
         if self.head_dim % 2:
             raise ModelError(f"config.json: head_dim is {self.head_dim}; RoPE needs an even one")
-        for key, supported in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0), ("quantization_config", None)):
-            if raw.get(key, supported) != supported:
-                raise ModelError(f"config.json: {key} {raw[key]!r} is not supported; only {supported!r} is")
+
+
+# The families that load, by their model_type, and the architecture that config.json names for each.
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+
+# The RoPE types that are known, and Hugging Face's keys for the parameters of each beside rope_theta.
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
+}
+
+
+def _supported_family(raw):
+    """The model's family. Raises ModelError for what this file does not compute, by name."""
+
+    def refuse(what, remedy):
+        raise ModelError(f"config.json: {what} is not supported; use {remedy}")
+
+    family, architectures = raw.get("model_type"), raw.get("architectures") or []
+    if any(raw.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        refuse(f"a mixture of experts (model_type {family!r})", "a dense model")
+    if family not in FAMILIES or FAMILIES[family] not in (architectures or [FAMILIES[family]]):
+        refuse(f"model_type {family!r}, architectures {architectures}", f"a {', '.join(FAMILIES.values())}")
+    if raw.get("quantization_config"):
+        refuse("a quantised checkpoint (quantization_config)", "the model's float16, bfloat16 or float32 weights")
+    window = raw.get("sliding_window", 4096) if family == "mistral" else raw.get("use_sliding_window")
+    if window or "sliding_attention" in (raw.get("layer_types") or []):
+        refuse("a sliding window", "a model that attends to its whole context")
+    flat = raw | (raw.get("rope_parameters") or {})
+    for key, value in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
+        if flat.get(key, value) != value:
+            refuse(f"{key} {flat[key]!r}", f"a model with {value!r}")
+    return family
+
+
+def _rope_parameters(raw, family):
+    """theta, and the scaling: None, or {"rope_type": ...} and the keys of ROPE_KEYS."""
+    # transformers 5 writes rope_parameters; 4 writes rope_theta and rope_scaling, and 'type' before 'rope_type'.
+    rope = {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = float(rope["rope_theta"] or (2e6 if family == "smollm3" else 1e4))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_KEYS:
+        raise ModelError(f"config.json: rope type {rope_type!r} is not supported; use one of {', '.join(ROPE_KEYS)}")
+    rope = {"original_max_position_embeddings": raw["max_position_embeddings"]} | rope
+    if rope_type == "yarn":
+        given = {key: value for key, value in rope.items() if value is not None}
+        factor = given.get("factor", raw["max_position_embeddings"] / given["original_max_position_embeddings"])
+
+        def mscale(weight):
+            return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+        attention_factor = mscale(1.0)
+        if given.get("mscale") and given.get("mscale_all_dim"):
+            attention_factor = mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
+        defaults = dict(factor=factor, beta_fast=32.0, beta_slow=1.0, attention_factor=attention_factor, truncate=True)
+        rope = defaults | given
+    scaling = {"rope_type": rope_type} | {key: float(rope[key]) for key in ROPE_KEYS[rope_type]}
+    return theta, None if rope_type == "default" else scaling
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,9 +180,10 @@ class LlamaConfig:
 
 def rope_tables(config: LlamaConfig, device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every position's angles, each (context_len, D/2) float32; Hugging Face's formulas."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim  # (D/2,)
-    freq = 1.0 / config.rope_theta**exponent  # (D/2,)
-    scaling = config.rope_scaling or {"rope_type": "default"}
+    D, theta = config.head_dim, config.rope_theta
+    exponent = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D  # (D/2,)
+    freq = 1.0 / theta**exponent  # (D/2,)
+    scaling, scale = config.rope_scaling or {"rope_type": "default"}, 1.0
     if scaling["rope_type"] == "linear":
         freq = freq / scaling["factor"]  # (D/2,)
     elif scaling["rope_type"] == "llama3":
@@ -136,8 +192,19 @@ def rope_tables(config: LlamaConfig, device) -> tuple[torch.Tensor, torch.Tensor
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # (D/2,)
         freq = (1 - keep) * freq / scaling["factor"] + keep * freq  # (D/2,)
+    elif scaling["rope_type"] == "yarn":
+        # The same, but linear in the index of the frequency: from beta_fast turns (keep) to beta_slow turns (divide).
+        turns = [scaling["beta_fast"], scaling["beta_slow"]]
+        original = scaling["original_max_position_embeddings"]
+        low, high = (D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
+        if scaling["truncate"]:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, D - 1)
+        divide = ((exponent * D / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)  # (D/2,)
+        freq = (1 - divide) * freq + divide * freq / scaling["factor"]  # (D/2,)
+        scale = scaling["attention_factor"]  # of q and k, and so its square of the attention logits
     angles = torch.arange(config.context_len, dtype=torch.float32, device=device)[:, None] * freq  # (context_len, D/2)
-    return angles.cos(), angles.sin()
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x, cos, sin):
@@ -146,23 +213,71 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, halves_swapped, sin).to(x.dtype)  # (heads, T, D)
 
 
+def rotation_matrix(cos, sin):
+    """RoPE of one token as a matrix (D, D), from cos and sin (1, D): x @ matrix is one launch, `rotate` is four."""
+    return cos[0].diag() + sin[0].diag().roll(cos.shape[1] // 2, 0)  # (D, D)
+
+
 def causal_attention(layer, q, k, v):
-    """Dense causal attention over these T tokens alone: the `attend` of a prefill that keeps no cache."""
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)  # (1, Hq, T, D)
-    return out[0]  # (Hq, T, D)
+    """Dense causal attention of the last T of T' tokens: q (Hq, T, D), k and v (Hk, T', D) -> (Hq, T, D).
+
+    With T' = T it is the `attend` of a prefill that keeps no cache. Memory grows with T', not with T * T'.
+    """
+    T, past, group = q.shape[1], k.shape[1] - q.shape[1], len(q) // len(k)
+    if q.is_cuda:
+        if q.dtype == torch.float32:  # no fused kernel shares float32 K and V in a group
+            k, v, group = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), 1  # (Hq, T', D)
+        mask = causal_lower_right(T, past + T)  # never materialised: it chooses a fused kernel
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=group > 1)[0]
+    if q.is_cpu and q.dtype != torch.float32:
+        return causal_attention_in_tiles(q, k, v)
+    if past == 0:
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+    # No CPU kernel knows such a mask: attend to the earlier tokens and to the last T apart, then merge.
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # returns the log-sum-exp too
+    recent = (x[None, :, past:].repeat_interleave(group, 1) for x in (k, v))  # (1, Hq, T, D) each
+    out, lse = attend(q[None], *recent, is_causal=True)  # (1, Hq, T, D), (1, Hq, T)
+    shared = q.reshape(1, len(k), group * T, -1)  # the queries of a group see the same earlier keys
+    old_out, old_lse = attend(shared, k[None, :, :past], v[None, :, :past])  # (1, Hk, G * T, D), (1, Hk, G * T)
+    weight = torch.sigmoid(old_lse.reshape_as(lse) - lse)[..., None]  # (1, Hq, T, 1): the share of the earlier tokens
+    return torch.lerp(out, old_out.reshape_as(out), weight)[0]
+
+
+def causal_attention_in_tiles(q, k, v):
+    """As causal_attention, by matrix products: in bfloat16 a CPU multiplies several times as fast as PyTorch's kernel.
+
+    The logits are rounded to bfloat16.
+    """
+    T, past, group = q.shape[1], k.shape[1] - q.shape[1], len(q) // len(k)
+    n_rows = max(16, TILE_LOGITS // (len(q) * (past + T)))  # queries in a tile
+    future = torch.full((n_rows, n_rows), -math.inf, dtype=q.dtype).triu(1)
+    q = (q * q.shape[2] ** -0.5).unflatten(0, (-1, group))  # (Hk, G, T, D)
+    out = torch.empty_like(q)  # (Hk, G, T, D)
+    for rows, tile in zip(q.split(n_rows, 2), out.split(n_rows, 2)):  # (Hk, G, rows, D) each
+        n, past = rows.shape[2], past + rows.shape[2]
+        logits = rows.flatten(1, 2) @ k[:, :past].mT  # (Hk, G * rows, keys)
+        logits.unflatten(1, (group, n))[..., past - n :] += future[:n, :n]
+        tile.copy_((logits.softmax(-1) @ v[:, :past]).unflatten(1, (group, n)))
+    return out.flatten(0, 1)  # (Hq, T, D)
+
+
+TILE_LOGITS = 1 << 22  # so many numbers, 8 MB, stay in a CPU's cache
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b. A wider x than W widens W, one matrix at a time: see `product_dtype`."""
+    """y = x W^T + b, or residual + y. A wider x than W widens W, one matrix at a time: see `product_dtype`."""
 
-    def forward(self, x):  # (T, n_in) -> (T, n_out)
+    def forward(self, x, residual=None):  # (T, n_in) -> (T, n_out); overwrites the residual (T, n_out)
+        if residual is not None and self.bias is None and residual.dtype == self.weight.dtype:
+            return residual.addmm_(x, self.weight.T)  # (T, n_out), in one launch
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        y = F.linear(x, self.weight.to(x.dtype), bias)  # (T, n_out)
+        return y if residual is None else residual.add_(y)
 
 
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x, dtype):  # (T, C) -> (T, C) in dtype
-        if x.is_cpu and len(x) == 1:  # four operations instead of nine: 60 norms a token
+    def forward(self, x, dtype):  # (..., C) -> (..., C) in dtype
+        if x.is_cpu and x.shape[:-1] == (1,):  # four operations instead of nine: 60 norms a token
             row = x.float()  # (1, C)
             mean_square = torch.addmm(row.new_full((1, 1), self.eps), row, row.mT, alpha=1 / row.numel())  # (1, 1)
             return (row * mean_square.rsqrt_()).to(dtype) * self.weight.to(dtype)  # (1, C)
@@ -207,25 +322,30 @@ class Block(nn.Module):
         self.layer, self.config = layer, config
         c = config
         d_q, d_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        self.has_rope = layer not in c.nope_layers
         self.attn_norm = RMSNorm(c.d_model, c.rms_eps)
         self.qkv = Linear(c.d_model, d_q + 2 * d_kv, c.attention_bias)  # rows: q, then k, then v
-        self.attn_out = Linear(d_q, c.d_model, c.attention_bias)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_eps) if c.qk_norm else None for _ in range(2))
+        self.attn_out = Linear(d_q, c.d_model, c.output_bias)
         self.mlp_norm = RMSNorm(c.d_model, c.rms_eps)
         self.gate_up = Linear(c.d_model, 2 * c.d_ff, c.mlp_bias)  # rows: gate, then up
         self.down = Linear(c.d_ff, c.d_model, c.mlp_bias)
 
-    def forward(self, x, cos, sin, attend, kv_dtype):
+    def forward(self, x, rope, attend, kv_dtype):  # x (T, C), overwritten -> (T, C)
         T, n_heads, n_kv_heads = x.shape[0], self.config.n_heads, self.config.n_kv_heads
         dtype = product_dtype(self.qkv.weight, T)
-        heads = (
-            self.qkv(self.attn_norm(x, dtype)).view(T, -1, self.config.head_dim).transpose(0, 1)
-        )  # (Hq + 2 Hk, T, D)
-        heads = heads.to(kv_dtype)
-        q, k = rotate(heads[:-n_kv_heads], cos, sin).split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
-        out = attend(self.layer, q, k, heads[-n_kv_heads:])  # (Hq, T, D)
-        x = x + self.attn_out(out.transpose(0, 1).reshape(T, -1).to(dtype))  # (T, C)
+        heads = self.qkv(self.attn_norm(x, dtype)).view(T, -1, self.config.head_dim).transpose(0, 1).to(kv_dtype)
+        qk, v = heads.split((n_heads + n_kv_heads, n_kv_heads))  # (Hq + Hk, T, D), (Hk, T, D)
+        if self.q_norm is not None:
+            q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
+            qk = torch.cat((self.q_norm(q, kv_dtype), self.k_norm(k, kv_dtype)))  # (Hq + Hk, T, D)
+        if self.has_rope:
+            qk = rope(qk)  # (Hq + Hk, T, D)
+        q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
+        out = attend(self.layer, q, k, v)  # (Hq, T, D)
+        x = self.attn_out(out.transpose(0, 1).reshape(T, -1).to(dtype), x)  # (T, C)
         gate, up = self.gate_up(self.mlp_norm(x, dtype)).chunk(2, dim=-1)  # (T, F), (T, F)
-        return x + self.down(F.silu(gate) * up)  # (T, C)
+        return self.down(F.silu(gate).mul_(up), x)  # (T, C)
 
 
 class Llama(nn.Module):
@@ -237,6 +357,7 @@ class Llama(nn.Module):
         on_cpu = torch.device(device).type == "cpu"
         self.residual_dtype = torch.float32 if on_cpu else dtype  # costs a CPU nothing, and keeps more of the answer
         self.kv_dtype = torch.float32 if on_cpu and not multiplies(dtype) else dtype  # of q, k, v and so of a cache
+        self.rope_by_matrix = not on_cpu  # for one token: saves a GPU launches, while a CPU is slow at such a product
         with torch.device("meta"):
             self.embed = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
             self.blocks = nn.ModuleList(Block(layer, config) for layer in range(config.n_layers))
@@ -262,8 +383,11 @@ class Llama(nn.Module):
         x = F.embedding(tokens, self.embed).to(self.residual_dtype)  # (T, C)
         cos, sin = self.cos[positions], self.sin[positions]  # (T, D/2), (T, D/2)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (T, D), (T, D)
+        rope = partial(rotate, cos=cos, sin=sin)
+        if len(tokens) == 1 and self.rope_by_matrix:
+            rope = partial(torch.matmul, other=rotation_matrix(cos, sin).to(self.kv_dtype))
         for block in self.blocks:
-            x = block(x, cos, sin, attend, self.kv_dtype)  # (T, C)
+            x = block(x, rope, attend, self.kv_dtype)  # (T, C)
         return self.norm(x, product_dtype(self.head.weight, len(x)))  # (T, C)
 
     @torch.inference_mode()
@@ -282,13 +406,23 @@ class Llama(nn.Module):
 # Text
 
 
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks answers for training; here its content is rendered as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
+
+
 class Tokenizer:
     """A Hugging Face folder's tokenizer.json and its chat template."""
 
     def __init__(self, folder: Path):
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise ModelError(f"{path} is missing; a fast tokenizer in one tokenizer.json would do")
+            raise ModelError(f"{path} is missing; use a model with a fast tokenizer, saved as tokenizer.json")
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
@@ -322,20 +456,21 @@ class Tokenizer:
         Templates come with the model, so they run in jinja2's sandbox. Raises ModelError if there is none or it fails.
         """
         if not self.has_chat_template:
-            raise ModelError("the model has no chat template; a raw prompt would do")
+            raise ModelError("the model has no chat template; use a raw prompt")
 
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+        environment.filters["tojson"] = _to_json
         try:
             template = environment.from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
+            options = dict(add_generation_prompt=True, tools=None, documents=None)
+            return template.render(messages=messages, **options, **self.special_tokens)
         except Exception as error:  # a template is a program: anything can happen in it
             raise ModelError(f"the chat template fails: {_one_line(error)}")
 
@@ -363,6 +498,10 @@ class TextStream:
 # Loading
 
 
+class ModelError(Exception):
+    """A model folder, checkpoint or tokenizer that cannot be used; one line says what is wrong and what to use."""
+
+
 def load_model(name_or_path: str, dtype: torch.dtype, device: str) -> tuple[Llama, Tokenizer]:
     """A Hugging Face folder, or the id of one on the hub, as (model, tokenizer). Raises ModelError."""
     folder = _find_folder(str(name_or_path))
@@ -384,7 +523,7 @@ def _find_folder(name_or_path):
     if folder.is_dir():
         return folder
     if name_or_path.count("/") != 1 or name_or_path.startswith(("/", ".", "~")):
-        raise ModelError(f"{name_or_path}: no such folder; a Hugging Face folder or a hub id (owner/name) would do")
+        raise ModelError(f"{name_or_path}: no such folder; use a Hugging Face folder or a hub id (owner/name)")
     files = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
     files += ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
     try:
@@ -404,6 +543,9 @@ def checkpoint_targets(model):
         prefix = f"model.layers.{i}."
         targets[prefix + "input_layernorm.weight"] = block.attn_norm.weight
         targets[prefix + "post_attention_layernorm.weight"] = block.mlp_norm.weight
+        if c.qk_norm:
+            targets[prefix + "self_attn.q_norm.weight"] = block.q_norm.weight
+            targets[prefix + "self_attn.k_norm.weight"] = block.k_norm.weight
         for linear, names, rows in (
             (block.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (d_q, d_kv, d_kv)),
             (block.attn_out, ("self_attn.o_proj",), (c.d_model,)),
@@ -468,8 +610,13 @@ def _read_json(path):
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is not readable JSON: {_one_line(error)}")
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a {type(content).__name__}; a JSON object would do")
+        raise ModelError(f"{path} holds a {type(content).__name__}; it must hold a JSON object")
     return content
+
+
+def _to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """Chat templates' filter: transformers' defaults, and no escapes for HTML."""
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _one_line(error):

@@ -43,6 +43,7 @@ EPSILON = {
     torch.bfloat16: 4e-3,
     torch.float16: 1e-3,
 }  # allowed error relative to the largest value
+LSE_ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}  # of `attend_padded`
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 # dtype, D, b, G: few combinations, because a GPU compiles each of them anew
 ATTENTION = st.sampled_from(
@@ -451,7 +452,7 @@ def check_sparse_decode(backend, combination, lengths, large, seed, n_processors
     assert_close(lse, expected[1], 2e-6 * 10 + slack, "lse")
     if backend == "torch":
         assert_close(without[0], expected[0], 2 * EPSILON[dtype] * largest + slack * largest, "out without block_max")
-        assert_close(without[1], expected[1], 2e-6 * 10 + slack, "lse without block_max")
+        assert_close(without[1], expected[1], LSE_ALLOWED[dtype] + slack, "lse without block_max")
     listed = lists.listed.any(0)
     assert block_max.view[:, ~listed].isnan().all(), "block_max written outside of the lists"
     assert_close(block_max.view[:, listed], expected[2][:, listed], 1e-5 + slack, "block_max")
@@ -476,34 +477,39 @@ def test_sparse_decode_with_more_splits_than_a_merge_tile():
         check_sparse_decode("triton", (torch.float32, 16, 8, 1), [35 * 32], False, 0, n_processors=4, merge_tile=32)
 
 
-@given(ATTENTION, st.lists(st.integers(0, 90), min_size=1, max_size=4), st.booleans(), st.booleans(), SEEDS)
-@example((torch.bfloat16, 16, 8, 17), [0, 90, 0], True, False, 0)
-@example((torch.float32, 16, 8, 1), [64, 1, 65], False, True, 1)
-def test_attend_lists(combination, lengths, large, with_block_max, seed):
-    """Each head's tokens lie together, starting at a whole block."""
+@pytest.mark.skipif(NATIVE, reason="attend_padded is a CPU's")
+@given(
+    ATTENTION, st.lists(st.tuples(st.integers(1, 90), st.integers(0, 3)), min_size=1, max_size=4), st.booleans(), SEEDS
+)
+@example((torch.bfloat16, 16, 8, 17), [(1, 0), (90, 2)], True, 0)
+@example((torch.float32, 16, 8, 1), [(64, 3), (1, 0), (65, 1)], False, 1)
+def test_attend_padded(combination, lists, large, seed):
+    """Lists with blocks to spare after their last token: what these hold must not matter, as long as it is finite."""
     dtype, head_dim, block_size, group = combination
-    lists = Lists(lengths, 20, block_size, seed)
-    q = Embedded(normal(seed, len(lengths) * group, head_dim, dtype=dtype) * (3e3 if large else 1)).view
-    kv = normal(seed + 1, len(lists.table) * block_size, 2, head_dim, dtype=dtype)
-    expected_lists = Lists(lengths, 20, block_size, seed)
-    expected_lists.table = torch.arange(len(lists.table), device=DEVICE)
-    pools = kv.unflatten(0, (-1, block_size)).transpose(1, 2)  # (blocks, 2, b, D)
-    expected = naive_sparse_decode(q, pools[:, 0], pools[:, 1], expected_lists)
-    block_max = Embedded(poisoned((group, len(lists.table)))) if with_block_max else None
-    starts = (lists.starts * block_size).tolist()
-    with guarded(q, kv):
-        out, lse = kernels.attend_lists(
-            q, kv[:, 0], kv[:, 1], starts, lengths, block_size, block_max.view if block_max else None
-        )
+    lengths = [length for length, _ in lists]
+    sizes = [-(-length // block_size) + spare for length, spare in lists]  # blocks
+    q = Embedded(normal(seed, len(lists) * group, head_dim, dtype=dtype) * (3e3 if large else 1)).view
+    kv = normal(seed + 1, sum(sizes) + 2, 2, block_size, head_dim, dtype=dtype)
     slack, largest = rounding(q, kv[:, 0], head_dim=head_dim), float(kv.abs().max())
+    order = torch.randperm(len(kv), generator=torch.Generator().manual_seed(seed)).int()
+    *blocks, unlisted = order.split([*sizes, 2])
+    expected = []
+    for queries, own, length in zip(q.double().split(group), blocks, lengths):
+        k, v = kv[own].transpose(0, 1).double().flatten(1, 2)[:, :length]  # (length, D) each
+        logits = queries @ k.mT / head_dim**0.5  # (G, length)
+        expected.append((logits.softmax(-1) @ v, logits.logsumexp(-1)))
+        after = torch.arange(len(own) * block_size).view(-1, 1, block_size, 1) >= length  # (blocks, 1, b, 1)
+        kv[own] = kv[own].masked_fill(after, 1e4)
+    kv[unlisted] = NAN
+    address = kernels.pad_lists(blocks)
+    assert address.shape == (len(lists), max(sizes)) and address.dtype == torch.int32
+    mask = kernels.length_mask(int32(lengths), max(sizes) * block_size)
+    with guarded(q, kv, address, mask):
+        out, lse = kernels.attend_padded(q, *kv.unbind(1), address, mask)
+    expected_out, expected_lse = (torch.cat(parts) for parts in zip(*expected))  # (Hq, D), (Hq,)
     assert out.dtype == dtype and lse.dtype == torch.float32
-    assert_close(out, expected[0], 2 * EPSILON[dtype] * largest + slack * largest, "out")
-    assert_close(lse, expected[1], 2e-5 + slack, "lse")
-    if block_max:
-        block_max.assert_intact()
-        actual, nan = block_max.view, expected[2].isnan()
-        assert actual[nan].isnan().all(), "block_max written outside of the lists"
-        assert_close(actual[~nan], expected[2][~nan], 1e-5 + slack, "block_max")
+    assert_close(out, expected_out, 2 * EPSILON[dtype] * largest + slack * largest, "out")
+    assert_close(lse, expected_lse, LSE_ALLOWED[dtype] + slack, "lse")
 
 
 @BACKENDS

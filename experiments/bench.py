@@ -162,6 +162,7 @@ def fill(decoder, n_tokens):
     rows = decoder.history[..., : decoder.config.n_blocks(n_tokens)]  # (L', heads, H, N)
     rows.uniform_(0.5, 1).mul_(torch.rand_like(rows[:, :, :1]) ** 8)
     decoder.queries.normal_()
+    decoder.fits = not decoder.sparse_layers or decoder.config.fits(n_tokens + 1)  # False: keep this history
     decoder.finish_token()
 
 

@@ -300,9 +300,12 @@ class RivalDecoder(SparseDecoder):
             scores = self.rival.score(Seen(self, index, start, end, q[:, 0]))  # (heads, n)
             chosen = self.choose(scores[None], start, end)
             self.attended_tokens -= self.heads  # `count_reads` adds this token
+            self.cache.select(chosen, index)
             for name in ("ids", "starts", "lengths", "places"):
                 getattr(self.lists, name)[index] = getattr(chosen, name)[0]
-            self.cache.select(chosen, index)
+            for name in ("columns", "table"):
+                getattr(self.lists, name).view(self.sparse_layers, -1)[index] = getattr(chosen, name)
+            self.lists.first[index] = chosen.first[0] + index * len(chosen.table)
             self.cache.advance()
         out = super().decode_attention(layer, q, k, v)  # (Hq, 1, D)
         if index >= 0 and self.measure_every and self.step % self.measure_every == 0:

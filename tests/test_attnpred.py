@@ -197,6 +197,30 @@ def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, n
                 torch.testing.assert_close(image, naive.image(layer, image.shape[-1]), atol=tolerance, rtol=tolerance)
 
 
+@SLOW
+@given(configurations(), st.integers(1, 200), st.sampled_from([16, 48, 64]), st.booleans(), st.integers(0, 2**31))
+@example(STRIDES, 16, 16, False, 0)
+@example(STRIDES, 129, 64, True, 1)
+@example(OUTGROWS, 192, 48, True, 2)
+def test_a_prompt_in_chunks_equals_one_in_one_piece(config, prompt_len, chunk, offload, seed):
+    model, tokens = tiny_llama(n_kv_heads=2, group=2, seed=seed), torch.randint(61, (prompt_len,))
+    runs = []
+    for size in (1024, chunk):
+        with mock.patch.object(attnpred, "PREFILL_CHUNK", size):
+            decoder = SparseDecoder(config, model, random_predictor(), prompt_len + 9, offload=offload)
+            decoder.queries.fill_(torch.nan), decoder.history.fill_(0.25)  # what is not written shows
+            logits = prefill(model, decoder, tokens)
+        cache = decoder.cache
+        tensors = [cache.host, cache.home, cache.dense.kv] if offload else [cache.kv]
+        rows = decoder.queries[:, :, : decoder.n_queries], decoder.history
+        if decoder.sparse_layers:
+            assert not rows[0].isnan().any() and decoder.queries[:, :, decoder.n_queries :].isnan().all()
+            assert decoder.fits == config.fits(prompt_len + 1)
+        runs.append([logits, *rows, *tensors])
+    for piece, chunked in zip(*runs, strict=True):
+        torch.testing.assert_close(chunked, piece, atol=1e-3, rtol=1e-3, equal_nan=True)
+
+
 @given(configurations(), st.integers(1, 2000))
 def test_sink_middle_and_local_tile_the_cache(config, n_tokens):
     start, end = config.middle(n_tokens)
@@ -252,10 +276,12 @@ def test_blocks_outside_the_selection_are_never_read(share_budget, select_heads)
             decoder.advance()
             clean = decoder.cache.kv.clone()
             if poison:
+                n_blocks = config.n_blocks(decoder.n_tokens)
+                decoder.cache.kv[:, :, :, n_blocks:] = 1e4  # for later tokens: may be read, but must not matter
                 for layer in range(3):
-                    mask = decoder.attended(layer, decoder.capacity)  # (heads, capacity)
-                    unread = ~mask.view(2, -1, mask.shape[1]).any(1)  # (Hk, capacity)
-                    decoder.cache.kv[:, layer][:, unread] = torch.nan
+                    mask = decoder.attended(layer, n_blocks)  # (heads, N)
+                    unread = ~mask.view(2, -1, n_blocks).any(1)  # (Hk, N)
+                    decoder.cache.kv[:, layer, :, :n_blocks][:, unread] = torch.nan
             runs.append(model(torch.tensor([step]), torch.tensor([149 + step]), decoder.decode_attention))
             if poison:
                 written = ~decoder.cache.kv.isnan()
@@ -404,7 +430,7 @@ def attnpred_main(capsys, *args):
     [
         ([], "--prompt"),
         (["--prompt", "  \n"], "empty"),
-        (["--prompt", "a", "--prompt-file", "b"], "not allowed"),
+        (["--prompt", "a", "--prompt-file", "b"], "cannot be read"),
         (["--prompt-file", "/nonexistent/file"], "cannot be read"),
         (["--prompt", "a", "--budget", "many"], "invalid int"),
         (["--prompt", "a", "--budget", "112"], "at least 128"),

@@ -79,17 +79,19 @@ def test_counters_are_exact():
     assert int(cache.fetched) == fetched and cache.selected == 8 * 2 * len(sets[1:])
     assert cache.written_bytes == wrote * 2 * 2 * block and cache.block_bytes == block
     need = attnpred.memory_needed(config, model.config, 180, torch.float32, "torch", True)
+    activations = attnpred.prefill_memory(config, model.config, 180, torch.float32, True)
     rings = sum(t.numel() * t.element_size() for t in (decoder.history, decoder.contributions, decoder.queries))
-    assert need[0] == cache.device_bytes + rings and need[1] == cache.host.numel() * 4
+    assert need[0] == cache.device_bytes + rings + activations and need[1] == cache.host.numel() * 4
 
 
 def test_resident_memory_is_counted():
     config, model = dataclasses.replace(CONFIG, dense_layers=1), tiny_llama()
     decoder = SparseDecoder(config, model, random_predictor(), 180)
     prefill(model, decoder, torch.arange(150) % 61)
-    tensors = decoder.history, decoder.contributions, decoder.queries, decoder.cache.kv, decoder.cache.working
+    tensors = decoder.history, decoder.contributions, decoder.queries, decoder.cache.kv
+    activations = attnpred.prefill_memory(config, model.config, 180, torch.float32, False)
     assert attnpred.memory_needed(config, model.config, 180, torch.float32, "torch", False) == (
-        sum(t.numel() * t.element_size() for t in tensors),
+        sum(t.numel() * t.element_size() for t in tensors) + activations,
         0,
     )
 

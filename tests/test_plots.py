@@ -177,7 +177,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys, monkeypatch):
         (["run", "--prompt", "x", "--out", "run.png", "--offload"], "leave out --dense and --offload"),
         (["run", "--prompt", "x", "--out", "run.png", "--max-new-tokens", "1"], "2 tokens or more"),
         (["run", "--prompt", "x", "--out", "run.png", "--budget", "1000"], "multiple of the block size"),
-        (["run", "--out", "run.png"], "required"),
+        (["run", "--out", "run.png"], "there is no prompt"),
         (["speed", "none.json", "--out", "x.png"], "cannot be read"),
         (["speed", "some.json", "--out", "x.png"], "does not hold the numbers of speed"),
         (["pareto", "some.json", "--out", "x.png"], "does not hold the numbers of pareto"),
