@@ -177,7 +177,7 @@ class Checker(TorchDispatchMode):
     """Fakes a device while it is entered. `races` are sentences, `sites` the calls that order something.
 
     declared  {(module, name): touched} of functions that launch kernels: touched(arguments) -> (reads, writes), lists
-              of tensors, results left out. Their argument `backend` is set to "torch"
+              of tensors, results left out. An argument `backend` is set to "torch"
     removed   one of the sites: its calls have no effect, as if the line was not in the program
     """
 
@@ -373,7 +373,7 @@ class Checker(TorchDispatchMode):
             return launcher(*args, **kwargs)
         call = inspect.signature(launcher).bind(*args, **kwargs)
         call.apply_defaults()
-        given = call.arguments | {"backend": "torch"}
+        given = call.arguments | ({"backend": "torch"} if "backend" in call.arguments else {})
         values, self.noting = elems(given), False
         reads, writes = touched(SimpleNamespace(**values))
         out, self.noting = launcher(**values), True

@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attnpred
 import kernels
 from attnpred import Config, SparseDecoder, decode_one_token, prefill
 from tests.happens_before import Checker, tensors
 from tests.helpers import random_predictor, tiny_llama
 
 # --------------------------------------------------------------------------------------------------------------------
-# What the launchers of kernels.py read and write, other than the results that they return
+# What functions that launch kernels read and write, other than the results that they return
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -67,6 +68,7 @@ DECLARED = {
     (kernels, "write_rows"): lambda a: ([a.block_max, a.lse, a.columns, a.starts, a.lengths], [a.rows]),
     (kernels, "assign_slots"): lambda a: ([a.wanted, a.held], []),
     (kernels, "copy_blocks"): touched_by_copy_blocks,
+    (attnpred, "causal_attention"): lambda a: ([a.q, a.k, a.v], []),
 }
 
 
