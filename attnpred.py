@@ -521,9 +521,9 @@ class KVCache:
         if self.lists is None:
             return
         self.lengths = self.lists.lengths.int()  # (L', heads)
-        if self.padded:  # one operation for all layers
+        if self.padded:
             self.longest = (-(-self.lengths // self.block_size)).amax(1).tolist()  # of a layer's lists, in blocks
-            self.mask = kernels.length_mask(self.lengths, max(self.longest) * self.block_size)  # (L', heads, tokens)
+            self.mask.scatter_(2, self.lists.lengths[..., None] - 1, 0.0)  # the current token is attended
 
     def write_token(self, layer, k, v):
         """Store k, v (Hk, 1, D) of the current token."""
@@ -547,6 +547,8 @@ class KVCache:
             sizes = lists.starts.diff(append=end).tolist()  # blocks, with room for the tokens up to the next selection
             rows = zip(self.table.view(ids.shape)[layers], sizes[layers])
             self.padded[layers] = [kernels.pad_lists(row.split(size)) for row, size in rows]
+            longest = max(address.shape[1] for address in self.padded) * self.block_size  # tokens
+            self.mask = kernels.length_mask(lists.lengths, longest)  # (L', heads, longest)
 
     def attend(self, layer, q):
         """Attention of q (Hq, D) over the lists of a sparse layer -> out (Hq, D), log-sum-exp (Hq,)."""
