@@ -224,12 +224,13 @@ def causal_attention(layer, q, k, v):
     With T' = T it is the `attend` of a prefill that keeps no cache. Memory grows with T', not with T * T'.
     """
     T, past, group = q.shape[1], k.shape[1] - q.shape[1], len(q) // len(k)
-    if q.is_cuda:
+    if not q.is_cpu:
         if q.dtype == torch.float32:  # no fused kernel shares float32 K and V in a group
             k, v, group = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), 1  # (Hq, T', D)
-        mask = causal_lower_right(T, past + T)  # never materialised: it chooses a fused kernel
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=group > 1)[0]
-    if q.is_cpu and q.dtype != torch.float32:
+        mask = causal_lower_right(T, past + T) if past else None  # never materialised: it chooses a fused kernel
+        qkv = q[None], k[None], v[None]
+        return F.scaled_dot_product_attention(*qkv, mask, is_causal=not past, enable_gqa=group > 1)[0]
+    if q.dtype != torch.float32:
         return causal_attention_in_tiles(q, k, v)
     if past == 0:
         return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
