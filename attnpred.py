@@ -697,7 +697,7 @@ class KVCache:
 
     def advance(self):
         """All lists have grown by the token."""
-        if self.backend == "triton":
+        if self.backend == "triton" and (self.dense_layers or self.lists is None):
             self.every_block[2].add_(1)
         elif self.padded:  # one operation for all layers
             lengths = self.lists.lengths  # (L', heads)

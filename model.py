@@ -367,8 +367,8 @@ class Llama(nn.Module):
         self.to_empty(device=device).to(dtype).requires_grad_(False)
         if config.tie_embeddings:
             self.head.weight = self.embed
-        for name, table in zip(("cos", "sin"), rope_tables(config, device)):  # (context_len, D/2) float32
-            self.register_buffer(name, table, persistent=False)
+        table = torch.stack(rope_tables(config, device), 1)  # (context_len, 2, D/2) float32: cos and sin
+        self.register_buffer("rope_table", table, persistent=False)
 
     @property
     def device(self):
@@ -382,7 +382,7 @@ class Llama(nn.Module):
     def hidden(self, tokens, positions, attend):
         """tokens (T,) int64 at positions (T,) int64 -> the final, normed hidden states (T, C)."""
         x = F.embedding(tokens, self.embed).to(self.residual_dtype)  # (T, C)
-        cos, sin = self.cos[positions], self.sin[positions]  # (T, D/2), (T, D/2)
+        cos, sin = self.rope_table[positions].unbind(1)  # (T, D/2), (T, D/2)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (T, D), (T, D)
         rope = partial(rotate, cos=cos, sin=sin)
         if len(tokens) == 1 and self.rope_by_matrix:
