@@ -857,7 +857,8 @@ class OffloadedCache:
             self.block_max = self.slots.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
 
     def advance(self):
-        self.dense.advance()
+        if self.dense_layers:
+            self.dense.advance()
 
     def pool_and_lists(self, layer):
         """As KVCache.pool_and_lists, of a sparse layer."""
