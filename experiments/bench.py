@@ -1,14 +1,15 @@
-"""How fast: decoding end to end, the kernels, the offloaded cache; and how many bytes a token reads.
+"""How fast: decoding end to end, and each kernel; what a token launches, reads, and sends over the link to the host.
 
-    python -m experiments.bench speed      ms per token, dense, sparse and transformers, and peak memory
+    python -m experiments.bench speed      ms per token of several ways to decode, and peak memory
     python -m experiments.bench kernels    each hot path against PyTorch and against the machine's ceilings
-    python -m experiments.bench offload    bytes over the link to the host, measured times, and a model of time
-    python -m experiments.bench bytes      bytes read per token on Llama-3.1-8B's shape
+    python -m experiments.bench offload    bytes over the link, counted on a text, and a model of time
+    python -m experiments.bench bytes      bytes read per token
+    python -m experiments.bench launches   launches per token
 
-Each prints its table and writes all numbers with --out FILE.json. A long context's keys, values and history are random
-numbers, because a step's time does not depend on them; weights are the default LLM's, or random for --model-shape
-llama-3.1-8b. The ceilings are measured: a copy on the device, a matrix product, a copy from pinned host memory. The
-bytes and multiply-adds compared with them are the lower bounds of experiments/roofline.py.
+Each prints its tables and writes all numbers with --out FILE.json. The first two measure; a long context's keys, values
+and history are random numbers, because a step's time does not depend on them. The ceilings are measured, too: a copy on
+the device, a matrix product, a copy from pinned host memory. The others count, on tensors that have no memory
+(experiments/roofline.py).
 """
 
 import ctypes
@@ -21,9 +22,13 @@ import pathlib
 import statistics
 import sys
 import time
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -32,31 +37,54 @@ import kernels
 from attnpred import Config, InputError, KVCache, OneLineParser, SparseDecoder, decode_one_token, prefill
 from experiments import roofline
 from experiments.hot_paths import PATHS
+from experiments.tables import markdown
 from model import Llama, LlamaConfig, checkpoint_targets, load_model
 from weights.fetch_llm import fetch_default_llm
 
-SHAPES = ("smollm2-135m", "llama-3.1-8b")
 TEXT = pathlib.Path(kernels.__file__)  # a long text for counting what a selection fetches
+TOY = replace(
+    roofline.LLAMA_31_8B, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64
+)
+SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B, "toy": TOY}
 
 # --------------------------------------------------------------------------------------------------------------------
-# Measuring and printing
+# Models, measuring and printing
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def shape_of(name) -> LlamaConfig:
+    config = pathlib.Path(fetch_default_llm()) / "config.json" if SHAPES[name] is None else None
+    return SHAPES[name] or LlamaConfig.from_json(json.loads(config.read_text()))
+
+
+def model_of(name, dtype, device):
+    """(model, what its weights are)."""
+    if SHAPES[name] is None:
+        return load_model(str(fetch_default_llm()), dtype, device)[0], "SmolLM2-135M-Instruct"
+    model = Llama(SHAPES[name], dtype, device)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.data.normal_(1.0 if parameter_name.endswith("norm.weight") else 0.0, 0.02)
+    return model.eval(), f"random weights in the shape of {name}"
+
+
+def paper(config):
+    """The paper's setting with the same blocks, history and budget."""
+    same = ("block_size", "history_len", "sink_tokens", "local_tokens", "budget")
+    return Config.paper(**{name: getattr(config, name) for name in same})
 
 
 def show(rows, columns):
-    """Print dicts as a markdown table while they arrive; `columns` maps a header to a row's cell. Returns the rows."""
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    shown = []
-    for row in rows:
-        print("| " + " | ".join(cell(row) for cell in columns.values()) + " |", flush=True)
-        shown.append(row)
-    print()
-    return shown
+    """Print dicts as a table, and return them; `columns` maps a header to a format, missing numbers are dashes."""
 
+    def cell(form, row):
+        try:
+            return form.format(**{key: value for key, value in row.items() if value is not None})
+        except KeyError:
+            return None
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    rows = list(rows)
+    print(markdown(pd.DataFrame([{head: cell(form, row) for head, form in columns.items()} for row in rows])) + "\n")
+    return rows
 
 
 def seconds(call, device):
@@ -70,10 +98,17 @@ def seconds(call, device):
     return Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).blocked_autorange().median
 
 
-def copy_bandwidth(device, size=1 << 28):
-    """Bytes / s of a copy on the device, read plus written."""
+def ceilings(dtype, device, size=1 << 28, n=4096):
+    """Bytes / s of a copy on the device (read plus written) and from pinned host memory, multiply-adds / s of an n x n
+    matrix product."""
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     x, y = torch.ones(2, size, dtype=torch.uint8, device=device)
-    return 2 * size / seconds(lambda: y.copy_(x), device)
+    found = {"copy": 2 * size / seconds(lambda: y.copy_(x), device)}
+    found["host copy"] = size / seconds(lambda: y.copy_(host, non_blocking=True), device)
+    for name, kind in (("matmul", dtype), ("matmul tf32", torch.float32)):
+        x = torch.randn(n, n, device=device).to(kind)
+        found[name] = n**3 / seconds(lambda x=x: x @ x, device)
+    return found
 
 
 def machine(device):
@@ -102,85 +137,62 @@ def with_peak_memory(call, device):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# bytes
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def paper(config):
-    """The paper's setting with the same blocks, history and budget."""
-    same = ("block_size", "history_len", "sink_tokens", "local_tokens", "budget")
-    return Config.paper(**{name: getattr(config, name) for name in same})
-
-
-def read_rows(m, config, contexts):
-    """What a token reads in 16 bits, by context and setting."""
-    for context in contexts:
-        for name, c in {"default": config, "--paper": paper(config)}.items():
-            reads = roofline.token_reads(m, c, context)
-            yield dict(context=context, name=name, total=reads.total, **dataclasses.asdict(reads))
-
-
-READ_COLUMNS = {
-    "context": lambda row: f"{row['context']:,}",
-    "setting": lambda row: row["name"],
-    **{
-        f"{name}, MB": (lambda row, name=name: f"{row[name] / 1e6:,.1f}")
-        for name in ("attention", "calibration", "choosing", "total", "dense")
-    },
-    "dense / total": lambda row: f"{row['dense'] / row['total']:.1f}x",
-}
-
-# --------------------------------------------------------------------------------------------------------------------
 # speed
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def shape_of(name):
-    if name == "llama-3.1-8b":
-        return roofline.LLAMA_31_8B
-    return LlamaConfig.from_json(json.loads((pathlib.Path(fetch_default_llm()) / "config.json").read_text()))
+class StreamedCache(KVCache):
+    """All K and V in host memory, copied to the device layer by layer for every token: offloading without selection."""
 
+    def __init__(self, decoder):
+        c, m, device = decoder.config, decoder.model_config, decoder.history.device
+        capacity_tokens, dtype = decoder.capacity * c.block_size, decoder.queries.dtype
+        super().__init__(c, m, decoder.heads, capacity_tokens, dtype, "cpu", "torch", n_layers=0)
+        shape = 2, m.n_layers, m.n_kv_heads, self.capacity, c.block_size, m.head_dim
+        self.kv = attnpred.host_memory(shape, dtype, device, self)
+        self.k, self.v = self.kv
+        self.staging = torch.empty_like(self.kv[:, 0], device=device)  # (2, Hk, capacity, b, D)
 
-def model_of(shape, dtype, device):
-    """(model, what its weights are)."""
-    if shape == "smollm2-135m":
-        return load_model(str(fetch_default_llm()), dtype, device)[0], "SmolLM2-135M-Instruct"
-    model = Llama(roofline.LLAMA_31_8B, dtype, device)
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.02)
-    return model.eval(), f"random weights in the shape of {shape}"
-
-
-@torch.inference_mode()
-def fill(decoder, n_tokens):
-    """Random K, V and history in place of a prompt of n_tokens. Blocks that attract attention go on attracting it."""
-    m, device = decoder.model_config, decoder.history.device
-    decoder.begin_prompt(n_tokens)
-    for layer in range(m.n_layers):
-        k, v = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=device).to(decoder.queries.dtype)
-        decoder.cache.write_prompt(layer, k, v)  # (Hk, T, D) each
-    rows = decoder.history[..., : decoder.config.n_blocks(n_tokens)]  # (L', heads, H, N)
-    rows.uniform_(0.5, 1).mul_(torch.rand_like(rows[:, :, :1]) ** 8)
-    decoder.queries.normal_()
-    decoder.fits = not decoder.sparse_layers or decoder.config.fits(n_tokens + 1)  # False: keep this history
-    decoder.finish_token()
+    def attend_all(self, layer, q):
+        n_blocks = -(-self.n_tokens // self.block_size)
+        self.staging[:, :, :n_blocks].copy_(self.kv[:, layer, :, :n_blocks], non_blocking=True)
+        k, v = self.staging.flatten(2, 3)[:, None, :, : self.n_tokens]  # (1, Hk, T, D) each
+        return F.scaled_dot_product_attention(q.unflatten(0, (self.n_kv_heads, -1))[None], k, v)[0].flatten(0, 1)
 
 
 class Ours:
-    """A SparseDecoder with a random cache; `step` decodes a token."""
+    """A SparseDecoder with a random cache; `step` decodes a token. `words` say how: see CONTENDERS."""
 
-    def __init__(self, model, predictor, config, n_tokens, n_steps, backend, offload=False, streamed=False):
+    def __init__(self, words, model, predictor, config, n_tokens, n_steps, backend):
         self.model = model
-        self.decoder = SparseDecoder(config, model, predictor, n_tokens + n_steps, backend, offload)
-        if streamed:
+        offload, graph = "offloaded" in words, not {"no graph", "streamed"} & set(words)
+        self.decoder = SparseDecoder(config, model, predictor, n_tokens + n_steps, backend, offload, graph)
+        if "streamed" in words:
             self.decoder.cache = StreamedCache(self.decoder)
-        fill(self.decoder, n_tokens)
+        self.fill(n_tokens)
         self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.weight_bytes = roofline.weight_bytes(model.config, model.dtype.itemsize)
 
+    @torch.inference_mode()
+    def fill(self, n_tokens):
+        """Random K, V and history in place of a prompt. Blocks that attract attention go on attracting it."""
+        decoder, m = self.decoder, self.model.config
+        torch.manual_seed(0)
+        decoder.begin_prompt(n_tokens)
+        for layer in range(m.n_layers):
+            k, v = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=self.model.device).to(self.model.kv_dtype)
+            decoder.cache.write_prompt(layer, k, v)  # (Hk, T, D) each
+        rows = decoder.history[..., : decoder.config.n_blocks(n_tokens)]  # (L', heads, H, N)
+        rows.uniform_(0.5, 1).mul_(torch.rand_like(rows[:, :, :1]) ** 8)
+        decoder.queries.normal_()
+        decoder.fits = not decoder.sparse_layers or decoder.config.fits(n_tokens + 1)  # False: keep this history
+        decoder.finish_token()
+
     def step(self):
-        self.token = decode_one_token(self.model, self.decoder, self.token).argmax(-1, keepdim=True)
-        return self.token.item()  # waits for a GPU
+        """Returns the token that it follows: as in `generate`, the host reads it after launching the next step."""
+        value = attnpred.read_later(self.token)
+        self.token = attnpred.sample(decode_one_token(self.model, self.decoder, self.token))
+        return value()
 
     def bytes_per_token(self):
         return self.weight_bytes + self.decoder.stats.read_bytes / self.decoder.step
@@ -232,150 +244,187 @@ class Transformers:
         return roofline.weight_bytes(self.m, self.itemsize) + kv * self.itemsize
 
 
-def race(contenders, rounds, device):
-    """Decode in turns. contenders: {name: (make, tokens)}; make() returns a contender, which decodes `tokens` tokens in
-    each round: whole intervals of selection and calibration, so that a mean pays for both.
+SETTINGS = {"dense": lambda c: replace(c, dense_layers=10**6), "sparse": lambda c: c, "sparse --paper": paper}
+HOW = ("offloaded", "late", "streamed", "no graph")  # late: selections as of an offloaded cache
+CONTENDERS = ("dense", "sparse", "sparse --paper", "transformers")
+ON_GPU = ("dense", "dense, streamed", "sparse", "sparse, no graph")
+ON_GPU += ("sparse, late", "sparse, offloaded", "sparse, offloaded, no graph")
 
-    Returns {name: {"rounds": [seconds per token], "seconds": their median, "memory": peak bytes, "contender"}}.
+
+def contender_of(name, model, predictor, config, context, rounds, backend):
+    """(a function that makes the contender of that name, tokens that it decodes in a round).
+
+    A round of sparse decoding is whole intervals of selection and calibration, so that its mean pays for both. The last
+    of all rounds ends at the context.
+    """
+    setting, *words = name.split(", ")
+    if name != "transformers" and (setting not in SETTINGS or set(words) - set(HOW)):
+        raise InputError(f"unknown contender {name}: use transformers, or {', '.join(SETTINGS)} with {', '.join(HOW)}")
+    c = SETTINGS.get(setting, SETTINGS["dense"])(config)
+    c = roofline.offloaded(c) if {"offloaded", "late"} & set(words) else c
+    tokens = roofline.intervals(c, context)
+    tokens = tokens if c.dense_layers < model.config.n_layers else min(8, tokens)
+    n_steps = (rounds + 2) * tokens  # warming up, the rounds, and the stages or a trace
+    if context <= n_steps:
+        raise InputError(f"{n_steps} tokens are decoded at {context}: use longer --contexts or fewer --rounds")
+    if name == "transformers":
+        return partial(Transformers, model, context - n_steps), tokens
+    return partial(Ours, words, model, predictor, c, context - n_steps, n_steps, backend), tokens
+
+
+def race(contenders, rounds, device):
+    """Decode in turns. contenders: {name: (make, tokens in each round)}, as from `contender_of`.
+
+    Returns {name: {"rounds": [ms per token], "ms": their median, "memory": peak bytes, "answer": the first tokens,
+    "contender"}}.
     """
 
     def warmed_up(make, tokens):
         contender = make()
-        for _ in range(tokens):
-            contender.step()
-        return contender
+        return contender, [contender.step() for _ in range(tokens)]
 
     rows = {}
     for name, (make, tokens) in contenders.items():
         try:
-            contender, memory = with_peak_memory(partial(warmed_up, make, tokens), device)
-            rows[name] = dict(contender=contender, memory=memory, rounds=[])
+            (contender, answer), memory = with_peak_memory(partial(warmed_up, make, tokens), device)
+            rows[name] = dict(contender=contender, answer=answer, memory=memory, rounds=[])
+            continue
         except torch.OutOfMemoryError:
             print(f"bench: {name}: out of memory, left out", file=sys.stderr)
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # not above: the exception would keep the contender alive
     for _ in range(rounds):
         for name, row in rows.items():
             begun, tokens = time.perf_counter(), contenders[name][1]
             for _ in range(tokens):
                 row["contender"].step()
-            row["rounds"].append((time.perf_counter() - begun) / tokens)
-    for row in rows.values():
-        row["seconds"] = statistics.median(row["rounds"])
-    return rows
+            row["rounds"].append(1e3 * (time.perf_counter() - begun) / tokens)
+    return {name: row | dict(ms=statistics.median(row["rounds"])) for name, row in rows.items()}
 
 
-def stage_seconds(contender, n_steps, device):
-    """{stage: seconds per token} of an `Ours`. Each call is waited for, so on a GPU the sum exceeds a token's time."""
-    decoder, cache = contender.decoder, contender.decoder.cache
-    stages = [(cache, "attend", "attention"), (cache, "attend_all", "attention"), (cache, "select", "gathering")]
-    stages += [(cache, "write_rows", "history rows"), (cache, "pool", "calibration")]
-    stages += [(decoder, "scores", "prediction"), (decoder, "choose", "selection")]
-    spent = dict.fromkeys(stage for *_, stage in stages)
-    spent = dict.fromkeys([*spent, "rest of the model"], 0.0)
+STAGES = dict(attend="attention", attend_all="attention", select="gathering", write_rows="history rows")
+STAGES |= dict(pool="calibration", scores="prediction", choose="selection")
+
+
+def stage_ms(contender, n_steps):
+    """{stage: ms per token} of an `Ours` on a CPU; a stage does not count others that it calls."""
+    spent = dict.fromkeys([*STAGES.values(), "rest of the model"], 0.0)
 
     def timed(original, stage):
         def call(*args, **kwargs):
-            synchronize(device)
             begun, before = time.perf_counter(), sum(spent.values())
             result = original(*args, **kwargs)
-            synchronize(device)
-            spent[stage] += time.perf_counter() - begun - (sum(spent.values()) - before)  # without calls inside
+            spent[stage] += time.perf_counter() - begun - (sum(spent.values()) - before)
             return result
 
         return call
 
-    begun = time.perf_counter()
-    try:
-        for owner, name, stage in stages:
-            setattr(owner, name, timed(getattr(owner, name), stage))
+    with ExitStack() as patches:
+        for owner in (contender.decoder, contender.decoder.cache):
+            for name in STAGES.keys() & set(dir(owner)):
+                patches.enter_context(patch.object(owner, name, timed(getattr(owner, name), STAGES[name])))
+        step = timed(contender.step, "rest of the model")
         for _ in range(n_steps):
-            contender.step()
-    finally:
-        for owner, name, _ in stages:
-            vars(owner).pop(name, None)
-    spent["rest of the model"] = time.perf_counter() - begun - sum(spent.values())
-    return {stage: amount / n_steps for stage, amount in spent.items()}
+            step()
+    return {stage: 1e3 * took / n_steps for stage, took in spent.items()}
 
 
-def whole_intervals(c, context):
-    """The fewest tokens that hold whole intervals of selection and of calibration."""
-    return math.lcm(*c.intervals(context))
-
-
-def speed_rows(models, predictor, config, contexts, rounds, backend, bandwidth):
-    """A row per context, dtype and contender. models: {name of a dtype: model}."""
+def speed_rows(names, models, predictor, config, contexts, rounds, backend, bandwidth):
+    """A row per context, dtype and contender, its "contender" included. models: {name of a dtype: model}."""
     device = next(iter(models.values())).device
-    settings = dict(dense=replace(config, dense_layers=10**6), sparse=config)
-    settings["sparse --paper"] = paper(config)
-    transformers = importlib.util.find_spec("transformers")
-    if not transformers:
-        print("bench: transformers is not installed: left out", file=sys.stderr)
-    for model in models.values():  # what the first call of a library allocates belongs to no contender
-        contenders = [Ours(model, predictor, config, 64, 64, backend)] + [Transformers(model, 64)] * bool(transformers)
-        for contender in contenders:
-            contender.step()
+    for name, model in ((name, model) for model in models.values() for name in names if backend == "torch"):
+        contender_of(name, model, predictor, config, 4 * 64, 1, backend)[0]().step()  # a library's first allocations
     for context in contexts:
-        tokens = {name: whole_intervals(c, context) for name, c in settings.items()}
-        n_steps = (rounds + 2) * max(tokens.values())  # warming up, the rounds, and the stages
-        start, contenders = context - n_steps, {}
-        if start < 1:
-            raise InputError(f"{n_steps} tokens are decoded at {context}: use longer --contexts or fewer --rounds")
-        for dtype, model in models.items():
-            for name, c in settings.items():
-                make = partial(Ours, model, predictor, c, start, n_steps, backend)
-                contenders[dtype, name] = make, tokens[name]
-            if transformers:
-                contenders[dtype, "transformers"] = partial(Transformers, model, start), tokens["sparse"]
-        rows = race(contenders, rounds, device)
-        for (dtype, name), row in rows.items():
-            contender = row.pop("contender")
-            row |= dict(context=context, dtype=dtype, name=name, bytes=contender.bytes_per_token())
-            row["least_seconds"] = row["bytes"] / bandwidth
-            if (dtype, "dense") in rows:
-                row["speedup"] = statistics.median(d / t for d, t in zip(rows[dtype, "dense"]["rounds"], row["rounds"]))
-            if name == "sparse":
-                row["stages"] = stage_seconds(contender, tokens[name], device)
-            yield row
-        rows, contenders, contender = {}, {}, None  # frees their caches
+        contenders = {
+            (dtype, name): contender_of(name, model, predictor, config, context, rounds, backend)
+            for dtype, model in models.items()
+            for name in names
+        }
+        # a CPU's speed drifts, so all take turns; a GPU's memory holds one of them at a time
+        groups = [contenders] if device.type == "cpu" else [{key: value} for key, value in contenders.items()]
+        dense, answers = {}, {}
+        for group in groups:
+            rows = race(group, rounds, device)
+            dense |= {dtype: row["rounds"] for (dtype, name), row in rows.items() if name == "dense"}
+            for (dtype, name), row in rows.items():
+                contender = row["contender"]
+                row |= dict(context=context, dtype=dtype, name=name, bytes=contender.bytes_per_token())
+                row |= dict(tokens_s=1e3 / row["ms"], gb_s=1e-6 * row["bytes"] / row["ms"])
+                row |= dict(least_ms=1e3 * row["bytes"] / bandwidth, memory_mb=row["memory"] and 1e-6 * row["memory"])
+                row["of_copy"] = row["least_ms"] / row["ms"]
+                if dtype in dense:
+                    row["speedup"] = statistics.median(d / t for d, t in zip(dense[dtype], row["rounds"]))
+                answers[dtype, name] = row["answer"]
+                same = [n for (d, n), answer in answers.items() if (d, answer) == (dtype, row["answer"])]
+                row["same_as"] = same[0] if same[0] != name else None
+                if name == "sparse" and backend == "torch":
+                    row["stages"] = stage_ms(contender, group[dtype, name][1])
+                yield row
 
 
 SPEED_COLUMNS = {
-    "context": lambda row: f"{row['context']:,}",
-    "weights": lambda row: row["dtype"],
-    "": lambda row: row["name"],
-    "ms per token": lambda row: f"{1e3 * row['seconds']:,.1f}",
-    "tokens/s": lambda row: f"{1 / row['seconds']:,.1f}",
-    "against dense": lambda row: f"{row['speedup']:.2f}x" if "speedup" in row else "–",
-    "GB/s read (of a copy's)": lambda row: (
-        f"{row['bytes'] / row['seconds'] / 1e9:,.1f} ({row['least_seconds'] / row['seconds']:.0%})"
-    ),
-    "peak memory beside weights, MB": lambda row: f"{row['memory'] / 1e6:,.0f}" if row["memory"] else "–",
+    "context": "{context:,}",
+    "weights": "{dtype}",
+    "": "{name}",
+    "ms per token": "{ms:,.1f}",
+    "tokens/s": "{tokens_s:,.1f}",
+    "against dense": "{speedup:.2f}x",
+    "GB/s read (of a copy's)": "{gb_s:,.1f} ({of_copy:.0%})",
+    "peak memory beside weights, MB": "{memory_mb:,.0f}",
+    "same tokens as": "{same_as}",
 }
 
 
-def stage_columns(rows):
-    """Columns for what a sparse token's time goes into, for stages that take any."""
-    stages = [stage for stage in rows[0]["stages"] if any(row["stages"][stage] for row in rows)]
-    columns = {name: SPEED_COLUMNS[name] for name in ("context", "weights")}
-    return columns | {f"{s}, ms": (lambda row, s=s: f"{1e3 * row['stages'][s]:,.2f}") for s in stages}
+def trace_of(contender, n_steps, path):
+    """Write a profiler's trace of some steps for Perfetto; {stream: [(start, seconds, "copy" or "kernel")]} of it."""
+    from torch.profiler import profile
+
+    with profile() as profiled:
+        for _ in range(n_steps):
+            contender.step()
+    profiled.export_chrome_trace(str(path))
+    return lanes_of_trace(json.loads(pathlib.Path(path).read_text()), contender.model.device)
+
+
+def lanes_of_trace(trace, device):
+    on_gpu = ("kernel", "gpu_memcpy", "gpu_memset") if device.type == "cuda" else ("cpu_op",)
+    events = [event for event in trace["traceEvents"] if event.get("cat") in on_gpu]
+    if not events:
+        raise InputError("the profiler saw nothing on the GPU: it needs CUPTI and permission to use it")
+    origin, lanes = min(event["ts"] for event in events), {}
+    for event in events:
+        kind = "copy" if kernels._copy_kernel.__name__ in event["name"] or event["cat"] == "gpu_memcpy" else "kernel"
+        span = 1e-6 * (event["ts"] - origin), 1e-6 * event["dur"], kind
+        lanes.setdefault(f"stream {event['args'].get('stream', event.get('tid'))}", []).append(span)
+    return lanes
 
 
 def bench_speed(args, config, device, backend):
+    """ms per token of several ways to decode, and peak memory"""
     models, results = {}, machine(device)
     for dtype in args.dtypes:
         models[dtype], results["weights"] = model_of(args.model_shape, getattr(torch, dtype), device)
-    predictor, bandwidth = attnpred.load_predictor(args.predictor), copy_bandwidth(device)
+    predictor = attnpred.load_predictor(args.predictor)
+    bandwidth = ceilings(torch.float32, device, n=64)["copy"]
     longest = models[dtype].config.context_len
     if max(args.contexts) > longest:
         raise InputError(f"the model's context is {longest:,} tokens: --contexts {max(args.contexts)} is too long")
+    names = [name for name in args.contenders if name != "transformers" or importlib.util.find_spec("transformers")]
+    rows = []
+    for row in speed_rows(names, models, predictor, config, args.contexts, args.rounds, backend, bandwidth):
+        contender = row.pop("contender")
+        print(f"bench: {row['name']}, {row['dtype']}, {row['context']} tokens: {row['ms']:.1f} ms", file=sys.stderr)
+        rows.append(row)
     print(
         f"{results['device']}, {results['threads']} threads, {results['weights']}, budget {config.budget}; "
         f"a copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written\n"
     )
-    rows = speed_rows(models, predictor, config, args.contexts, args.rounds, backend, bandwidth)
     results |= dict(copy_bytes_per_second=bandwidth, rows=show(rows, SPEED_COLUMNS))
-    timed = [row for row in results["rows"] if "stages" in row]
-    show(timed, stage_columns(timed))
+    if timed := [row for row in rows if "stages" in row]:
+        stages = [stage for stage in timed[0]["stages"] if any(row["stages"][stage] for row in timed)]
+        columns = {name: SPEED_COLUMNS[name] for name in ("context", "weights")}
+        show(timed, columns | {f"{stage}, ms": f"{{stages[{stage}]:,.2f}}" for stage in stages})
+    if args.trace:
+        results["timeline"] = trace_of(contender, roofline.intervals(config, args.contexts[-1]), args.trace)
     return results
 
 
@@ -384,92 +433,61 @@ def bench_speed(args, config, device, backend):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def kernel_rows(m, c, contexts, dtype, device, backend, ceilings):
+def kernel_rows(m, c, contexts, dtype, device, backend, found):
     for context in contexts:
         for name, work, call, rivals in (path for f in PATHS for path in f(m, c, context, dtype, device, backend)):
-            took, row = seconds(call, device), dict(path=name, context=context)
-            copy = ceilings["host copy" if name.startswith("copy") else "copy"]
-            matmul = ceilings["matmul tf32" if name.startswith("predict") else "matmul"]
-            row |= dict(
-                seconds=took, bytes_per_second=work.bytes / took, multiply_adds_per_second=work.multiply_adds / took
+            print(f"bench: {name}, {context} tokens", file=sys.stderr)
+            took, others = (
+                seconds(call, device),
+                {rival: seconds(rival_call, device) for rival, rival_call in rivals.items()},
             )
-            row |= dict(share_of_copy=work.bytes / took / copy, share_of_matmul=work.multiply_adds / took / matmul)
-            yield row | dict(rivals={rival: seconds(rival_call, device) for rival, rival_call in rivals.items()})
+            copy = found["host copy" if name.startswith("copy") else "copy"]
+            matmul = found["matmul tf32" if name.startswith("predict") else "matmul"]
+            row = dict(path=name, context=context, us=1e6 * took, rivals_us={n: 1e6 * t for n, t in others.items()})
+            row |= dict(gb_s=1e-9 * work.bytes / took, of_copy=work.bytes / took / copy)
+            row |= dict(tflop_s=2e-12 * work.multiply_adds / took, of_matmul=work.multiply_adds / took / matmul)
+            yield row | dict(rivals="; ".join(f"{n} {1e6 * t:,.1f} ({t / took:.1f}x)" for n, t in others.items()))
 
 
 KERNEL_COLUMNS = {
-    "path": lambda row: row["path"],
-    "context": lambda row: f"{row['context']:,}",
-    "µs": lambda row: f"{1e6 * row['seconds']:,.1f}",
-    "GB/s (of copy)": lambda row: f"{row['bytes_per_second'] / 1e9:,.1f} ({row['share_of_copy']:.0%})",
-    "TFLOP/s (of matmul)": lambda row: (
-        f"{2 * row['multiply_adds_per_second'] / 1e12:.3g} ({row['share_of_matmul']:.0%})"
-    ),
-    "rivals, µs": lambda row: (
-        "; ".join(f"{name} {1e6 * t:,.1f} ({t / row['seconds']:.1f}x)" for name, t in row["rivals"].items()) or "–"
-    ),
+    "path": "{path}",
+    "context": "{context:,}",
+    "µs": "{us:,.1f}",
+    "GB/s (of copy)": "{gb_s:,.1f} ({of_copy:.0%})",
+    "TFLOP/s (of matmul)": "{tflop_s:.3g} ({of_matmul:.0%})",
+    "rivals, µs": "{rivals}",
 }
 
 
-def bench_ceilings(dtype, device, size=1 << 28, n=4096):
-    """Bytes / s of a copy on the device and from pinned host memory, multiply-adds / s of an n x n matrix product."""
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    target = torch.empty(size, dtype=torch.uint8, device=device)
-    ceilings = {"copy": copy_bandwidth(device, size)}
-    ceilings["host copy"] = size / seconds(lambda: target.copy_(host, non_blocking=True), device)
-    for name, kind in (("matmul", dtype), ("matmul tf32", torch.float32)):
-        x = torch.randn(n, n, device=device).to(kind)
-        ceilings[name] = n**3 / seconds(lambda x=x: x @ x, device)
-    return ceilings
-
-
 def bench_kernels(args, config, device, backend):
+    """each hot path against PyTorch and against the machine's ceilings"""
     on_gpu, results = device.type == "cuda", machine(device)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.set_float32_matmul_precision("high")
-    m = shape_of(args.model_shape)
     if any(context % config.block_size or config.fits(context) for context in args.contexts):
         raise InputError(f"--contexts must be multiples of {config.block_size} and longer than the budget")
-    ceilings = bench_ceilings(dtype, device, *([] if on_gpu else [1 << 26, 1024]))
+    found = ceilings(dtype, device, *([] if on_gpu else [1 << 26, 1024]))
     print(
         f"{results['device']}, {results['threads']} threads, shapes of {args.model_shape}, budget {config.budget}; "
-        f"copy {ceilings['copy'] / 1e9:,.0f} GB/s, host to device {ceilings['host copy'] / 1e9:,.0f} GB/s, matrix "
-        f"product {2e-12 * ceilings['matmul']:,.1f} TFLOP/s ({str(dtype)[6:]}), {2e-12 * ceilings['matmul tf32']:,.1f} "
+        f"copy {found['copy'] / 1e9:,.0f} GB/s, host to device {found['host copy'] / 1e9:,.0f} GB/s, matrix "
+        f"product {2e-12 * found['matmul']:,.1f} TFLOP/s ({str(dtype)[6:]}), {2e-12 * found['matmul tf32']:,.1f} "
         f"({'tf32' if on_gpu else 'float32'})\n"
     )
-    rows = kernel_rows(m, config, args.contexts, dtype, device, backend, ceilings)
-    return results | dict(ceilings=ceilings, rows=show(rows, KERNEL_COLUMNS))
+    rows = kernel_rows(shape_of(args.model_shape), config, args.contexts, dtype, device, backend, found)
+    return results | dict(ceilings=found, rows=show(rows, KERNEL_COLUMNS))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# offload
+# offload, bytes, launches
 # --------------------------------------------------------------------------------------------------------------------
-
-
-class StreamedCache(KVCache):
-    """All K and V in host memory, copied to the device layer by layer for every token: offloading without selection."""
-
-    def __init__(self, decoder):
-        c, m, device = decoder.config, decoder.model_config, decoder.history.device
-        capacity_tokens, dtype = decoder.capacity * c.block_size, decoder.queries.dtype
-        super().__init__(c, m, decoder.heads, capacity_tokens, dtype, "cpu", "torch")
-        self.kv = self.kv.pin_memory() if device.type == "cuda" else self.kv
-        self.k, self.v = self.kv
-        self.staging = torch.empty_like(self.kv[:, 0], device=device)  # (2, Hk, capacity, b, D)
-
-    def attend_all(self, layer, q):
-        n_blocks = -(-self.n_tokens // self.block_size)
-        self.staging[:, :, :n_blocks].copy_(self.kv[:, layer, :, :n_blocks], non_blocking=True)
-        k, v = self.staging.flatten(2, 3)[:, None, :, : self.n_tokens]  # (1, Hk, T, D) each
-        return F.scaled_dot_product_attention(q.unflatten(0, (self.n_kv_heads, -1))[None], k, v)[0].flatten(0, 1)
 
 
 def count_link(model, tokenizer, predictor, config, n_prompt, n_steps):
-    """What crosses the link while real text is decoded: a row of exact counts, bytes per token."""
+    """What crosses the link while real text is decoded: a row of exact counts, MB per token."""
     tokens = torch.tensor(tokenizer.encode(TEXT.read_text())[: n_prompt + n_steps], device=model.device)
     if len(tokens) < n_prompt + n_steps:
         raise InputError(f"{TEXT.name} has only {len(tokens):,} tokens: lower --text-tokens")
-    decoder = SparseDecoder(config, model, predictor, len(tokens), "torch", offload=True)
+    decoder = SparseDecoder(roofline.offloaded(config), model, predictor, len(tokens), "torch", offload=True)
     prefill(model, decoder, tokens[:n_prompt])
     cache, m = decoder.cache, model.config
     before = int(cache.fetched), cache.selected, cache.written_bytes
@@ -480,142 +498,144 @@ def count_link(model, tokenizer, predictor, config, n_prompt, n_steps):
     return dict(
         tokens=n_prompt,
         fetched_fraction=fetched / max(1, selected),
-        fetched=fetched * cache.block_bytes / n_steps,
-        selected=selected * cache.block_bytes / n_steps,
-        written=(cache.written_bytes - before[2]) / n_steps,
-        whole=whole,
-        on_device=cache.device_bytes,
+        fetched_mb=1e-6 * fetched * cache.block_bytes / n_steps,
+        selected_mb=1e-6 * selected * cache.block_bytes / n_steps,
+        written_mb=1e-6 * (cache.written_bytes - before[2]) / n_steps,
+        whole_mb=1e-6 * whole,
+        on_device_mb=1e-6 * cache.device_bytes,
     )
 
 
 COUNT_COLUMNS = {
-    "prompt": lambda row: f"{row['tokens']:,}",
-    "selected, MB per token": lambda row: f"{row['selected'] / 1e6:,.3f}",
-    "of it fetched": lambda row: f"{row['fetched'] / 1e6:,.3f} ({row['fetched_fraction']:.1%})",
-    "written back": lambda row: f"{row['written'] / 1e6:,.3f}",
-    "whole cache, MB": lambda row: f"{row['whole'] / 1e6:,.1f}",
-    "on the device": lambda row: f"{row['on_device'] / 1e6:,.1f}",
-}
-
-CACHES = {
-    "dense, resident": dict(),
-    "dense, everything streamed": dict(streamed=True),
-    "sparse, resident": dict(),
-    "sparse, offloaded": dict(offload=True),
+    "prompt": "{tokens:,}",
+    "selected, MB per token": "{selected_mb:,.3f}",
+    "of it fetched": "{fetched_mb:,.3f} ({fetched_fraction:.1%})",
+    "written back": "{written_mb:,.3f}",
+    "whole cache, MB": "{whole_mb:,.1f}",
+    "on the device": "{on_device_mb:,.1f}",
 }
 
 
-def cache_rows(model, predictor, config, contexts, rounds, backend, trace=None):
-    """Measured time of each way to keep the cache; an interval of the last, offloaded, is traced into a file."""
-    for context in contexts:
-        tokens = whole_intervals(config, context)
-        n_steps, contenders = (rounds + 2) * tokens, {}
-        for name, how in CACHES.items():
-            c = replace(config, dense_layers=10**6) if name.startswith("dense") else config
-            make = partial(Ours, model, predictor, c, max(1, context - n_steps), n_steps, backend, **how)
-            contenders[name] = make, tokens
-        for name, row in race(contenders, rounds, model.device).items():
-            contender = row.pop("contender")
-            yield row | dict(context=context, name=name)
-    if trace:
-        from torch.profiler import profile
-
-        with profile() as profiled:
-            for _ in range(tokens):
-                contender.step()
-        profiled.export_chrome_trace(str(trace))
-
-
-def lanes_of_trace(trace):
-    """A chrome trace -> {stream: [(start, seconds, kind)]} of what ran on the GPU."""
-    events = [event for event in trace["traceEvents"] if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    if not events:
-        raise InputError("the profiler saw nothing on the GPU: it needs CUPTI and permission to use it")
-    origin, lanes = min(event["ts"] for event in events), {}
-    for event in events:
-        kind = "copy" if kernels._copy_kernel.__name__ in event["name"] or event["cat"] == "gpu_memcpy" else "kernel"
-        span = 1e-6 * (event["ts"] - origin), 1e-6 * event["dur"], kind
-        lanes.setdefault(f"stream {event['args']['stream']}", []).append(span)
-    return lanes
-
-
-def modelled_rows(m, config, contexts, fetched_fraction, gb_s):
+def modelled_rows(m, config, contexts, fetched_fraction, **rates):
     """roofline's model of time, by context and way to keep the cache."""
-    rates = {name: 1e9 * rate for name, rate in gb_s.items()}
     for context in contexts:
-        ways = roofline.offload_strategies(m, config, context, fetched_fraction)
-        times = {name: roofline.token_seconds(moved, rates, overlap) for name, (moved, overlap) in ways.items()}
-        for name, took in times.items():
-            row = dict(context=context, name=name, link_bytes=ways[name][0]["link"], seconds=took)
-            yield row | dict(speedup=times["dense, everything streamed"] / took)
+        ways = roofline.strategies(m, config, context, fetched_fraction, **rates)
+        slowest, resident = (ways[name][0] for name in ("dense, everything streamed", "sparse, resident"))
+        for name, (took, link_bytes) in ways.items():
+            row = dict(context=context, name=name, ms=1e3 * took, link_mb=1e-6 * link_bytes)
+            yield row | dict(speedup=slowest / took, of_resident=took / resident)
 
 
-TIME_COLUMNS = {
-    "context": lambda row: f"{row['context']:,}",
-    "cache": lambda row: row["name"],
-    "ms per token": lambda row: f"{1e3 * row['seconds']:,.2f}",
-}
-MODEL_COLUMNS = TIME_COLUMNS | {
-    "MB over the link per token": lambda row: f"{row['link_bytes'] / 1e6:,.1f}",
-    "against everything streamed": lambda row: f"{row['speedup']:.1f}x",
+MODEL_COLUMNS = {
+    "context": "{context:,}",
+    "cache": "{name}",
+    "ms per token": "{ms:,.2f}",
+    "MB over the link per token": "{link_mb:,.1f}",
+    "against everything streamed": "{speedup:.1f}x",
+    "time of sparse, resident": "{of_resident:.2f}",
 }
 
 
 def bench_offload(args, config, device, backend):
+    """bytes over the link, counted on a text, and a model of time"""
     predictor, results, fraction = attnpred.load_predictor(args.predictor), machine(device), args.fetched_fraction
     if fraction is None:
         model, tokenizer = load_model(str(fetch_default_llm()), torch.bfloat16, device)
         print(f"Counted: SmolLM2-135M-Instruct on {TEXT.name}, {args.text_steps} tokens decoded\n")
         counted = [count_link(model, tokenizer, predictor, config, args.text_tokens, args.text_steps)]
         results["counted"], fraction = show(counted, COUNT_COLUMNS), counted[0]["fetched_fraction"]
-    if args.measure:
-        model, weights = model_of(args.model_shape, torch.bfloat16, device)
-        print(f"Measured: {results['device']}, {results['threads']} threads, {weights}, budget {config.budget}\n")
-        rows = cache_rows(model, predictor, config, args.measure, args.rounds, backend, args.trace)
-        results["measured"] = show(rows, TIME_COLUMNS)
-    if args.trace:
-        results["timeline"] = lanes_of_trace(json.loads(pathlib.Path(args.trace).read_text()))
     gb_s = dict(memory=args.memory_gb_s, link=args.link_gb_s, host=args.host_gb_s)
     print(
         f"A model, not a measurement: {args.model_shape} in 16 bits, budget {config.budget}, {fraction:.1%} of a "
         f"selection fetched; GB/s: {', '.join(f'{name} {rate:g}' for name, rate in gb_s.items())}\n"
     )
-    rows = modelled_rows(shape_of(args.model_shape), config, args.contexts, fraction, gb_s)
-    results |= dict(model_shape=args.model_shape, gb_s=gb_s, fetched_fraction=fraction)
-    return results | dict(modelled=show(rows, MODEL_COLUMNS))
+    rates = {name: 1e9 * rate for name, rate in gb_s.items()}
+    rows = modelled_rows(shape_of(args.model_shape), config, args.contexts, fraction, **rates)
+    return results | dict(gb_s=gb_s, fetched_fraction=fraction, modelled=show(rows, MODEL_COLUMNS))
+
+
+def bench_bytes(args, config, device, backend):
+    """bytes read per token"""
+    print(f"Bytes read per token, {args.model_shape} in 16 bits, budget {config.budget}\n")
+    m, rows = shape_of(args.model_shape), []
+    for context in args.contexts:
+        for name, c in {"default": config, "--paper": paper(config)}.items():
+            reads = roofline.bytes_per_token(m, c, context)
+            megabytes = {f"{kind}_mb": 1e-6 * amount for kind, amount in reads.items()}
+            rows.append(dict(context=context, name=name, less=reads["dense"] / reads["total"], **megabytes))
+    kinds = ("attention", "calibration", "choosing", "total", "dense")
+    columns = {"context": "{context:,}", "setting": "{name}"} | {f"{n}, MB": f"{{{n}_mb:,.1f}}" for n in kinds}
+    return dict(rows=show(rows, columns | {"dense / total": "{less:.1f}x"}))
+
+
+def launch_rows(m, config, contexts):
+    """Tokens of one interval of calibration and selection, by what they launch."""
+    model = Llama(m, torch.bfloat16, "meta")
+    for context in contexts:
+        steps = roofline.intervals(config, context)
+        for name in ("resident", "offloaded"):
+            offload = name == "offloaded"
+            c = roofline.offloaded(config) if offload else config
+            tokens = roofline.decode(model, c, context, steps, offload)[1][-steps:]
+            kinds = Counter((len(token.launches), token.operations.total(), token.link_bytes) for token in tokens)
+            for (triton, operations, link), count in kinds.most_common():
+                row = dict(context=context, name=name, tokens=count, of=steps, triton=triton, pytorch=operations)
+                yield row | dict(total=triton + operations, link_mb=1e-6 * link)
+
+
+LAUNCH_COLUMNS = {
+    "context": "{context:,}",
+    "cache": "{name}",
+    "tokens": "{tokens} of {of}",
+    "Triton": "{triton:,}",
+    "PyTorch": "{pytorch:,}",
+    "launches": "{total:,}",
+    "MB over the link, selected blocks apart": "{link_mb:,.2f}",
+}
+
+
+def bench_launches(args, config, device, backend):
+    """launches per token"""
+    print(f"Launches per token, sampling included, without a CUDA graph: {args.model_shape}, budget {config.budget}\n")
+    return dict(rows=show(launch_rows(shape_of(args.model_shape), config, args.contexts), LAUNCH_COLUMNS))
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
 
-
-def bench_bytes(args, config, device, backend):
-    print(f"Bytes read per token, {args.model_shape} in 16 bits, budget {config.budget}\n")
-    return dict(rows=show(read_rows(shape_of(args.model_shape), config, args.contexts), READ_COLUMNS))
+LONG = (8192, 32768, 131072)
 
 
 def make_parser():
     parser = OneLineParser(prog="bench", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     gpu = torch.cuda.is_available()
-    for name, command, contexts, shape in (
-        ("speed", bench_speed, (128, 1024, 4096, 8192), "smollm2-135m"),
-        ("kernels", bench_kernels, (8192, 32768, 131072) if gpu else (8192,), SHAPES[gpu]),
-        ("offload", bench_offload, (8192, 32768, 131072), "llama-3.1-8b"),
-        ("bytes", bench_bytes, (8192, 32768, 131072), "llama-3.1-8b"),
+    for command, contexts, shape in (
+        (bench_speed, LONG if gpu else (128, 1024, 4096, 8192), "llama-3.1-8b" if gpu else "smollm2-135m"),
+        (bench_kernels, LONG if gpu else LONG[:1], "llama-3.1-8b" if gpu else "smollm2-135m"),
+        (bench_offload, LONG, "llama-3.1-8b"),
+        (bench_bytes, LONG, "llama-3.1-8b"),
+        (bench_launches, LONG[1:], "llama-3.1-8b"),
     ):
+        name = command.__name__.removeprefix("bench_")
         sub = commands.add_parser(name, help=command.__doc__)
         sub.set_defaults(bench=command)
         sub.add_argument("--out", metavar="FILE.json", help="write all numbers there")
         sub.add_argument("--contexts", type=int, nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
-        sub.add_argument("--model-shape", choices=SHAPES, default=shape, help="llama-3.1-8b has random weights")
+        sub.add_argument("--model-shape", choices=SHAPES, default=shape, help="smollm2-135m, or random weights")
+        if name in ("speed", "kernels"):
+            backend = "triton" if gpu else "torch"
+            sub.add_argument("--backend", choices=("triton", "torch"), default=backend, help="of the kernels")
         if name in ("speed", "offload"):
-            sub.add_argument("--rounds", type=int, default=7, help="the contenders take turns; the median counts")
             sub.add_argument("--predictor", default=attnpred.DEFAULT_PREDICTOR, help="the convolution")
         if name == "speed":
-            dtypes = ["float32", "bfloat16"]
-            sub.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes, help="of the weights")
+            names, dtypes = ON_GPU if gpu else CONTENDERS, ["bfloat16"] if gpu else ["float32", "bfloat16"]
+            how = f"{', '.join(SETTINGS)}, each with any of: {', '.join(HOW)}; or transformers"
+            sub.add_argument("--contenders", nargs="+", default=names, metavar="NAME", help=how)
+            sub.add_argument("--dtypes", nargs="+", default=dtypes, choices=["float32", "bfloat16"], help="of weights")
+            sub.add_argument("--rounds", type=int, default=7, help="the contenders take turns; the median counts")
+            sub.add_argument("--trace", metavar="FILE.json", help="trace an interval of the last contender")
         if name == "offload":
             sub.add_argument("--link-gb-s", type=float, default=55.0, help="host to device; 55: PCIe 5 x16")
             sub.add_argument("--memory-gb-s", type=float, default=3350.0, help="of the device; 3350: H100")
@@ -623,13 +643,11 @@ def make_parser():
             sub.add_argument("--fetched-fraction", type=float, help="of a selection (default: counted, default LLM)")
             sub.add_argument("--text-tokens", type=int, default=4096, help="prompt of that count")
             sub.add_argument("--text-steps", type=int, default=64, help="tokens decoded for that count")
-            sub.add_argument("--measure", type=int, nargs="+", default=[], metavar="TOKENS", help="decode there, timed")
-            sub.add_argument("--trace", metavar="FILE.json", help="on a GPU: a trace of one interval, for Perfetto")
         attnpred.add_method_options(sub)
     return parser
 
 
-def check(args, config, device):
+def check(args, config):
     for path in filter(None, (args.out, getattr(args, "trace", None))):
         if not os.access(pathlib.Path(path).parent, os.W_OK) or pathlib.Path(path).is_dir():
             raise InputError(f"cannot write {path}: give a file in a folder that exists")
@@ -644,17 +662,17 @@ def check(args, config, device):
             raise InputError(f"--fetched-fraction {args.fetched_fraction} must lie in 0 ... 1")
         if config.fits(args.text_tokens) or args.text_steps < 1:
             raise InputError("--text-tokens must exceed the budget, and --text-steps be at least 1")
-        if args.trace and (device.type != "cuda" or not args.measure):
-            raise InputError("--trace needs a GPU and --measure")
 
 
 def run(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = attnpred.config_of(args)
-    check(args, config, device)
-    if device.type == "cuda" and (kernels.triton is None or kernels.interpreted()):
-        raise InputError("a GPU is measured with Triton: install it, and unset TRITON_INTERPRET")
-    results = args.bench(args, config, device, "triton" if device.type == "cuda" else "torch")
+    config, backend = attnpred.config_of(args), getattr(args, "backend", None)
+    check(args, config)
+    try:
+        kernels.use_triton(backend or "torch", device)
+    except RuntimeError as error:
+        raise InputError(str(error)) from None
+    results = args.bench(args, config, device, backend)
     if args.out:
         results["config"] = dataclasses.asdict(config)
         attnpred.write_atomically(args.out, lambda path: path.write_text(json.dumps(results, indent=1)))

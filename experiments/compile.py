@@ -1,8 +1,8 @@
 """Compiles every kernel ahead of time, for GPUs that need not be present: `python -m experiments.compile [target ...]`.
 
-Patches `triton.JITFunction.run` to record the launches that a prompt and a decode step of the models below make on meta
-tensors, compiles each distinct launch for each target, and prints what the compilers make of it. The exit status is 1
-where a kernel spills registers or needs more shared memory than the target has.
+Records the launches of a prompt and of the first tokens of the models below (`experiments.roofline.decode`), compiles
+each distinct launch for each target, and prints what the compilers make of it. The exit status is 1 where a kernel
+spills registers or needs more shared memory than the target has.
 """
 
 import re
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,7 +19,8 @@ import pandas as pd
 import torch
 
 import kernels
-from attnpred import HISTORY_DTYPE, Config, OneLineParser, Predictor, exit_status
+from attnpred import Config, OneLineParser, exit_status
+from experiments.roofline import LLAMA_31_8B, Stub, decode, offloaded
 from experiments.tables import markdown
 
 Target = namedtuple("Target", "backend architecture warp_size shared_bytes")
@@ -32,75 +34,25 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024),  # MI300
     "gfx90a": Target("hip", "gfx90a", 64, 64 * 1024),  # MI200
 }
-Model = namedtuple("Model", "n_layers n_heads n_kv_heads head_dim n_tokens")
-MODELS = {
-    "Llama-3.1-8B 8K": Model(32, 32, 8, 128, 8192),
-    "Llama-3.1-8B 32K": Model(32, 32, 8, 128, 32768),
-    "Llama-3.1-8B 128K": Model(32, 32, 8, 128, 131072),
-    "SmolLM2-135M 4K": Model(30, 9, 3, 64, 4096),
-}
-Launch = namedtuple("Launch", "kernel grid arguments options")
+SMOLLM2 = replace(LLAMA_31_8B, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64)
+MODELS = {f"Llama-3.1-8B {n}K": (LLAMA_31_8B, 1024 * n) for n in (8, 32, 128)} | {"SmolLM2-135M 4K": (SMOLLM2, 4096)}
+SETTINGS = (
+    Config(calibration_interval=2),
+    Config(calibration_interval=2, history_rows="every", share_budget="head", dense_layers=1),
+)
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 POINTERS |= {torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8"}
 
 
-def run_launchers(m, c):
-    """Calls each launcher as attnpred.py does, resident and offloaded, with tensors that have no memory."""
-
-    def empty(*shape, dtype=torch.bfloat16):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def int32(*shape):
-        return empty(*shape, dtype=torch.int32)
-
-    n_layers, n_heads, heads, head_dim, n_tokens = m
-    n_blocks, (start, end), group = c.n_blocks(n_tokens), c.middle(n_tokens), n_heads // heads
-    new_rows = c.intervals(n_tokens)[1]
-    keys = empty(n_layers, heads, n_blocks, c.block_size, head_dim)
-    queries = empty(n_layers * n_heads, c.history_len, head_dim)
-    history, contributions = (empty(n_layers * heads, c.history_len, n_blocks, dtype=HISTORY_DTYPE) for _ in range(2))
-    weights = kernels.prepare_weights(Predictor().state_dict(), "meta")
-    listed = heads * c.budget // c.block_size  # blocks of one layer
-    table, lists = int32(n_layers * listed), (int32(heads), int32(heads))
-    block_max, k = empty(group, len(table), dtype=torch.float32), heads * c.topk_blocks
-    slots = empty(n_layers * listed, 2, c.block_size, head_dim)
-    host = empty(n_layers * heads * n_blocks, 2 * c.block_size * head_dim)
-    every_block, of_every_head = int32(heads * n_blocks), (int32(heads), int32(heads))
-
-    pooled = empty(n_heads, n_tokens, head_dim)[:, -c.history_len :], keys[0], n_tokens
-    kernels.pool_history(*pooled, backend="triton")
-    kernels.pool_history(queries[:, :1], keys.flatten(0, 1), n_tokens, backend="triton")
-    for valid_end in (start, end - new_rows // c.block_size - 1, end):
-        shape = 0, new_rows, start, end, valid_end
-        scores = kernels.predict(history, contributions, *shape, weights, backend="triton")
-    kernels.select_blocks(scores.view(n_layers, -1), k, backend="triton")
-    kernels.select_blocks(scores, c.topk_blocks, backend="triton")
-    q, token = empty(n_heads, 1, head_dim)[:, 0], empty(heads, 1, head_dim)[:, 0]
-    cache = keys.flatten(0, 2)
-    kernels.append_token(token, token, cache, cache, table, *lists, backend="triton")
-    kernels.append_token(token, token, *slots.unbind(1), table, *lists, backend="triton")
-    kernels.sparse_decode(q, cache, cache, table, *lists, block_max, backend="triton")
-    kernels.sparse_decode(q, *slots.unbind(1), table, *lists, block_max, backend="triton")
-    every_max = empty(group, len(every_block), dtype=torch.float32)
-    kernels.sparse_decode(q, cache, cache, every_block, *of_every_head, every_max, backend="triton")
-    lse, columns = empty(n_layers * n_heads, dtype=torch.float32), int32(len(table))
-    of_all_layers = int32(n_layers * heads), int32(n_layers * heads)
-    kernels.write_rows(block_max, lse, columns, *of_all_layers, history[:, 0], c.block_size, backend="triton")
-    kernels.assign_slots(int32(n_layers, k), int32(n_layers, k + c.exchanged(k)), backend="triton")
-    kernels.copy_blocks(host, slots.flatten(1), int32(n_layers * k), int32(n_layers * k), backend="triton")
-
-
 def record(model, amd):
-    """The launches of that model's prompt and decode step, on an NVIDIA or an AMD GPU."""
-    launches = []
-
-    def run(kernel, *arguments, grid, warmup, **options):
-        names = {parameter.name for parameter in kernel.params}
-        arguments = dict(zip(kernel.arg_names, arguments)) | {n: x for n, x in options.items() if n in names}
-        launches.append(Launch(kernel, grid, arguments, {n: x for n, x in options.items() if n not in names}))
-
-    with patch.object(kernels.triton.JITFunction, "run", run), patch.object(kernels, "is_amd", lambda: amd):
-        run_launchers(MODELS[model], Config(**Config.OFFLOADED))
+    """The launches of that model's prompt and next tokens, resident and offloaded, on an NVIDIA or an AMD GPU."""
+    (m, n_tokens), launches = MODELS[model], []
+    with patch.object(kernels, "is_amd", lambda: amd):
+        for config in SETTINGS:
+            for offload in (False, True):
+                c = offloaded(config) if offload else config
+                for counts in decode(Stub(m), c, n_tokens, 4, offload)[1]:
+                    launches += counts.launches
     return launches
 
 

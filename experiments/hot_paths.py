@@ -1,11 +1,12 @@
 """The launches of kernels.py as a decode step makes them, beside PyTorch code: what `experiments.bench kernels` times.
 
 Each function of PATHS takes a model's shapes m, a Config c, the number of tokens, the dtype of K and V, a device and a
-backend, and yields tuples: name, least work (experiments/roofline.py), a launch, and rivals {name: a call that computes
-the same, or serves the same purpose}. Keys, values and histories are random.
+backend, and yields tuples: name, the least `Work` that it can be, a launch, and rivals {name: a call that computes the
+same, or serves the same purpose}. Keys, values and histories are random.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,13 @@ import torch.nn.functional as F
 import attnpred
 import kernels
 from attnpred import Predictor
-from experiments import roofline
+
+
+class Work(NamedTuple):
+    """The least that a launch can do: bytes of its inputs and outputs, each once, and its multiply-adds."""
+
+    bytes: int
+    multiply_adds: int = 0
 
 
 def softmax_then_max(q, k_cache, n_tokens):
@@ -33,14 +40,26 @@ def pooling_paths(m, c, n_tokens, dtype, device, backend):
     for name, rows, layers in (("prompt, one layer", c.history_len, 1), ("calibration, all layers", 1, m.n_layers)):
         k = keys[:layers].flatten(0, 1)  # (layers * Hk, N, b, D)
         q = torch.randn(layers * m.n_heads, rows, m.head_dim, device=device).to(dtype)
-        work = roofline.pool_history(len(q), len(k), rows, n_tokens, m.head_dim, c.block_size, dtype.itemsize)
+        written = 4 * len(q) * rows * (k.shape[1] + 1)  # block maxima and log-sum-exp
+        work = Work(k.nbytes + q.nbytes + written, len(q) * rows * n_tokens * m.head_dim)
         call = partial(lambda q, k: kernels.pool_history(q, k, n_tokens, 1, backend)[0], q, k)
         yield f"pool_history, {name}", work, call, {"softmax, then max": partial(softmax_then_max, q, k, n_tokens)}
 
 
+def prediction_work(heads, history_len, new_rows, start, end, valid_end, itemsize=attnpred.HISTORY_DTYPE.itemsize):
+    """From scratch, a column reads H rows of history and writes H contributions. After P new rows it reads P + 8 rows
+    of history (two around each computed row) and the other H - 4 - P contributions, and writes P + 4."""
+    n = end - start
+    first = valid_end <= start or new_rows >= history_len - 4
+    rows = 2 * history_len if first else history_len + 4 + new_rows + 4
+    work = kernels.predict_multiply_adds(heads, history_len, new_rows, start, end, valid_end)
+    return Work(heads * n * (rows * itemsize + 4), work)
+
+
 def prediction_paths(m, c, n_tokens, dtype, device, backend):
     weights = kernels.prepare_weights(Predictor().requires_grad_(False).state_dict(), device)
-    heads, (start, end), period = m.n_layers * m.n_kv_heads, c.middle(n_tokens), c.intervals(n_tokens)[1]
+    heads, (start, end) = m.n_layers * m.n_kv_heads, c.middle(n_tokens)
+    new_rows = c.intervals(n_tokens)[1] // c.row_stride(n_tokens)  # that a selection finds
     history = torch.rand(heads, c.history_len, c.n_blocks(n_tokens), device=device).to(attnpred.HISTORY_DTYPE)
     contributions = torch.zeros_like(history)  # (L * Hk, H, N)
 
@@ -52,11 +71,10 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
     rivals = {"convolutions, float32": partial(convolve, False)}
     if device.type == "cuda":
         rivals["convolutions, tf32"] = partial(convolve, True)
-    for name, new_rows, valid_end in (("whole image", 0, start), (f"after {period} rows", period, end)):
-        work = roofline.predict(heads, c.history_len, new_rows, start, end, valid_end)
-        window = 0, new_rows, start, end, valid_end
-        call = partial(kernels.predict, history, contributions, *window, weights, backend)
-        yield f"predict, {name}, all layers", work, call, rivals
+    for name, rows, valid_end in (("whole image", 0, start), (f"{new_rows} new rows", new_rows, end)):
+        window = rows, start, end, valid_end
+        call = partial(kernels.predict, history, contributions, 0, *window, weights, backend)
+        yield f"predict, {name}, all layers", prediction_work(heads, c.history_len, *window), call, rivals
 
 
 def selection_paths(m, c, n_tokens, dtype, device, backend):
@@ -64,7 +82,7 @@ def selection_paths(m, c, n_tokens, dtype, device, backend):
     scores, k = torch.randn(m.n_layers, m.n_kv_heads * (end - start), device=device), m.n_kv_heads * c.topk_blocks
     rivals = {"topk, then sort": lambda: scores.topk(k, sorted=False).indices.sort(1).values}
     call = partial(kernels.select_blocks, scores, k, backend)
-    yield f"select_blocks, {k} per layer, all layers", roofline.select_blocks(*scores.shape, k), call, rivals
+    yield f"select_blocks, {k} per layer, all layers", Work(scores.nbytes + 4 * m.n_layers * k), call, rivals
 
 
 def lists_of(counts, c, n_tokens, device):
@@ -91,33 +109,36 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
     for name, counts in (("heads alike", [k] * m.n_kv_heads), ("uneven heads", uneven)):
         table, starts, lengths = lists_of(counts, c, n_tokens, device)
         block_max, address = torch.zeros(group, len(table), device=device), table.long()  # (G, A), (A,)
-        shape = m.n_heads, m.n_kv_heads, len(table) * c.block_size, m.head_dim, c.block_size, dtype.itemsize
         lists = table, starts, lengths, block_max
         call = partial(lambda lists: kernels.sparse_decode(q, *pool, *lists, backend)[0], lists)
         rivals = {"SDPA over gathered blocks": partial(lambda address: sdpa(pool[:, address]), address)}
         rivals |= {"SDPA over all blocks": lambda: sdpa(pool)}
-        work = roofline.sparse_decode(*shape)
+        listed_kv = 2 * len(table) * pool[0, 0].nbytes
+        work = Work(
+            listed_kv + 2 * q.nbytes + table.nbytes + block_max.nbytes, group * listed_kv // pool.element_size()
+        )
         yield f"sparse_decode, {name}, one layer", work, call, rivals if counts is not uneven else {}
     rows = torch.zeros(m.n_kv_heads, n_blocks, device=device, dtype=attnpred.HISTORY_DTYPE)
-    lists = torch.zeros(m.n_heads, device=device), table % n_blocks, starts, lengths  # lse, columns
-    call = partial(kernels.write_rows, block_max, *lists, rows, c.block_size, backend)
-    yield "write_rows, one layer", roofline.write_rows(m.n_kv_heads, group, len(table), n_blocks), call, {}
+    columns, lse = table % n_blocks, torch.zeros(m.n_heads, device=device)
+    call = partial(kernels.write_rows, block_max, lse, columns, starts, lengths, rows, c.block_size, backend)
+    yield "write_rows, one layer", Work(block_max.nbytes + columns.nbytes + rows.nbytes), call, {}
 
 
 def copy_paths(m, c, n_tokens, dtype, device, backend):
     """A layer's selection: assigning slots where a tenth of it changed, and copying all or a tenth of it."""
     n_blocks, elements, k = c.n_blocks(n_tokens), 2 * c.block_size * m.head_dim, m.n_kv_heads * c.topk_blocks
-    ids = torch.stack([torch.randperm(m.n_kv_heads * n_blocks) for _ in range(m.n_layers)]).int().to(device)
-    assign = partial(kernels.assign_slots, ids[:, k // 10 :][:, :k].contiguous(), ids[:, :k].contiguous())
+    ids = torch.stack([torch.randperm(m.n_kv_heads * n_blocks) for _ in range(m.n_layers)]).int()
+    wanted, held = (part.contiguous().to(device) for part in (ids[:, k // 10 :][:, :k], ids[:, :k]))
+    assign = partial(kernels.assign_slots, wanted, held)
     rivals = {} if backend == "torch" else {"the reference": partial(assign, "torch")}
-    yield f"assign_slots, {k} per layer", roofline.assign_slots(m.n_layers, k), partial(assign, backend), rivals
+    yield f"assign_slots, {k} per layer", Work(5 * 4 * m.n_layers * k), partial(assign, backend), rivals
     host = torch.zeros(m.n_kv_heads * n_blocks, elements, dtype=dtype, pin_memory=device.type == "cuda")
     slots, place = torch.empty(k, elements, device=device, dtype=dtype), torch.arange(k, device=device).int()
     for name, n in (("all", k), ("a tenth", max(1, k // 10))):
-        chosen = ids[0, :n].cpu()
+        chosen = ids[0, :n]
         call = partial(kernels.copy_blocks, host, slots, F.pad(chosen, (0, k - n), value=-1).to(device), place, backend)
         rivals = {"index_select": partial(lambda n, chosen: slots[:n].copy_(host.index_select(0, chosen)), n, chosen)}
-        yield f"copy_blocks, {name} of {k}", roofline.copy_blocks(n, elements * dtype.itemsize), call, rivals
+        yield f"copy_blocks, {name} of {k}", Work(n * host[0].nbytes), call, rivals
 
 
 PATHS = (pooling_paths, prediction_paths, selection_paths, attention_paths, copy_paths)

@@ -13,6 +13,7 @@ import pathlib
 import sys
 from collections import deque
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -316,24 +317,6 @@ def draw_pareto(rows, path):
     save(figure, path)
 
 
-def draw_recovery(rows, path, budget=512):
-    """By layer and by step, at one budget: 512, or else the smallest."""
-    rows = [row for row in of_task(rows, "recovery", "texts") if "recovery" in row]
-    budgets = sorted({row["budget"] for row in rows})
-    budget = budget if budget in budgets else budgets[0]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for setting, same in grouped([row for row in rows if row["budget"] == budget], "setting").items():
-        by_layer, by_step = (torch.tensor([row[k] for row in same]).mean(0) for k in ("recovery_by_layer", "recovery"))
-        first, width = same[0]["dense_layers"], min(8, len(by_step))
-        left.plot(range(first, first + len(by_layer)), by_layer, **line_of(setting))
-        right.plot(range(width, len(by_step) + 1), by_step.unfold(0, width, 1).mean(1), **line_of(setting))
-    left.set(xlabel="layer", ylabel=f"recovery, budget {budget}")
-    right.set(xlabel=f"measured step (mean of the last {width})")
-    right.legend(fontsize=8)
-    bare(left, right)
-    save(figure, path)
-
-
 def draw_needles(rows, path):
     """A heat map per setting: depth of the key by length of the text; the share of keys found."""
     rows = of_task(rows, "needles")
@@ -382,45 +365,43 @@ def draw_training(rows, path):
 # Speed: experiments.bench
 # --------------------------------------------------------------------------------------------------------------------
 
-CONTENDERS = {"dense": GREY, "sparse": OURS, "sparse --paper": PAPER, "transformers": BLUE}
+CONTENDERS = {
+    "dense": GREY,
+    "dense, streamed": "black",
+    "sparse": OURS,
+    "sparse, no graph": PAPER,
+    "sparse --paper": PAPER,
+    "sparse, offloaded": ORANGE,
+    "sparse, offloaded, no graph": "#f3cf86",
+    "transformers": BLUE,
+}
 
 
 def draw_speed(results, path):
     """Tokens/s of each dtype with what the bandwidth allows, memory, and the parts of a sparse token's time."""
-    rows = results["rows"]
-    dtypes, contexts = list(dict.fromkeys(row["dtype"] for row in rows)), sorted({row["context"] for row in rows})
-    panels = len(dtypes) + 2
-    figure, (*speeds, memory, stages) = plt.subplots(1, panels, figsize=(4.3 * panels, 4), layout="constrained")
-    for axes, dtype in zip(speeds, dtypes):
-        for name, colour in CONTENDERS.items():
-            mine = [row for row in rows if row["name"] == name and row["dtype"] == dtype]
-            if mine:
-                x, style = [row["context"] for row in mine], dict(color=colour, marker="o", ms=4)
-                axes.plot(x, [1 / row["seconds"] for row in mine], label=name, **style)
-                if name in ("dense", "sparse"):
-                    limit = [1 / row["least_seconds"] for row in mine]
-                    axes.plot(x, limit, ls=":", color=colour, label=f"{name}: bandwidth's limit")
-            known = [row for row in mine if row["memory"]]
-            if known and dtype == dtypes[0]:
-                memory.plot([r["context"] for r in known], [r["memory"] / 1e6 for r in known], label=name, **style)
-        axes.set(title=f"tokens/s, {dtype}")
-        axes.set_ylim(0)
-    memory.set(title=f"peak memory beside the weights, MB, {dtypes[0]}")
-    timed = [row for row in rows if row.get("stages") and row["name"] == "sparse" and row["dtype"] == dtypes[-1]]
-    base = [0.0] * len(timed)
-    for stage in dict.fromkeys(stage for row in timed for stage in row["stages"]):
-        height = [1e3 * row["stages"][stage] for row in timed]
-        if any(height):
-            stages.bar(range(len(height)), height, bottom=base, label=stage, width=0.6)
-            base = [low + more for low, more in zip(base, height)]
-    stages.set_xticks(range(len(timed)), [thousands(row["context"]) for row in timed])
-    stages.set(title=f"a sparse token's time, ms, {dtypes[-1]}", xlabel="context")
-    for axes in (*speeds, memory):
+    rows = pd.DataFrame(results["rows"])
+    rows["limit"] = 1e3 / rows["least_ms"]
+    dtypes, contexts = rows["dtype"].unique(), sorted(rows["context"].unique())
+    panels = [f"tokens/s, {dtype}" for dtype in dtypes] + [f"peak memory beside the weights, MB, {dtypes[0]}"]
+    panels += ["a sparse token's time, ms"] if "stages" in rows else []
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 4), layout="constrained")
+    for axes, title, dtype in zip(all_axes, panels, [*dtypes, dtypes[0]]):
+        value = "tokens_s" if title.startswith("tokens") else "memory_mb"
+        table = rows[rows["dtype"] == dtype].pivot(index="context", columns="name", values=["limit", value])
+        table[value].plot(ax=axes, color=CONTENDERS, marker="o", ms=4, legend=False)
+        if value == "tokens_s":
+            for name in table["limit"].columns.intersection(["dense", "sparse"]):
+                axes.plot(table["limit"][name], color=CONTENDERS[name], ls=":", label=f"{name}: bandwidth's limit")
         context_ticks(axes, contexts)
-    for axes in (*speeds, memory, stages):
+        axes.set_ylim(0)
+    if "stages" in rows:
+        timed = rows[rows["stages"].notna() & (rows["dtype"] == dtypes[-1])]
+        stages = pd.DataFrame(list(timed["stages"]), index=timed["context"].map(thousands))
+        stages.loc[:, stages.any()].plot.bar(ax=all_axes[-1], stacked=True, rot=0, xlabel=f"context, {dtypes[-1]}")
+    for axes, title in zip(all_axes, panels):
+        axes.set_title(title, fontsize=10)
         bare(axes)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+        axes.legend(fontsize=7)
     threads = f", {results['threads']} threads" if results["device"] == "CPU" else ""
     figure.suptitle(f"{results['device']}{threads}, {results['weights']}", fontsize=10)
     save(figure, path)
@@ -428,54 +409,31 @@ def draw_speed(results, path):
 
 def draw_kernels(results, path):
     """Each kernel's share of its ceiling, by context length."""
-    rows = results["rows"]
-    names = list(dict.fromkeys(row["path"] for row in rows))
-    contexts = sorted({row["context"] for row in rows})
-    figure, axes = plt.subplots(figsize=(9, 0.4 * len(names) + 1.4), layout="constrained")
-    for i, context in enumerate(contexts):
-        mine = [row for row in rows if row["context"] == context]
-        places = [names.index(row["path"]) + (i - (len(contexts) - 1) / 2) * 0.25 for row in mine]
-        shares = [100 * max(row["share_of_copy"], row["share_of_matmul"]) for row in mine]
-        axes.barh(places, shares, height=0.22, label=f"{thousands(context)} tokens")
-    axes.set_yticks(range(len(names)), names)
+    rows = pd.DataFrame(results["rows"])
+    rows["share"] = 100 * rows[["of_copy", "of_matmul"]].max(axis=1)
+    table = rows.pivot_table("share", "path", "context", sort=False).rename(columns=lambda n: f"{thousands(n)} tokens")
+    figure, axes = plt.subplots(figsize=(9, 0.4 * len(table) + 1.4), layout="constrained")
+    table.plot.barh(ax=axes, xlabel="% of a copy's bandwidth or of a matrix product's speed, whichever is nearer")
     axes.invert_yaxis()
-    axes.set_xlabel("% of a copy's bandwidth or of a matrix product's speed, whichever is nearer")
-    axes.set_title(results["device"])
+    axes.set(title=results["device"], ylabel="")
     axes.legend(fontsize=8)
     bare(axes)
     save(figure, path)
 
 
-def draw_offload(results, path):
-    """The model of time by context; below it, where the program ran on a GPU, the trace of one selection interval."""
-    lanes = results.get("timeline")
-    figure, all_axes = plt.subplots(
-        2 if lanes else 1, 1, figsize=(11, 6.5 if lanes else 4.5), layout="constrained", squeeze=False
-    )
-    top, colours = all_axes[0, 0], [GREY, OURS, BLUE, "#7a52b3", ORANGE, "#1b7f5c"]
-    rows = results["modelled"]
-    for name, colour in zip(dict.fromkeys(row["name"] for row in rows), colours):
-        mine = [row for row in rows if row["name"] == name]
-        style = dict(ls="--" if "resident" in name else "-", marker="o", ms=4, color=colour)
-        top.plot([r["context"] for r in mine], [1e3 * r["seconds"] for r in mine], label=f"{name} (model)", **style)
-    contexts = sorted({row["context"] for row in rows})
-    context_ticks(top, contexts)
-    top.set(yscale="log", ylabel="ms per token")
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in results["gb_s"].items())
-    top.set_title(f"{results['model_shape']}, a model and no measurement: bytes over GB/s ({rates})", fontsize=10)
-    top.legend(fontsize=8)
-    bare(top)
-    if lanes:
-        bottom, colour_of = all_axes[1, 0], {"kernel": GREY, "copy": OURS}
-        for lane, spans in enumerate(lanes.values()):
-            for kind, colour in colour_of.items():
-                bars = [(1e3 * begin, 1e3 * took) for begin, took, k in spans if k == kind]
-                bottom.broken_barh(bars, (lane - 0.35, 0.7), color=colour, label=kind if lane == 0 else None)
-        bottom.set_yticks(range(len(lanes)), list(lanes))
-        bottom.invert_yaxis()
-        bottom.set(xlabel="ms", title=f"one selection interval, traced on {results['device']}")
-        bottom.legend(fontsize=8)
-        bare(bottom)
+def draw_trace(results, path):
+    """What ran when, stream by stream, in one interval of selection and calibration."""
+    lanes = results["timeline"]
+    figure, axes = plt.subplots(figsize=(11, 1.5 + 0.5 * len(lanes)), layout="constrained")
+    for lane, spans in enumerate(lanes.values()):
+        for kind, colour in dict(kernel=GREY, copy=OURS).items():
+            bars = [(1e3 * begin, 1e3 * took) for begin, took, k in spans if k == kind]
+            axes.broken_barh(bars, (lane - 0.35, 0.7), color=colour, label=kind if lane == 0 else None)
+    axes.set_yticks(range(len(lanes)), list(lanes))
+    axes.invert_yaxis()
+    axes.set(xlabel="ms", title=f"{results['rows'][-1]['name']}, traced on {results['device']}")
+    axes.legend(fontsize=8)
+    bare(axes)
     save(figure, path)
 
 
@@ -486,9 +444,8 @@ def draw_offload(results, path):
 FROM_FILE = {
     "speed": (draw_speed, "tokens/s, memory and stages; from `experiments.bench speed --out`"),
     "kernels": (draw_kernels, "shares of the ceilings; from `experiments.bench kernels --out`"),
-    "offload": (draw_offload, "the model of time, and a trace; from `experiments.bench offload --out`"),
+    "trace": (draw_trace, "what ran when; from `experiments.bench speed --trace --out`"),
     "pareto": (draw_pareto, "KL against bytes read; from experiments.evaluate"),
-    "recovery": (draw_recovery, "recovery by layer and step; from experiments.evaluate"),
     "needles": (draw_needles, "keys found by depth and length; from experiments.evaluate"),
     "training": (draw_training, "loss and validation recovery; from train_predictor.py"),
 }

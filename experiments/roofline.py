@@ -1,18 +1,23 @@
-"""What decoding must move and multiply, as formulas of shapes: nothing here touches a tensor.
+"""What decoding launches, reads and waits for, found without a GPU: the decoder runs on tensors that have no memory.
 
-Reading order: `Work` and one formula for each launch of kernels.py, the lower bounds that `experiments.bench kernels`
-divides by measured times; `decode_reads`, the bytes that a token reads; `link_bytes` and `token_seconds`, the model of
-the offloaded cache. tests/test_bench.py holds them to counts by hand and to the counters of attnpred.Stats.
-
-Hq query heads, Hk KV heads, D head_dim, T tokens, b block size, N blocks, H history rows, M and P the intervals of
-calibration and of selection. `itemsize` is the bytes of one number in K and V.
+Reading order: `Counting` counts what a GPU would be given; `decode` runs a decoder inside of it; `bytes_per_token`
+reads the decoder's own counters; `strategies` is a model of time, bytes over bandwidths, for ways to keep the cache.
+tests/test_bench.py holds the counts to counts by hand.
 """
 
 import math
-from dataclasses import dataclass
+from collections import Counter, namedtuple
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import attnpred
 import kernels
-from attnpred import HISTORY_DTYPE, Config
+from attnpred import Config, Predictor, SparseDecoder, decode_one_token, prefill
 from model import LlamaConfig
 
 LLAMA_31_8B = LlamaConfig(
@@ -38,123 +43,121 @@ LLAMA_31_8B = LlamaConfig(
     mlp_bias=False,
     eos_token_ids=(),
 )
+META, DTYPE = torch.device("meta"), torch.bfloat16
 
 # --------------------------------------------------------------------------------------------------------------------
-# The launches of kernels.py
+# Launches
 # --------------------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Work:
-    """The least that a launch can do: bytes of its inputs and outputs, each once, and its multiply-adds."""
-
-    bytes: int
-    multiply_adds: int = 0
+Launch = namedtuple("Launch", "kernel grid arguments options")
+aten = torch.ops.aten
+ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+ONE_KERNEL = {aten.linear, aten.rms_norm}  # on a GPU; on the meta device PyTorch would take them apart
 
 
-def pool_history(n_heads, n_kv_heads, rows, n_tokens, head_dim, block_size, itemsize) -> Work:
-    """Reads K and the queries; writes a float32 row of block maxima per query. q @ K for every query."""
-    read = itemsize * head_dim * (n_kv_heads * n_tokens + n_heads * rows)
-    return Work(read + 4 * n_heads * rows * (-(-n_tokens // block_size) + 1), n_heads * rows * n_tokens * head_dim)
+class Counting(TorchDispatchMode):
+    """Counts what a GPU would be given. Tensors made inside have no memory; those of the host are only marked as such.
 
-
-def predict(heads, history_len, new_rows, start, end, valid_end, itemsize=HISTORY_DTYPE.itemsize) -> Work:
-    """Reads history and contributions, writes the contributions that changed and the float32 scores.
-
-    From scratch, a column reads H rows of history and writes H contributions. After P new rows it reads P + 8 rows of
-    history (two around each computed row) and the other H - 4 - P contributions, and writes P + 4.
+    An operation of PyTorch counts as one launch if it writes memory of the device, so views and allocations do not. (A
+    few, like sort, launch several kernels.)
     """
-    n = end - start
-    first = valid_end <= start or new_rows >= history_len - 4
-    rows = 2 * history_len if first else history_len + 4 + new_rows + 4
-    work = kernels.predict_multiply_adds(heads, history_len, new_rows, start, end, valid_end)
-    return Work(heads * n * (rows * itemsize + 4), work)
+
+    def __init__(self, host):
+        super().__init__()
+        self.host = host  # the storages that stand for host memory: {address: a tensor that keeps it alive}
+        self.launches = []  # of Triton kernels
+        self.operations = Counter()  # of PyTorch, by name
+        self.link_bytes = 0  # copied between device and host; of blocks that a selection wants only tensors know which
+
+    def on_host(self, tensor):
+        return tensor.is_cpu or tensor.untyped_storage()._cdata in self.host
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, operation = dict(kwargs or {}), func.overloadpacket
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        device = kwargs.get("device")
+        on_host = device.type == "cpu" if device else all(map(self.on_host, inputs))
+        if operation is aten._local_scalar_dense:  # the host reads a number: any will do
+            return 0
+        if operation is aten._assert_async:
+            return None
+        if operation not in ONE_KERNEL:
+            with self:
+                if operation is aten.to and on_host != self.on_host(inputs[0]):
+                    return aten._to_copy(inputs[0], device=device, dtype=kwargs.get("dtype"))
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        if device or not inputs:
+            kwargs |= dict(device=META, pin_memory=False)
+        out = func(*args, **kwargs)
+        tensor, known = tree_leaves(out)[0], {x.untyped_storage()._cdata for x in inputs}
+        fresh = tensor.untyped_storage()._cdata not in known
+        if fresh and on_host:
+            self.host[tensor.untyped_storage()._cdata] = tensor
+        ends = {self.on_host(x) for x in (tensor, *inputs)}
+        if operation in ALLOCATIONS or not (fresh or func._schema.is_mutable) or ends == {True}:
+            return out
+        self.operations[str(operation)] += 1
+        if operation in (aten.copy_, aten._to_copy) and len(ends) == 2:
+            self.link_bytes += tensor.nbytes
+        return out
 
 
-def select_blocks(rows, n, k) -> Work:
-    """Reads float32 scores, writes int32 indices."""
-    return Work(4 * rows * (n + k))
+@contextmanager
+def counting(host=None):
+    """A `Counting` in force: kernels are noted and not launched, and the host pools nothing."""
+    counts, pool_history = Counting({} if host is None else host), kernels.pool_history
+
+    def launch(kernel, *arguments, grid, warmup, **options):
+        given = dict(zip(kernel.arg_names, arguments)) | {n: x for n, x in options.items() if n in kernel.arg_names}
+        counts.launches.append(Launch(kernel, grid, given, {n: x for n, x in options.items() if n not in given}))
+        if kernel is kernels._copy_kernel and counts.on_host(given["destination_ptr"]):  # every block is copied
+            counts.link_bytes += given["n"] * given["LANES"] * given["destination_ptr"].element_size()
+
+    def pool(q, k_cache, n_tokens, stride=1, backend="torch"):
+        if backend == "triton":
+            return pool_history(q, k_cache, n_tokens, stride, backend)
+        rows = *q.shape[:2], -(-n_tokens // k_cache.shape[2])
+        return q.new_empty(rows, dtype=torch.float32), q.new_empty(rows[:2], dtype=torch.float32)
+
+    kind = type(kernels._pool_kernel)  # JITFunction, or what the interpreter has in its place
+    with patch.object(kind, "run", launch), patch.object(kernels, "pool_history", pool), counts:
+        yield counts
 
 
-def sparse_decode(n_heads, heads, listed_tokens, head_dim, block_size, itemsize) -> Work:
-    """Reads the K and V of `listed_tokens` tokens (all selection heads together) and their addresses; writes each
-    listed block's largest logit. q @ K and p @ V for each query of the group."""
-    group, blocks = n_heads // heads, -(-listed_tokens // block_size)
-    kv, q = 2 * listed_tokens * head_dim * itemsize, 2 * n_heads * head_dim * itemsize
-    return Work(kv + q + 4 * blocks * (1 + group), 2 * group * listed_tokens * head_dim)
+class Stub:
+    """Stands in for a Llama of which only the attention is wanted."""
+
+    def __init__(self, m: LlamaConfig):
+        self.config, self.device, self.kv_dtype = m, META, DTYPE
+
+    def __call__(self, tokens, positions, attend):
+        m, n_tokens = self.config, len(tokens)
+        for layer in range(m.n_layers):
+            heads = torch.empty(n_tokens, m.n_heads + 2 * m.n_kv_heads, m.head_dim, dtype=DTYPE, device=META)
+            attend(layer, *heads.transpose(0, 1).split((m.n_heads, m.n_kv_heads, m.n_kv_heads)))  # (heads, T, D) each
+        return torch.empty(m.vocab_size, device=META)
 
 
-def write_rows(rows, group, listed_blocks, capacity, itemsize=HISTORY_DTYPE.itemsize) -> Work:
-    """Reads the listed blocks' logits and columns, writes whole rows."""
-    return Work(4 * listed_blocks * (group + 1) + itemsize * rows * capacity, listed_blocks * group)
-
-
-def assign_slots(rows, k) -> Work:
-    """Reads two int32 lists per row, writes three."""
-    return Work(4 * 5 * rows * k)
-
-
-def copy_blocks(n, block_bytes) -> Work:
-    """Each of n blocks crosses the link to the host once."""
-    return Work(n * block_bytes)
+def decode(model, c: Config, n_tokens: int, steps: int, offload=False) -> tuple[SparseDecoder, list[Counting]]:
+    """Decode without memory, up to n_tokens: the decoder, whose Stats count the last `steps` tokens, and what was
+    counted for the prompt and for each token. Before those come as many tokens as a selection is late."""
+    late, counts = c.delay(n_tokens), []
+    with counting() as making:
+        decoder = SparseDecoder(c, model, Predictor(), n_tokens, "triton", offload)
+    for step in range(late + steps + 1):
+        tokens = torch.zeros(1 if step else n_tokens - late - steps, dtype=torch.int64, device=META)
+        with counting(making.host) as one:
+            attnpred.sample((decode_one_token if step else prefill)(model, decoder, tokens))
+        counts.append(one)
+        if step == late:
+            decoder.stats = attnpred.Stats()
+    return decoder, counts
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What a token reads
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Reads:
-    """Bytes of device memory read in order to attend; attnpred.Stats counts the same."""
-
-    attention: float = 0  # K and V
-    calibration: float = 0  # K once more
-    choosing: float = 0  # history and contributions
-    dense: float = 0  # what dense attention would read
-
-    @property
-    def total(self):
-        return self.attention + self.calibration + self.choosing
-
-
-def decode_reads(m: LlamaConfig, c: Config, n_prompt: int, steps: int, itemsize: int = 2) -> Reads:
-    """The mean bytes that a token reads, over `steps` tokens decoded after a prompt of n_prompt tokens."""
-    reads = Reads()
-    heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
-    dense = min(c.dense_layers, m.n_layers)
-    sparse = m.n_layers - dense
-    token = m.head_dim * itemsize  # one head's key or value of one token
-    fits, selected_at = True, 0
-    for step in range(steps + 1):
-        n_tokens = n_prompt + step
-        calibration_interval, selection_interval = c.intervals(n_tokens)
-        if step:
-            every = 2 * m.n_kv_heads * n_tokens * token  # one layer's K and V
-            start, end = c.middle(selected_at + 1)
-            attended = n_tokens - (end - start - c.topk_blocks) * c.block_size  # sink, selection, and all after it
-            reads.dense += m.n_layers * every
-            reads.attention += dense * every + sparse * (every if fits else 2 * heads * attended * token)
-            if not fits and step % calibration_interval == 0:
-                reads.calibration += sparse * every / 2
-        if step % selection_interval == 0 and sparse:
-            selected_at = n_tokens
-            fits = c.fits(n_tokens + 1)
-            start, end = c.middle(n_tokens + 1)
-            if step and not fits and c.topk_blocks:
-                rows = c.history_len + 4  # P + 8 of history and H - 4 - P of contributions
-                reads.choosing += sparse * heads * rows * (end - start) * HISTORY_DTYPE.itemsize
-    return Reads(*(getattr(reads, name) / steps for name in ("attention", "calibration", "choosing", "dense")))
-
-
-def token_reads(m: LlamaConfig, c: Config, n_tokens: int, itemsize: int = 2) -> Reads:
-    """`decode_reads` over the interval of calibration and of selection that ends at n_tokens."""
-    steps = math.lcm(*c.intervals(n_tokens))
-    return decode_reads(m, c, n_tokens - steps, steps, itemsize)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The offloaded cache: a model of time
+# Bytes, and a model of time
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -164,41 +167,52 @@ def weight_bytes(m: LlamaConfig, itemsize: int = 2) -> int:
     return itemsize * (m.n_layers * (attention + 3 * m.d_model * m.d_ff) + m.vocab_size * m.d_model)
 
 
-def link_bytes(m: LlamaConfig, c: Config, n_tokens: int, fetched_fraction: float, itemsize: int = 2) -> float:
-    """Bytes that cross the link to the host for a token of offloaded decoding, both directions together.
+def offloaded(c: Config) -> Config:
+    """The setting for an offloaded cache, where the parameters that it changes have their defaults."""
+    defaults = {name: value for name, value in Config.OFFLOADED.items() if getattr(c, name) == getattr(Config, name)}
+    return replace(c, **defaults)
 
-    Every P tokens the part of the selection that no slot holds yet; every M tokens the sparse layers' queries and the
-    rows pooled from them; and each token's own K and V once. Dense layers are on the device.
+
+def intervals(c: Config, n_tokens: int) -> int:
+    """The fewest tokens that hold whole intervals of selection and of calibration."""
+    return math.lcm(*c.intervals(n_tokens))
+
+
+def bytes_per_token(m: LlamaConfig, c: Config, n_tokens: int, offload=False) -> dict[str, float]:
+    """attnpred.Stats' counters, and bytes over the link but for the selected blocks, in the mean over the interval of
+    calibration and selection that ends at n_tokens. K and V have 16 bits."""
+    steps = intervals(c, n_tokens)
+    decoder, counts = decode(Stub(m), c, n_tokens, steps, offload)
+    counted = {name: getattr(decoder.stats, f"{name}_bytes") for name in ("attention", "calibration", "choosing")}
+    counted |= dict(total=decoder.stats.read_bytes, dense=decoder.stats.dense_bytes)
+    counted["link"] = sum(token.link_bytes for token in counts[-steps:])
+    return {name: amount / steps for name, amount in counted.items()}
+
+
+def strategies(m: LlamaConfig, c: Config, n_tokens: int, fetched_fraction: float, memory, link, host) -> dict:
+    """A model of time for ways to keep the cache, {name: (seconds, bytes over the link) per token}.
+
+    memory, link and host are bytes/s. Of a selection, fetched_fraction crosses the link, and may take one token's time;
+    the host may pool the keys during `selection_delay` tokens; what takes longer is waited for.
     """
+    reads, device = bytes_per_token(m, c, n_tokens), weight_bytes(m)
     calibration_interval, selection_interval = c.intervals(n_tokens)
     heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
-    token = 2 * m.head_dim * itemsize  # one head's key and value of one token
-    start, end = c.middle(n_tokens)
-    selected = min(c.topk_blocks, max(0, end - start)) * c.block_size
-    fetched = heads * selected * token * fetched_fraction / selection_interval
-    row = m.n_heads * (m.head_dim * itemsize + 4 * (c.n_blocks(n_tokens) + 1))  # query, block maxima, log-sum-exp
-    calibrated = 0 if c.fits(n_tokens) else row / calibration_interval
-    return max(0, m.n_layers - c.dense_layers) * (fetched + calibrated + m.n_kv_heads * token)
+    selection = max(0, m.n_layers - c.dense_layers) * heads * c.topk_blocks * c.block_size * 2 * m.head_dim * 2
+    fetched = fetched_fraction * selection
+    crossing = bytes_per_token(m, offloaded(c), n_tokens, offload=True)["link"] + fetched / selection_interval
+    dense, sparse = (device + reads["dense"]) / memory, (device + reads["attention"] + reads["choosing"]) / memory
+    pooling, swap = calibration_interval * reads["calibration"] / host, fetched / link
+    delay = offloaded(c).delay(n_tokens)
 
+    def beside(pooling_ahead, swap_ahead):
+        waited = max(0, pooling - pooling_ahead * sparse) / calibration_interval
+        return sparse + waited + max(0, swap - swap_ahead * sparse) / selection_interval, crossing
 
-def token_seconds(moved: dict[str, float], bandwidth: dict[str, float], overlap=True) -> float:
-    """The model: bytes over bandwidth of "memory", "link" and "host"; the longest of the three where all overlap, else
-    their sum."""
-    times = [moved[name] / bandwidth[name] for name in moved]
-    return max(times) if overlap else sum(times)
-
-
-def offload_strategies(m: LlamaConfig, c: Config, n_tokens: int, fetched_fraction: float) -> dict[str, tuple]:
-    """What decoding a token moves, in 16 bits, for ways to keep the cache: {name: (moved, overlap)}."""
-    reads, weights = token_reads(m, c, n_tokens), weight_bytes(m)
-    sparse = weights + reads.attention + reads.choosing
-    difference, selection = (link_bytes(m, c, n_tokens, fraction) for fraction in (fetched_fraction, 1.0))
-    host = reads.calibration
     return {
-        "dense, resident": (dict(memory=weights + reads.dense, link=0, host=0), True),
-        "sparse, resident": (dict(memory=sparse + host, link=0, host=0), True),
-        "dense, everything streamed": (dict(memory=weights + reads.dense, link=reads.dense, host=0), True),
-        "sparse, selection copied anew": (dict(memory=sparse, link=selection, host=host), False),
-        "sparse, difference, awaited": (dict(memory=sparse, link=difference, host=host), False),
-        "sparse, difference, ahead": (dict(memory=sparse, link=difference, host=host), True),
+        "dense, resident": (dense, 0),
+        "dense, everything streamed": (max(dense, reads["dense"] / link), reads["dense"]),
+        "sparse, resident": (sparse + reads["calibration"] / memory, 0),
+        "sparse, offloaded, awaited": beside(0, 0),
+        f"sparse, offloaded, late by {delay}": beside(delay, 1),
     }

@@ -1,15 +1,17 @@
-"""The formulas against counts by hand and the decoder's own counters; every benchmark at a tiny size; bad input."""
+"""The counts against counts by hand; every benchmark at a tiny size; bad input."""
 
 import dataclasses
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
 
 import kernels
 from attnpred import Config, InputError, SparseDecoder, decode_one_token, prefill
-from experiments import bench, roofline
+from experiments import bench, hot_paths, roofline
 from tests.helpers import random_predictor, tiny_llama
 
 CPU = torch.device("cpu")
@@ -19,14 +21,22 @@ LLAMA = roofline.LLAMA_31_8B
 
 def test_work_by_hand():
     """Llama-3.1-8B: 32 query heads, 8 KV heads of 128; 32,768 tokens in 2,048 blocks of 16; bfloat16."""
-    pooled = roofline.pool_history(32, 8, 64, 32768, 128, 16, 2)
+    work = {}
+    for paths in bench.PATHS:
+        found = paths(LLAMA, Config(), 32768, torch.bfloat16, roofline.META, "triton")
+        work |= {name: least for name, least, *_ in found}
+    pooled = work["pool_history, prompt, one layer"]
     assert pooled.bytes == 2 * 8 * 32768 * 128 + 2 * 32 * 64 * 128 + 4 * 32 * 64 * 2049
     assert pooled.multiply_adds == 32 * 64 * 32768 * 128
-    attended = roofline.sparse_decode(32, 8, 8 * 1024, 128, 16, 2)  # 1,024 tokens for each KV head
+    assert work["pool_history, calibration, all layers"].multiply_adds == 32 * 32 * 32768 * 128
+    attended = work["sparse_decode, heads alike, one layer"]  # 1,024 tokens for each KV head: 64 blocks
     assert attended.bytes == 2 * 8 * 1024 * 128 * 2 + 2 * 32 * 128 * 2 + 8 * 64 * 4 * 5
     assert attended.multiply_adds == 2 * 32 * 1024 * 128
-    assert roofline.select_blocks(8, 2000, 56).bytes == 4 * 8 * 2056
-    assert roofline.copy_blocks(100, 8192).bytes == 819200
+    assert work["select_blocks, 448 per layer, all layers"].bytes == 4 * 32 * (8 * (2044 - 4) + 448)
+    assert work["copy_blocks, a tenth of 448"].bytes == 44 * 8192
+    assert (
+        work["predict, whole image, all layers"].multiply_adds > work["predict, 1 new rows, all layers"].multiply_adds
+    )
 
 
 def test_prediction_reads_what_its_rows_need():
@@ -36,59 +46,78 @@ def test_prediction_reads_what_its_rows_need():
         computed = {0, 1, *range(history_len - 2 - new_rows, history_len)}
         history = {row + near for row in computed for near in (-2, -1, 0, 1, 2)} & set(range(history_len))
         moved = len(history) + (history_len - len(computed)) + len(computed)  # contributions: read or written
-        work = roofline.predict(3, history_len, new_rows, start, end, end)
+        work = hot_paths.prediction_work(3, history_len, new_rows, start, end, end)
         assert work.bytes == 3 * (end - start) * (2 * moved + 4)
         assert work.multiply_adds == kernels.predict_multiply_adds(3, history_len, new_rows, start, end, end)
-    assert roofline.predict(3, history_len, 0, start, end, start).bytes == 3 * (end - start) * (2 * 32 + 4)
+    assert hot_paths.prediction_work(3, history_len, 0, start, end, start).bytes == 3 * (end - start) * (2 * 32 + 4)
 
 
-@pytest.mark.parametrize("n_prompt, steps", [(30, 24), (100, 16), (150, 33)])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(),
-        dict(calibration_interval=4, selection_interval=2, dense_layers=1),
-        dict(calibration_interval=5, selection_interval=1, select_heads="q", share_budget="head"),
-        dict(calibration_interval=4, history_rows="true"),
-        dict(dense_layers=9),
-    ],
-)
-def test_reads_are_the_decoders_counters(changes, n_prompt, steps):
-    model, config = tiny_llama(), Config(**SHAPE | changes)
-    decoder = SparseDecoder(config, model, random_predictor(), n_prompt + steps)
-    prefill(model, decoder, torch.arange(n_prompt) % 61)
+def test_launches_by_hand():
+    with roofline.counting() as counts:
+        x = torch.zeros(4, 6, device="meta")  # one launch, as every line that says nothing else
+        y = x.to(torch.float16)
+        x[1:].copy_(x[:-1])
+        x.view(-1)[3:].t().unsqueeze(0), x.float(), torch.empty_like(x), x.new_empty(3)  # none
+        x.transpose(0, 1).reshape(-1)
+        host = torch.zeros(6, dtype=torch.float16)  # none: the host's memory
+        host.add_(1)  # none
+        y[0].copy_(host)  # 12 bytes over the link
+        host.copy_(y[1])  # and 12
+        x.cpu()  # and 96
+        torch.cat([x, x])
+        assert x.sum().item() == 0  # the sum; the value is anything
+        kernels.pool_history(x[:, None, :], torch.empty(4, 2, 8, 6), 13)  # none: on the host
+        kernels.select_blocks(x, 2, "triton")  # a kernel
+    operations = dict(zeros=1, _to_copy=2, copy_=3, clone=1, cat=1, sum=1)
+    assert counts.operations == {f"aten.{name}": count for name, count in operations.items()}
+    assert counts.link_bytes == 12 + 12 + 96
+    ((kernel, grid, arguments, options),) = counts.launches
+    assert kernel is kernels._select_kernel and grid == (4,) and options == dict(num_warps=4)
+    assert arguments["n"] == 6 and arguments["k"] == 2 and arguments["TILE"] == 256
+    assert kernels.pool_history.__module__ == "kernels" and torch.zeros(2).is_cpu  # as before
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("changes", [dict(), dict(dense_layers=1, select_heads="q", share_budget="head")])
+def test_tensors_without_memory_are_counted_like_real_ones(changes, offload):
+    """The decoder's own counters, over two intervals; every layer launches its attention for every token."""
+    config, model, steps = Config(**SHAPE | changes), tiny_llama(), 16
+    real = SparseDecoder(config, model, random_predictor(), 150 + steps, offload=offload)
+    prefill(model, real, torch.arange(150) % 61)
     for _ in range(steps):
-        decode_one_token(model, decoder, torch.tensor([3]))
-    reads = roofline.decode_reads(model.config, config, n_prompt, steps, model.kv_dtype.itemsize)
-    for name in ("attention", "calibration", "choosing", "dense"):
-        assert steps * getattr(reads, name) == pytest.approx(getattr(decoder.stats, f"{name}_bytes")), name
-    assert steps * reads.total == pytest.approx(decoder.stats.read_bytes)
+        decode_one_token(model, real, torch.tensor([3]))
+    decoder, (_, *tokens) = roofline.decode(roofline.Stub(model.config), config, 150 + steps, steps, offload)
+    for name, scale in dict(attention=2, calibration=2, dense=2, choosing=1).items():  # 16 bits in place of 32
+        assert scale * getattr(decoder.stats, f"{name}_bytes") == getattr(real.stats, f"{name}_bytes") > 0
+    names = [[launch.kernel.__name__ for launch in token.launches] for token in tokens]
+    assert all(token.count("_decode_kernel") == 3 for token in names)
+    assert sum(token.count("_contributions_kernel") > 0 for token in names) == 2  # selections
 
 
 def test_bytes_do_not_grow_with_the_text():
     """Counted on Llama-3.1-8B's shape: at 128K within 10 % of 32K. The paper's setting grows."""
     default, paper = (
-        [roofline.token_reads(LLAMA, c, n).total for n in (32768, 131072)] for c in (Config(), Config.paper())
+        [roofline.bytes_per_token(LLAMA, c, n) for n in (32768, 131072)] for c in (Config(), Config.paper())
     )
-    assert abs(default[1] / default[0] - 1) < 0.1 and paper[1] > 2 * paper[0]
-    reads = roofline.token_reads(LLAMA, Config(), 32768)
-    assert reads.calibration == 32 * 8 * 32768 * 128 * 2 / 16  # M = 16: the keys of 32 layers
+    assert abs(default[1]["total"] / default[0]["total"] - 1) < 0.1 and paper[1]["total"] > 2 * paper[0]["total"]
+    assert default[0]["calibration"] == 32 * 8 * 32768 * 128 * 2 / 16  # M = 16: the keys of 32 layers
 
 
-def test_link():
-    """By hand, for 32K: 56 blocks of 8 KV heads, a quarter fetched, every 16 tokens; and the model of time."""
-    config, layer = Config(), 8 * 128 * 2 * 2  # K and V of a token
-    fetched = 56 * 16 * layer / 4 / 16
-    row = 32 * (128 * 2 + 4 * 2049) / 16
-    assert roofline.link_bytes(LLAMA, config, 32768, 0.25) == 32 * (fetched + row + layer)
-    assert (
-        roofline.link_bytes(LLAMA, config, 512, 0.25) > 0 == roofline.link_bytes(LLAMA, Config(dense_layers=32), 512, 1)
-    )
-    moved, rates = dict(memory=6e9, link=1e9, host=0), dict(memory=3e9, link=1e8, host=1e9)
-    assert roofline.token_seconds(moved, rates) == 10 and roofline.token_seconds(moved, rates, overlap=False) == 12
-    ways = roofline.offload_strategies(LLAMA, config, 32768, 0.25)
-    assert ways["dense, everything streamed"][0]["link"] == pytest.approx(32 * 32768 * layer, rel=1e-3)
-    assert ways["sparse, difference, ahead"][0]["link"] == roofline.link_bytes(LLAMA, config, 32768, 0.25)
+def test_model_of_time(monkeypatch):
+    """By hand: Llama-3.1-8B, 32K, M = P = 16; a quarter of 32 * 8 * 56 blocks of 8 KB is fetched for 16 tokens."""
+    reads = dict(attention=1e9, choosing=1e9, calibration=2e9, dense=9e9, link=1e6)
+    monkeypatch.setattr(roofline, "bytes_per_token", lambda *args, **kwargs: reads)
+    monkeypatch.setattr(roofline, "weight_bytes", lambda m: 8e9)
+    ways = roofline.strategies(LLAMA, Config(), 32768, 0.25, memory=1e10, link=1e8, host=1e10)
+    fetched = 32 * 8 * 56 * 8192 / 4
+    device = 1.0  # of a second: weights, attention and history
+    assert ways["dense, resident"] == (pytest.approx(1.7), 0)
+    assert ways["dense, everything streamed"] == (90, 9e9)
+    assert ways["sparse, resident"] == (pytest.approx(1.2), 0)
+    took, crossing = ways["sparse, offloaded, awaited"]
+    assert took == pytest.approx(device + 3.2 / 16 + fetched / 1e8 / 16) and crossing == 1e6 + fetched / 16
+    (late,) = [name for name in ways if "late" in name]
+    assert late.endswith(" 2") and ways[late][0] == pytest.approx(device + (3.2 - 2 * device) / 16)
 
 
 def test_rivals_compute_the_same():
@@ -106,18 +135,22 @@ def test_rivals_compute_the_same():
     assert compared >= 6
 
 
+def ours(words=(), model=None, n_tokens=100, n_steps=8, **changes):
+    config = Config(**SHAPE | changes)
+    return bench.Ours(words, model or tiny_llama(), random_predictor(), config, n_tokens, n_steps, "torch")
+
+
 def test_transformers_computes_the_same():
     """With the same random cache, the same logits as our dense decoding; the weights are ours, not a copy."""
     pytest.importorskip("transformers")
-    model, predictor = tiny_llama(), random_predictor()
-    torch.manual_seed(0)
-    ours = bench.Ours(model, predictor, Config(**SHAPE, dense_layers=9), 100, 4, "torch")
+    model = tiny_llama()
+    dense = ours(model=model, dense_layers=9)
     torch.manual_seed(0)
     theirs = bench.Transformers(model, 100)
     with torch.inference_mode():
         for token in (3, 5):
             expected = theirs.model(torch.tensor([[token]]), past_key_values=theirs.cache).logits[0, -1]
-            logits = decode_one_token(model, ours.decoder, torch.tensor([token]))
+            logits = decode_one_token(model, dense.decoder, torch.tensor([token]))
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     pointers = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert {parameter.untyped_storage().data_ptr() for parameter in theirs.model.parameters()} <= pointers
@@ -125,43 +158,67 @@ def test_transformers_computes_the_same():
 
 def test_speed_pays_for_whole_intervals(capsys):
     model, config, rounds = tiny_llama(), Config(**SHAPE), 2
-    models = {"float32": model}
-    rows = bench.show(
-        bench.speed_rows(models, random_predictor(), config, [128, 300], rounds, "torch", 1e9), bench.SPEED_COLUMNS
-    )
-    lines = capsys.readouterr().out.splitlines()
-    assert (
-        lines[0].startswith("| context | weights |  | ms per token |")
-        and lines[1] == "|---|---|---|---|---|---|---|---|"
-    )
-    for row, line in zip(rows, lines[2:]):
-        assert line.startswith(f"| {row['context']:,} | float32 | {row['name']} | {1e3 * row['seconds']:,.1f} |")
-        assert len(row["rounds"]) == rounds and row["seconds"] > 0
-    by_name = {row["name"]: row for row in rows if row["context"] == 300}
-    assert {"dense", "sparse", "sparse --paper"} <= set(by_name) and by_name["dense"]["speedup"] == 1
+    names = "dense", "sparse", "sparse, offloaded", "dense, streamed"
+    found = bench.speed_rows(names, {"float32": model}, random_predictor(), config, [300], rounds, "torch", 1e9)
+    rows = bench.show(({**row, "contender": None} for row in found), bench.SPEED_COLUMNS)
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith("| context | weights |  | ms per token |") and len(rows) == len(names)
+    for row, line in zip(rows, lines):
+        assert line.startswith(f"| {row['context']:,} | float32 | {row['name']} | {row['ms']:,.1f} |")
+        assert len(row["rounds"]) == rounds and row["ms"] > 0
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["dense"]["speedup"] == 1 and by_name["dense, streamed"]["same_as"] == "dense"
     sparse = by_name["sparse"]
+    assert sparse["same_as"] is None and len(sparse["answer"]) == config.intervals(300)[0]
     assert min(sparse["stages"][s] for s in ("attention", "calibration", "prediction", "selection", "gathering")) > 0
-    m, (interval, _) = model.config, config.intervals(300)
-    reads = roofline.decode_reads(m, config, 300 - (rounds + 2) * interval, (rounds + 1) * interval, 4)
-    assert sparse["bytes"] == pytest.approx(roofline.weight_bytes(m, 4) + reads.total)  # calibrations included
     json.dumps(rows)
 
 
+def test_bytes_of_a_token():
+    """Weights, and what the decoder counted: calibrations included."""
+    sparse = ours(n_tokens=250, n_steps=16)
+    for _ in range(16):
+        sparse.step()
+    m, stats = sparse.model.config, sparse.decoder.stats
+    per_layer = 32 * 16 * (4 + 2 + 2 + 4) + 3 * 32 * 48  # q, k, v, out; gate, up, down
+    assert sparse.bytes_per_token() == 4 * (3 * per_layer + 61 * 32) + stats.read_bytes / 16 and stats.calibration_bytes
+    assert roofline.weight_bytes(m, 4) == 4 * (3 * per_layer + 61 * 32)
+
+
+def test_what_does_not_fit_is_left_out(capsys):
+    """Memory runs out when it is made, or in its first step: the others are timed, and nothing keeps it alive."""
+    alive = []
+
+    class Contender:
+        def __init__(self, fails=None):
+            self.fails = fails
+            alive.append(weakref.ref(self))
+            self.step() if fails == "made" else None
+
+        def step(self):
+            if self.fails:
+                raise torch.OutOfMemoryError("too little")
+            return 0
+
+    makers = {name: (lambda name=name: Contender(name), 2) for name in ("made", "stepped")} | {"fine": (Contender, 2)}
+    rows = bench.race(makers, 2, CPU)
+    assert list(rows) == ["fine"] and len(rows["fine"]["rounds"]) == 2 and rows["fine"]["answer"] == [0, 0]
+    gc.collect()
+    assert [contender() is None for contender in alive] == [True, True, False]
+    assert capsys.readouterr().err.count("out of memory, left out") == 2
+
+
 def test_stages_leave_the_decoder_as_it_was():
-    ours = bench.Ours(tiny_llama(), random_predictor(), Config(**SHAPE), 150, 40, "torch")
-    spent = bench.stage_seconds(ours, 8, CPU)
+    sparse = ours(n_tokens=150, n_steps=40)
+    spent = bench.stage_ms(sparse, 8)
     assert all(math.isfinite(took) and took >= 0 for took in spent.values())
-    assert not {"attend", "select", "pool"} & set(vars(ours.decoder.cache)) and "choose" not in vars(ours.decoder)
+    assert not {"attend", "select", "pool"} & set(vars(sparse.decoder.cache)) and "choose" not in vars(sparse.decoder)
 
 
 def test_streaming_everything_is_dense_attention():
-    model, tokens = tiny_llama(), []
-    for streamed in (False, True):
-        torch.manual_seed(0)
-        config = Config(**SHAPE, dense_layers=9)
-        ours = bench.Ours(model, random_predictor(), config, 100, 8, "torch", streamed=streamed)
-        tokens.append([ours.step() for _ in range(8)])
-    assert tokens[0] == tokens[1]
+    model = tiny_llama()
+    answers = [[c.step() for _ in range(8)] for c in (ours(w, model, dense_layers=9) for w in ([], ["streamed"]))]
+    assert answers[0] == answers[1]
 
 
 def test_link_is_counted(monkeypatch, tmp_path):
@@ -172,12 +229,11 @@ def test_link_is_counted(monkeypatch, tmp_path):
     class Numbers:
         encode = staticmethod(lambda text: [(i * i) % 61 for i, _ in enumerate(text.split())])
 
-    row = bench.count_link(tiny_llama(), Numbers, random_predictor(), Config(**SHAPE), 200, 16)
-    assert (
-        row["selected"] == 2 * 3 * 2 * 2 * 2 * 8 * 16 * 4 / 16
-    )  # 2 selections, 3 layers, 2 heads, 2 blocks of K and V
-    assert row["fetched"] == pytest.approx(row["fetched_fraction"] * row["selected"]) and 0 < row["on_device"]
-    assert row["whole"] == 3 * 2 * 2 * 216 * 16 * 4 and json.dumps(row)
+    row = bench.count_link(tiny_llama(), Numbers, random_predictor(), Config(**SHAPE), 200, 17)
+    selected = 2 * 3 * 2 * 2 * 2 * 8 * 16 * 4 / 17  # 2 selections, a token late; 3 layers, 2 heads, 2 blocks of K and V
+    assert row["selected_mb"] == pytest.approx(1e-6 * selected)
+    assert row["fetched_mb"] == pytest.approx(row["fetched_fraction"] * row["selected_mb"]) and row["on_device_mb"] > 0
+    assert row["whole_mb"] == pytest.approx(1e-6 * 3 * 2 * 2 * 217 * 16 * 4) and json.dumps(row)
 
 
 def test_lanes_of_a_trace():
@@ -187,13 +243,14 @@ def test_lanes_of_a_trace():
         {"cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 500.0},
         {"name": "process_name", "ph": "M"},
     ]
-    lanes = bench.lanes_of_trace({"traceEvents": events})
+    gpu = torch.device("cuda")
+    lanes = bench.lanes_of_trace({"traceEvents": events}, gpu)
     assert lanes == {
         "stream 7": [(0, pytest.approx(5e-6), "kernel")],
         "stream 13": [(pytest.approx(2e-6), pytest.approx(8e-6), "copy")],
     }
     with pytest.raises(InputError, match="nothing on the GPU"):
-        bench.lanes_of_trace({"traceEvents": events[2:]})
+        bench.lanes_of_trace({"traceEvents": events[2:]}, gpu)
 
 
 def test_commands_write_their_numbers(tmp_path, capsys):
@@ -201,11 +258,18 @@ def test_commands_write_their_numbers(tmp_path, capsys):
     assert bench.main(["bytes", "--contexts", "32768", "131072", "--out", out]) == 0
     rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
     for row, line in zip(rows, capsys.readouterr().out.splitlines()[4:]):
-        assert line.startswith(f"| {row['context']:,} | {row['name']} | {row['attention'] / 1e6:,.1f} |")
-        assert line.endswith(f"| {row['dense'] / row['total']:.1f}x |")
+        assert line.startswith(f"| {row['context']:,} | {row['name']} | {row['attention_mb']:,.1f} |")
+        assert line.endswith(f"| {row['dense_mb'] / row['total_mb']:.1f}x |")
     assert bench.main(["offload", "--fetched-fraction", "0.1", "--contexts", "32768", "--out", out]) == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
-    assert numbers["config"] == dataclasses.asdict(Config()) and len(numbers["modelled"]) == 6
+    assert numbers["config"] == dataclasses.asdict(Config()) and len(numbers["modelled"]) == 5
+    small = ["--block-size", "8", "--sink-tokens", "8", "--local-tokens", "16", "--budget", "40"]
+    assert bench.main(["launches", "--model-shape", "toy", *small, "--contexts", "256", "--out", out]) == 0
+    rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
+    for name in ("resident", "offloaded"):
+        mine = [row for row in rows if row["name"] == name]
+        assert sum(row["tokens"] for row in mine) == mine[0]["of"] == 8 and mine[0]["tokens"] > 4
+        assert mine[0]["total"] == min(row["total"] for row in mine) > 20  # most tokens launch the least
 
 
 @pytest.mark.parametrize(
@@ -215,10 +279,12 @@ def test_commands_write_their_numbers(tmp_path, capsys):
         (["everything"], "invalid choice"),
         (["bytes", "--contexts", "16"], "use at least 128"),
         (["bytes", "--out", "nowhere/x.json"], "in a folder that exists"),
+        (["speed", "--trace", "nowhere/x.json"], "in a folder that exists"),
         (["bytes", "--budget", "1000"], "multiple of the block size"),
         (["speed", "--rounds", "0"], "use at least 1"),
         (["speed", "--contexts", "128", "--rounds", "20"], "fewer --rounds"),
         (["speed", "--contexts", "9000"], "too long"),
+        (["speed", "--contexts", "512", "--contenders", "sparse, fast"], "unknown contender sparse, fast"),
         (["kernels", "--contexts", "1000"], "multiples of 16"),
         (["offload", "--link-gb-s", "0"], "above 0"),
         (["offload", "--fetched-fraction", "1.5"], "0 ... 1"),

@@ -19,23 +19,24 @@ def python(*arguments):
 
 
 def test_one_kernel_on_one_target():
+    """Twice, because the rows of a ring are not all aligned."""
     options = "sm_90", "--kernel", "_write_rows_kernel", "--model", "SmolLM2-135M 4K"
-    heads, _, row = python("-m", "experiments.compile", *options).splitlines()
-    assert heads == "| kernel | grid | model | target | registers | spilled | shared |"
-    *names, registers, spilled, shared = (cell.strip() for cell in row.strip("|").split("|"))
-    assert names == ["_write_rows_kernel", "90×4", "SmolLM2-135M 4K", "sm_90"]
-    assert 0 < int(registers) < 255 and int(spilled) == 0 and 0 <= int(shared) < 99 * 1024
+    heads, _, *rows = python("-m", "experiments.compile", *options).splitlines()
+    assert heads == "| kernel | grid | model | target | registers | spilled | shared |" and len(rows) == 2
+    for row in rows:
+        *names, registers, spilled, shared = (cell.strip() for cell in row.strip("|").split("|"))
+        assert names == ["_write_rows_kernel", "87×4", "SmolLM2-135M 4K", "sm_90"]
+        assert 0 < int(registers) < 255 and int(spilled) == 0 and 0 <= int(shared) < 99 * 1024
 
 
 def test_every_kernel_is_launched():
-    """For each model, on NVIDIA and on AMD; recorded only."""
+    """On NVIDIA and on AMD; recorded only."""
     python(
         "-c",
         """
 from experiments.compile import MODELS, kernel_names, record
-for model in MODELS:
-    for amd in (False, True):
-        assert {launch.kernel.__name__ for launch in record(model, amd)} == set(kernel_names()), (model, amd)
+for model, amd in (("Llama-3.1-8B 8K", False), ("SmolLM2-135M 4K", True)):
+    assert {launch.kernel.__name__ for launch in record(model, amd)} == set(kernel_names()), (model, amd)
 """,
     )
 

@@ -118,27 +118,22 @@ TEXTS = [
     for budget in (512, 256)
 ]
 SPEED = [
-    dict(context=n, dtype=dtype, name=name, seconds=0.01, least_seconds=0.005, memory=1e8, stages=dict(attention=0.01))
+    dict(context=n, dtype=dtype, name=name, ms=10.0, tokens_s=100.0, least_ms=5.0, memory_mb=n / 10 or None)
+    | (dict(stages=dict(attention=4.0, selection=0.0, rest=6.0)) if name == "sparse" else {})
     for n in (128, 4096)
     for dtype in ("float32", "bfloat16")
     for name in plots.CONTENDERS
 ]
 FILES = {
     "pareto": TEXTS,
-    "recovery": [RESULT | dict(task="recovery", recovery=[0.9] * 12, recovery_by_layer=[0.8, 0.95])],
     "needles": [RESULT | dict(task="needles", depth=d, keys=1, found=int(d > 0)) for d in (0, 0.5)],
     "training": [dict(step=step, loss=4 - step, recovery=0.9 + step / 100) for step in range(3)],
     "speed": dict(rows=SPEED, device="CPU", threads=2, weights="tiny"),
     "kernels": dict(
-        rows=[dict(path="predict", context=n, share_of_copy=0.4, share_of_matmul=0.1) for n in (8192, 32768)],
-        device="a GPU",
+        rows=[dict(path="predict", context=n, of_copy=0.4, of_matmul=0.1) for n in (8192, 32768)], device="a GPU"
     ),
-    "offload": dict(
-        modelled=[dict(context=n, name="dense, resident", seconds=n * 1e-6) for n in (8192, 32768)],
-        gb_s=dict(link=55),
-        model_shape="tiny",
-        device="a GPU",
-        timeline={"stream 7": [(0.0, 1e-3, "kernel"), (1e-3, 1e-3, "copy")]},
+    "trace": dict(
+        rows=SPEED, device="a GPU", timeline={"stream 7": [(0.0, 1e-3, "kernel"), (1e-3, 1e-3, "copy")], "stream 9": []}
     ),
 }
 
@@ -151,6 +146,23 @@ def test_pictures_of_files(picture, tmp_path):
     numbers.write_text("\n".join(map(json.dumps, lines)))
     assert set(FILES) == set(plots.FROM_FILE) and plots.main([picture, str(numbers), "--out", str(path)]) == 0
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000
+
+
+def test_what_is_drawn_of_speed_is_what_was_measured(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    rows = [row | dict(tokens_s=n + 1.0, least_ms=2.0) for n, row in enumerate(SPEED)]
+    rows = [row | dict(memory_mb=None) if row["name"] == "dense" else row for row in rows]
+    plots.draw_speed(FILES["speed"] | dict(rows=rows), tmp_path / "x.png")
+    plots.draw_speed(FILES["speed"] | dict(rows=[row for row in rows if row["name"] != "sparse"]), tmp_path / "x.png")
+    first, second, memory, stages = figures[0].axes
+    for axes, dtype in ((first, "float32"), (second, "bfloat16")):
+        drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+        for name in plots.CONTENDERS:
+            assert drawn[name] == [r["tokens_s"] for r in rows if (r["dtype"], r["name"]) == (dtype, name)]
+        assert drawn["sparse: bandwidth's limit"] == [500, 500]
+    assert {tuple(line.get_ydata()) for line in memory.lines if line.get_label() != "dense"} == {(12.8, 409.6)}
+    assert [bar.get_height() for bar in stages.patches] == [4, 4, 6, 6] and len(figures[1].axes) == 3
 
 
 def test_pareto_points_are_means_over_texts():

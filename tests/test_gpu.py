@@ -1,0 +1,89 @@
+"""The first run on a GPU, rehearsed without one: every step, what fails, and bad input."""
+
+import json
+
+import pytest
+import torch
+
+from experiments import bench, gpu
+from experiments.gpu import Step
+
+
+def test_rehearsal(tmp_path, capsys):
+    out = tmp_path / "results" / "gpu"
+    assert gpu.main(["--rehearse", "--out", str(out)]) == 0, capsys.readouterr().err
+    steps = [row["step"] for row in json.loads((out / "report.json").read_text())]
+    assert steps == ["tests", "kernels", "speed-8K", "trace"]
+    report = (out / "report.md").read_text()
+    assert "a rehearsal, whose figures mean nothing" in report and report.count("| done |") == 4
+    for name in steps[1:]:
+        assert json.loads((out / f"{name}.json").read_text())["rows"]
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and f"![{name}]({name}.png)" in report
+    rows = {row["name"]: row for row in json.loads((out / "speed-8K.json").read_text())["rows"]}
+    assert list(rows) == list(bench.ON_GPU) and rows["sparse, no graph"]["same_as"] == "sparse"
+    assert json.loads((out / "trace.perfetto.json").read_text())["traceEvents"]
+
+
+def test_real_steps_are_commands_within_ten_minutes(tmp_path):
+    tests, *others = gpu.steps_of(tmp_path, rehearse=False)
+    assert tests.limit + sum(step.limit for step in others) <= 600 and "-k" not in tests.command
+    assert all((gpu.ROOT / path).exists() for path in gpu.TESTS)
+    contexts = set()
+    for step in others:
+        module, *options = step.command
+        args = bench.make_parser().parse_args([*options, "--model-shape", "llama-3.1-8b"])
+        assert module == "experiments.bench" and not hasattr(args, "block_size")  # the default settings
+        contexts |= set(args.contexts)
+    assert contexts == {8192, 32768, 131072}
+
+
+def test_a_failure_is_noted_and_the_next_step_is_tried(tmp_path, monkeypatch, capsys):
+    (tmp_path / "module.py").write_text(
+        "import json, sys, time\n"
+        "print('| a table |', flush=True), print('what happened', file=sys.stderr, flush=True)\n"
+        "time.sleep(60) if 'slow' in sys.argv else sys.exit(3) if 'fails' in sys.argv else None\n"
+        "json.dump({}, open(sys.argv[1], 'w'))\n"
+    )
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    out = tmp_path / "out"
+
+    def command(name, *options):
+        return ["module", str(out / f"{name}.json"), *options]
+
+    steps = [
+        Step("fails", 50, command("fails", "fails")),
+        Step("slow", 5, command("slow", "slow")),
+        Step("undrawn", 50, command("undrawn"), "speed"),  # {} holds nothing that can be drawn
+        Step("fine", 50, command("fine")),
+    ]
+    monkeypatch.setattr(gpu, "steps_of", lambda *args: steps)
+    assert gpu.main(["--rehearse", "--out", str(out)]) == 1
+    failed, slow, undrawn, fine = json.loads((out / "report.json").read_text())
+    assert failed["result"] == "failed, status 3: what happened" and failed["output"].startswith("```\n| a table |")
+    assert slow["result"] == "stopped after 5 s" and 5 <= slow["seconds"] < 50 and "| a table |" in slow["output"]
+    assert undrawn["result"].startswith("failed: KeyError") and fine["result"] == "done"
+    assert fine["output"] == "| a table |\n" and (out / "fine.log").read_text() == "what happened\n"
+    lines = (out / "report.md").read_text().splitlines()
+    assert f"| slow | {slow['seconds']:.0f} | stopped after 5 s |" in lines and "## fine" in lines
+    assert capsys.readouterr().err.count("gpu: ") == 8
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--out", "new"], "no GPU was found"),
+        (["--rehearse"], "--out"),
+        (["--rehearse", "--out", "full"], "not empty"),
+        (["--rehearse", "--out", "full/file"], "cannot be made"),
+    ],
+)
+def test_bad_input_is_one_line(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "steps_of", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("a user's")
+    assert gpu.main(options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gpu: ") and error.count("\n") == 1 and message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
