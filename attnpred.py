@@ -697,7 +697,7 @@ class KVCache:
 
     def advance(self):
         """All lists have grown by the token."""
-        if self.backend == "triton":
+        if self.backend == "triton" and (self.dense_layers or self.lists is None):
             self.every_block[2].add_(1)
         elif self.padded:  # one operation for all layers
             lengths = self.lists.lengths  # (L', heads)
@@ -857,7 +857,8 @@ class OffloadedCache:
             self.block_max = self.slots.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
 
     def advance(self):
-        self.dense.advance()
+        if self.dense_layers:
+            self.dense.advance()
 
     def pool_and_lists(self, layer):
         """As KVCache.pool_and_lists, of a sparse layer."""

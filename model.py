@@ -224,12 +224,13 @@ def causal_attention(layer, q, k, v):
     With T' = T it is the `attend` of a prefill that keeps no cache. Memory grows with T', not with T * T'.
     """
     T, past, group = q.shape[1], k.shape[1] - q.shape[1], len(q) // len(k)
-    if q.is_cuda:
+    if not q.is_cpu:
         if q.dtype == torch.float32:  # no fused kernel shares float32 K and V in a group
             k, v, group = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), 1  # (Hq, T', D)
-        mask = causal_lower_right(T, past + T)  # never materialised: it chooses a fused kernel
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=group > 1)[0]
-    if q.is_cpu and q.dtype != torch.float32:
+        mask = causal_lower_right(T, past + T) if past else None  # never materialised: it chooses a fused kernel
+        qkv = q[None], k[None], v[None]
+        return F.scaled_dot_product_attention(*qkv, mask, is_causal=not past, enable_gqa=group > 1)[0]
+    if q.dtype != torch.float32:
         return causal_attention_in_tiles(q, k, v)
     if past == 0:
         return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
@@ -366,8 +367,8 @@ class Llama(nn.Module):
         self.to_empty(device=device).to(dtype).requires_grad_(False)
         if config.tie_embeddings:
             self.head.weight = self.embed
-        for name, table in zip(("cos", "sin"), rope_tables(config, device)):  # (context_len, D/2) float32
-            self.register_buffer(name, table, persistent=False)
+        table = torch.stack(rope_tables(config, device), 1)  # (context_len, 2, D/2) float32: cos and sin
+        self.register_buffer("rope_table", table, persistent=False)
 
     @property
     def device(self):
@@ -381,7 +382,7 @@ class Llama(nn.Module):
     def hidden(self, tokens, positions, attend):
         """tokens (T,) int64 at positions (T,) int64 -> the final, normed hidden states (T, C)."""
         x = F.embedding(tokens, self.embed).to(self.residual_dtype)  # (T, C)
-        cos, sin = self.cos[positions], self.sin[positions]  # (T, D/2), (T, D/2)
+        cos, sin = self.rope_table[positions].unbind(1)  # (T, D/2), (T, D/2)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (T, D), (T, D)
         rope = partial(rotate, cos=cos, sin=sin)
         if len(tokens) == 1 and self.rope_by_matrix:

@@ -430,7 +430,9 @@ def attnpred_main(capsys, *args):
     [
         ([], "--prompt"),
         (["--prompt", "  \n"], "empty"),
-        (["--prompt", "a", "--prompt-file", "b"], "cannot be read"),
+        (["--prompt", " ", "--prompt-file", "README.md"], "empty"),
+        (["--prompt", "a", "--prompt-file", os.devnull], "empty"),
+        (["--prompt", "a", "--prompt-file", "/nonexistent/file"], "cannot be read"),
         (["--prompt-file", "/nonexistent/file"], "cannot be read"),
         (["--prompt", "a", "--budget", "many"], "invalid int"),
         (["--prompt", "a", "--budget", "112"], "at least 128"),
@@ -513,6 +515,39 @@ def test_a_long_prompt_is_decoded_sparsely_and_covering_budgets_agree_with_dense
     assert covering[1] == dense[1] != ""
     assert "recovery" in sparse[2] and "multiply-adds" in sparse[2] and "recovery" not in dense[2]
     assert sparse[1] == offloaded[1] and "fetched" in offloaded[2] and "fetched" not in sparse[2]
+
+
+def test_a_question_about_a_document(tmp_path, monkeypatch):
+    """The file, a blank line, the question; either alone as it is."""
+    (tmp_path / "report").write_text("It rained.\n\n")
+
+    def prompt(*args):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Es regnet — schön.\n".encode())))
+        return attnpred.read_prompt(attnpred.make_parser().parse_args(args))
+
+    file, question = ("--prompt-file", str(tmp_path / "report")), ("--prompt", " Why?\n")
+    assert prompt(*file, *question) == "It rained.\n\n Why?\n"
+    assert prompt(*file) == "It rained.\n\n" and prompt(*question) == " Why?\n"
+    assert prompt("--prompt-file", "-", *question) == "Es regnet — schön.\n\n Why?\n"
+
+
+@pytest.mark.parametrize("terminal, chunk, shown", [(True, 16, True), (False, 16, False), (True, 64, False)])
+def test_a_long_prompt_shows_its_progress_on_a_terminal(capsys, monkeypatch, terminal, chunk, shown):
+    monkeypatch.setattr(attnpred, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    model = tiny_llama()
+    prefill(model, SparseDecoder(Config(), model, random_predictor(), 60), torch.arange(50))
+    out, err = capsys.readouterr()
+    assert out == "" and ("Reading the prompt" in err) == shown == bool(err) and "\n" not in err
+
+
+def test_out_of_gpu_memory_is_one_line(capsys, monkeypatch):
+    def exhausted(args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(attnpred, "run", exhausted)
+    status, out, err = attnpred_main(capsys, "--prompt", "a")
+    assert status == 2 and out == "" and err.count("\n") == 1 and "a shorter text" in err
 
 
 def test_standard_input_and_sampling_with_a_seed(capsys, monkeypatch):
