@@ -25,7 +25,7 @@ from attnpred import InputError, OneLineParser, exit_status, write_atomically
 from experiments import bench, plots
 
 ROOT = pathlib.Path(__file__).parent.parent
-TESTS = ("test_kernels.py", "tests/test_offload.py")  # TODO tests/test_streams.py
+TESTS = ("test_kernels.py", "tests/test_offload.py", "tests/test_streams.py")
 CONTEXTS = {8192: 40, 32768: 50, 131072: 100}  # seconds that decoding may take
 TOY = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 8 --budget 40 --history-len 5 --backend triton"
 TRACED = "sparse, offloaded"

@@ -371,6 +371,7 @@ CONTENDERS = {
     "sparse": OURS,
     "sparse, no graph": PAPER,
     "sparse --paper": PAPER,
+    "sparse, late": "#7a52b3",
     "sparse, offloaded": ORANGE,
     "sparse, offloaded, no graph": "#f3cf86",
     "transformers": BLUE,
@@ -388,7 +389,8 @@ def draw_speed(results, path):
     for axes, title, dtype in zip(all_axes, panels, [*dtypes, dtypes[0]]):
         value = "tokens_s" if title.startswith("tokens") else "memory_mb"
         table = rows[rows["dtype"] == dtype].pivot(index="context", columns="name", values=["limit", value])
-        table[value].plot(ax=axes, color=CONTENDERS, marker="o", ms=4, legend=False)
+        colours = [CONTENDERS.get(name, "#1b7f5c") for name in table[value]]
+        table[value].plot(ax=axes, color=colours, marker="o", ms=4, legend=False)
         if value == "tokens_s":
             for name in table["limit"].columns.intersection(["dense", "sparse"]):
                 axes.plot(table["limit"][name], color=CONTENDERS[name], ls=":", label=f"{name}: bandwidth's limit")

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import attnpred
 import kernels
-from attnpred import Config, Predictor, SparseDecoder, decode_one_token, prefill
+from attnpred import Config, Predictor, SparseDecoder, decode_one_token
 from model import LlamaConfig
 
 LLAMA_31_8B = LlamaConfig(
@@ -142,14 +142,17 @@ class Stub:
 
 def decode(model, c: Config, n_tokens: int, steps: int, offload=False) -> tuple[SparseDecoder, list[Counting]]:
     """Decode without memory, up to n_tokens: the decoder, whose Stats count the last `steps` tokens, and what was
-    counted for the prompt and for each token. Before those come as many tokens as a selection is late."""
-    late, counts = c.delay(n_tokens), []
+    counted for the prompt's selection and for each token. Before those come as many as a selection is late."""
+    late, counts, token = c.delay(n_tokens), [], torch.zeros(1, dtype=torch.int64, device=META)
     with counting() as making:
         decoder = SparseDecoder(c, model, Predictor(), n_tokens, "triton", offload)
     for step in range(late + steps + 1):
-        tokens = torch.zeros(1 if step else n_tokens - late - steps, dtype=torch.int64, device=META)
         with counting(making.host) as one:
-            attnpred.sample((decode_one_token if step else prefill)(model, decoder, tokens))
+            if step:
+                attnpred.sample(decode_one_token(model, decoder, token))
+            else:
+                decoder.begin_prompt(n_tokens - late - steps)
+                decoder.finish_token()
         counts.append(one)
         if step == late:
             decoder.stats = attnpred.Stats()

@@ -19,10 +19,10 @@ def python(*arguments):
 
 
 def test_one_kernel_on_one_target():
-    """Twice, because the rows of a ring are not all aligned."""
+    """More than once if the rows of a ring are not all aligned."""
     options = "sm_90", "--kernel", "_write_rows_kernel", "--model", "SmolLM2-135M 4K"
     heads, _, *rows = python("-m", "experiments.compile", *options).splitlines()
-    assert heads == "| kernel | grid | model | target | registers | spilled | shared |" and len(rows) == 2
+    assert heads == "| kernel | grid | model | target | registers | spilled | shared |" and rows
     for row in rows:
         *names, registers, spilled, shared = (cell.strip() for cell in row.strip("|").split("|"))
         assert names == ["_write_rows_kernel", "87×4", "SmolLM2-135M 4K", "sm_90"]
