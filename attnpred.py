@@ -393,6 +393,19 @@ class SparseDecoder:
             self.queries[layer - self.dense_layers, :, row : row + kept.shape[1]] = kept
         return causal_attention(layer, q, k, v)
 
+    def warm_up(self):
+        """On a GPU: compile now what calibration and selection would else compile in the middle of an answer."""
+        start = self.config.sink_tokens // self.config.block_size
+        if self.side is None or self.capacity - start <= self.config.topk_blocks:
+            return
+        if self.cache.holds_everything:
+            self.cache.pool(self.queries[:, :, :1], 1)
+        if (
+            self.fits and self.config.topk_blocks
+        ):  # so there was no prediction yet, and the next one is computed in full
+            self.choose(self.scores(start, self.capacity), start, self.capacity)
+            self.selected = None
+
     # One token
 
     def begin_token(self):
@@ -987,6 +1000,7 @@ def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch
         hidden = model.hidden(chunk, positions, decoder.prefill_attention)  # (chunk, C)
         decoder.n_prefilled += len(chunk)
     decoder.finish_token()
+    decoder.warm_up()
     return model.logits(hidden[-1:])[0]
 
 
@@ -1055,6 +1069,7 @@ def read_later(token) -> Callable[[], int]:
 
 def format_stats(decoder: SparseDecoder) -> str:
     """The counters as a few lines for people."""
+    decoder.join()  # the side stream may still be at the last recovery
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
     prefill_speed = stats.prefill_tokens / max(stats.prefill_seconds, 1e-9)
     attention, calibration, choosing = (
