@@ -400,9 +400,7 @@ class SparseDecoder:
             return
         if self.cache.holds_everything:
             self.cache.pool(self.queries[:, :, :1], 1)
-        if (
-            self.fits and self.config.topk_blocks
-        ):  # so there was no prediction yet, and the next one is computed in full
+        if self.fits and self.config.topk_blocks:  # else the prompt's own selection has compiled them
             self.choose(self.scores(start, self.capacity), start, self.capacity)
             self.selected = None
 
