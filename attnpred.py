@@ -319,6 +319,7 @@ class SparseDecoder:
     `prefill` and `decode_one_token` drive it; its two attention methods are what the model calls in each layer. Layers
     from `dense_layers` on are sparse and have a history; the tensors of these L' layers are indexed by layer -
     dense_layers. After every P-th token the blocks for the next P tokens are selected; between, a token only attends.
+    On a GPU, the model's device must be the current one, because Triton launches there.
     """
 
     def __init__(
