@@ -279,13 +279,16 @@ class BlockLists:
         in_table = (starts + torch.arange(layers, device=device)[:, None] * ids.shape[1]).int()
         return cls(ids, starts, lengths, places, columns, torch.empty_like(columns), in_table, capacity)
 
+    def tensors(self):
+        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+
     def shapes(self):
-        return self.ids.shape, self.places.shape
+        return [tensor.shape for tensor in self.tensors()]
 
     def copy_(self, other):
         """Take over other lists of the same shapes, in place, so that a captured CUDA graph reads them."""
-        for name in ("ids", "starts", "lengths", "places", "columns", "table", "first"):
-            getattr(self, name).copy_(getattr(other, name))
+        for mine, theirs in zip(self.tensors(), other.tensors()):
+            mine.copy_(theirs)
 
 
 @dataclass
@@ -316,6 +319,7 @@ class SparseDecoder:
     `prefill` and `decode_one_token` drive it; its two attention methods are what the model calls in each layer. Layers
     from `dense_layers` on are sparse and have a history; the tensors of these L' layers are indexed by layer -
     dense_layers. After every P-th token the blocks for the next P tokens are selected; between, a token only attends.
+    On a GPU, the model's device must be the current one, because Triton launches there.
     """
 
     def __init__(
@@ -347,6 +351,7 @@ class SparseDecoder:
         self.queries = torch.zeros(kept, dtype=dtype, device=device)  # (L', Hq, H, D): ring of the rows' queries
         self.n_queries, self.last_query = 0, 0  # how many there have been; n_tokens at the newest one
         self.lse = [None] * self.sparse_layers  # (Hq,) each: of this step's sparse attention
+        self.calibrated_lse = torch.zeros(self.sparse_layers, m.n_heads, device=device)  # of the calibrated step
         self.fits = True  # the budget covers the text: nothing is selected, no row is written
         self.lists = self.next_lists = None  # BlockLists of this token, and those that the next token takes over
         self.selected = None  # (L', k) int64: ids of the selected blocks, once the text exceeds the budget
@@ -356,9 +361,14 @@ class SparseDecoder:
         self.calibration = None  # the calibration under way: a function that waits for its rows
         self.calibration_due = self.selection_due = -1  # the steps after which they end
         self.side = torch.cuda.Stream(device) if backend == "triton" and uses_streams(device) else None
-        self.begun = self.ready = None  # events: what a selection needs is there; the selection is done
+        self.before = self.ready = None  # events: the start of this token; the end of what the side stream was given
         self.graph, self.uses_graph = None, graph and self.side is not None
         self.stats = Stats()
+
+    def __del__(self):
+        """The next tensors may be given a dropped decoder's memory: wait until the side stream is done with it."""
+        if getattr(self, "ready", None) and not sys.is_finalizing():
+            self.join()
 
     # Prefill
 
@@ -384,6 +394,17 @@ class SparseDecoder:
             self.queries[layer - self.dense_layers, :, row : row + kept.shape[1]] = kept
         return causal_attention(layer, q, k, v)
 
+    def warm_up(self):
+        """On a GPU: compile now what calibration and selection would else compile in the middle of an answer."""
+        start = self.config.sink_tokens // self.config.block_size
+        if self.side is None or self.capacity - start <= self.config.topk_blocks:
+            return
+        if self.cache.holds_everything:
+            self.cache.pool(self.queries[:, :, :1], 1)
+        if self.fits and self.config.topk_blocks:  # else the prompt's own selection has compiled them
+            self.choose(self.scores(start, self.capacity), start, self.capacity)
+            self.selected = None
+
     # One token
 
     def begin_token(self):
@@ -392,13 +413,15 @@ class SparseDecoder:
         self.step += 1
         if self.step % self.config.row_stride(self.n_tokens) == 0:
             self.count_query(1)
+        self.join()
         if self.next_lists is not None:
-            self.join()
             if self.lists is not None and self.lists.shapes() == self.next_lists.shapes():
                 self.lists.copy_(self.next_lists)
             else:
                 self.lists, self.graph = self.next_lists, None
             self.next_lists = None
+        if self.side:
+            self.before = torch.cuda.current_stream().record_event()
         self.cache.begin_token(self.n_tokens, self.lists)
 
     def advance(self):
@@ -450,9 +473,8 @@ class SparseDecoder:
         selects = self.sparse_layers and self.step % selection_interval == 0
         if self.step:
             self.count_reads()
-        if selects or calibrates:
-            self.cache.keep(self.n_tokens)
         if calibrates:
+            self.cache.keep(self.n_tokens)
             self.begin_calibration()
             self.calibration_due = self.step + delay
         elif self.step and not self.fits and self.config.history_rows == "every":
@@ -460,39 +482,36 @@ class SparseDecoder:
             self.cache.write_rows(torch.cat(self.lse), self.history.flatten(0, 1)[:, self.newest])
         if selects:
             self.selection_due = self.step + delay
-        if self.side and (selects or calibrates):
-            self.begun = torch.cuda.current_stream().record_event()
         if self.step in (self.calibration_due, self.selection_due):
-            with self.beside_the_token():
+            with self.beside_the_token(delay):
                 if self.step == self.calibration_due:
                     self.end_calibration()
                 if self.step == self.selection_due:
                     self.select_next()
 
     @contextmanager
-    def beside_the_token(self):
-        """Run what follows on the side stream, so that the tokens under way do not wait for it.
-
-        It waits for the step that it is based on; for the newest one only where it needs that one's row or keys.
-        """
+    def beside_the_token(self, delay):
+        """Run what follows on the side stream, beside the step under way, which it waits for only if it needs to."""
         if not self.side:
             yield
             return
-        newest = self.config.history_rows == "every" or self.fits
-        self.side.wait_event(torch.cuda.current_stream().record_event() if newest else self.begun)
+        if not delay or self.fits or self.config.history_rows == "every":  # the newest query, keys or row are needed
+            self.before = torch.cuda.current_stream().record_event()
+        self.side.wait_event(self.before)
         with torch.cuda.stream(self.side):
             yield
             self.ready = self.side.record_event()
 
     def join(self):
-        """Have the current stream wait for the side stream."""
+        """Have the current stream wait for what the side stream has been given."""
         if self.ready:
             torch.cuda.current_stream().wait_event(self.ready)
+            self.ready = None
 
     def begin_calibration(self):
         """Pool the true attention row of this step: on the device at once, of an offloaded cache on the host."""
         newest = (self.n_queries - 1) % self.config.history_len
-        self.calibrated_lse = torch.stack(self.lse)  # (L', Hq)
+        torch.stack(self.lse, out=self.calibrated_lse)
         self.calibration = self.cache.begin_pooling(self.queries[:, :, newest : newest + 1], self.n_tokens)
         m = self.model_config
         keys = self.sparse_layers * m.n_kv_heads * self.n_tokens
@@ -510,6 +529,7 @@ class SparseDecoder:
         start, end = self.config.middle(self.n_tokens + 1)
         if self.config.fits(self.n_tokens + 1):
             if not self.cache.holds_everything:
+                self.cache.keep(max(start, end) * self.config.block_size)
                 self.next_lists = self.choose(None, start, max(start, end))
                 self.cache.select(self.next_lists)
             return
@@ -520,6 +540,7 @@ class SparseDecoder:
             stride = self.config.row_stride(self.n_tokens)
             self.cache.keep(self.last_query)
             self.store_rows(self.cache.pool(self.queries[:, :, order], self.last_query, stride)[0])
+        self.cache.keep(end * self.config.block_size)
         self.next_lists = self.choose(self.scores(start, end) if self.config.topk_blocks else None, start, end)
         self.cache.select(self.next_lists)
         self.predicted_end, self.new_rows = end, 0
@@ -892,7 +913,8 @@ class OffloadedCache:
         """Copy the selected blocks that no slot holds yet, and note which slots the lists are in."""
         layer = torch.arange(len(lists.ids), device=lists.ids.device)[:, None]  # (L', 1)
         wanted = lists.ids.gather(1, lists.places).int()  # (L', k)
-        slots, fetch, self.held = kernels.assign_slots(wanted, self.held, self.backend)
+        slots, fetch, held = kernels.assign_slots(wanted, self.held, self.backend)
+        self.held.copy_(held)
         source = (layer * self.n_kv_heads + fetch // self.capacity * self.n_kv_heads // self.heads) * self.capacity
         source = torch.where(fetch < 0, -1, source + fetch % self.capacity)  # (L', k): blocks of the host
         row = layer * self.slots.shape[1]  # (L', 1): a layer's first slot
@@ -977,6 +999,7 @@ def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch
         hidden = model.hidden(chunk, positions, decoder.prefill_attention)  # (chunk, C)
         decoder.n_prefilled += len(chunk)
     decoder.finish_token()
+    decoder.warm_up()
     return model.logits(hidden[-1:])[0]
 
 
@@ -1045,6 +1068,7 @@ def read_later(token) -> Callable[[], int]:
 
 def format_stats(decoder: SparseDecoder) -> str:
     """The counters as a few lines for people."""
+    decoder.join()  # the side stream may still be at the last recovery
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
     prefill_speed = stats.prefill_tokens / max(stats.prefill_seconds, 1e-9)
     attention, calibration, choosing = (

@@ -21,6 +21,7 @@ Source: Yang et al., AttentionPredictor, NeurIPS 2025, arXiv 2502.04077. The inc
 """
 
 import math
+import os
 from functools import cache
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c rounds once; later versions want to be asked
 try:
     import triton
     import triton.language as tl

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +96,6 @@ def compile_all(targets, kernel_names, models):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # compiled as a launch would be
     rows, seen = [], set()
     for name, model in ((name, model) for name in targets for model in models):
         target = TARGETS[name]

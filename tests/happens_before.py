@@ -22,8 +22,8 @@ replaced: it counts as one operation, which touches what its declaration says.
 PyTorch's allocator hands memory that Python has freed to the next allocation on the stream that it was allocated on.
 That is a race, too, if another stream may still be using it and `record_stream` did not say so.
 
-Limits: one device; a job given to an executor runs within `submit`, all jobs on one worker; freed pinned memory is not
-followed; capturing a CUDA graph is not known.
+Limits: one device; no CUDA graphs; all jobs of executors run on one worker, each within `submit`; what happens to
+pinned memory that PyTorch allocates and that is freed is not followed.
 """
 
 import contextlib
@@ -126,6 +126,7 @@ class Future:
     def result(self, timeout=None):
         self.checker.host.learn(self.clock, "result")
         self.checker.jobs.discard(self.job)
+        self.job = None
         return self.value
 
 
@@ -198,6 +199,7 @@ class Checker(TorchDispatchMode):
             cudart=lambda: SimpleNamespace(cudaHostRegister=self.pin, cudaHostUnregister=self.unpin),
         )  # fmt: skip
         patches = [(torch.cuda, name, fake) for name, fake in cuda.items()]
+        patches.append((torch, "Generator", lambda _=None, generator=torch.Generator: generator()))
         patches.append((ThreadPoolExecutor, "submit", lambda _, job, *args: Future(self, partial(job, *args))))
         patches += [(torch.Tensor, name, self.reader(getattr(torch.Tensor, name))) for name in ("tolist", "numpy")]
         for (module, name), touched in self.declared.items():

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -318,6 +320,26 @@ def worker_and_stream(ordered):
     return r"sum \(.*, worker\) reads what that copy_ .* writes"
 
 
+def registered_memory(ordered):
+    host = torch.zeros(4)
+    torch.cuda.cudart().cudaHostRegister(host.data_ptr(), 16, 0)
+    host.copy_(torch.ones(4, device="cuda"), non_blocking=True)
+    if ordered:
+        torch.cuda.synchronize()
+    host.tolist()
+    return r"tolist \(.*, host\) reads what that copy_ .* writes"
+
+
+def registered_memory_released(ordered):
+    host, x = torch.zeros(4), torch.ones(4, device="cuda")
+    torch.cuda.cudart().cudaHostRegister(host.data_ptr(), 16, 0)
+    x.copy_(host, non_blocking=True)
+    if ordered:
+        torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+    return r"cudaHostUnregister \(.*, host\) of the memory that copy_ .* reads"
+
+
 def blocks_copied(ordered):
     host, slots = torch.rand(5, 4).pin_memory(), torch.zeros(6, 4, device="cuda")
     source, slot = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([3, -1, 0], [1, 2, 4]))
@@ -357,8 +379,8 @@ PROGRAMS = [
     event_waited_for_on_another_stream, overlapping_columns, other_dtype, copy_to_the_host, copy_to_new_host_memory,
     copy_to_pageable_memory, copy_from_the_host, copy_from_pageable_memory, copy_through_the_host,
     number_of_the_host, value_on_the_host, freed_while_used, freed_while_another_stream_uses_it, freed_and_joined,
-    worker_before_caller, caller_before_worker, worker_and_stream, blocks_copied, blocks_of_the_host_copied,
-    blocks_attended_to,
+    worker_before_caller, caller_before_worker, worker_and_stream, registered_memory, registered_memory_released,
+    blocks_copied, blocks_of_the_host_copied, blocks_attended_to,
 ]  # fmt: skip
 
 
@@ -389,6 +411,15 @@ def test_a_site_can_be_removed():
         with Checker(removed=site) as without:
             program(without)
         assert len(without.races) == 1 and without.sites == checker.sites
+
+
+def test_a_job_keeps_its_arguments_until_it_is_joined():
+    with Checker():
+        x, freed = torch.ones(4, device="cuda"), []
+        weakref.finalize(x, freed.append, True)
+        future = ThreadPoolExecutor(1).submit(lambda x: x.numel(), x)
+        del x
+        assert not freed and future.result() == 4 and freed
 
 
 def test_devices_do_not_mix():
@@ -560,3 +591,21 @@ def test_every_wait_is_needed(offload):
     for site in sorted(set.union(*(checked(case)[0].sites for case in cases))):
         those = (case for case in cases if site in checked(case)[0].sites)
         assert any(checked(case, site)[0].races for case in those), f"{site} is not needed"
+
+
+def test_the_host_waits_for_the_tokens_that_it_reads():
+    def run(removed=None):
+        with Checker(DECLARED, removed) as checker:
+            model = to_device(tiny_llama(n_layers=1))
+            decoder = SparseDecoder(CONFIG, model, to_device(random_predictor()), 60, backend="triton", graph=False)
+            tokens = list(attnpred.generate(model, decoder, list(range(40)), 6))
+            assert len(tokens) == 6
+            del decoder
+            return checker
+
+    checker = run()
+    assert not checker.races
+    own = inspect.getsourcelines(attnpred.read_later)
+    lines = range(own[1], own[1] + len(own[0]))
+    sites = [site for site in checker.sites if int(re.search(r":(\d+)", site)[1]) in lines]
+    assert len(sites) == 2 and all(run(site).races for site in sites)
