@@ -205,20 +205,12 @@ class Transformers:
         import transformers
 
         m, device = model.config, model.device
-        config = transformers.LlamaConfig(
-            hidden_size=m.d_model,
-            intermediate_size=m.d_ff,
-            num_hidden_layers=m.n_layers,
-            num_attention_heads=m.n_heads,
-            num_key_value_heads=m.n_kv_heads,
-            head_dim=m.head_dim,
-            vocab_size=m.vocab_size,
-            max_position_embeddings=m.context_len,
-            rms_norm_eps=m.rms_eps,
-            rope_parameters=(m.rope_scaling or {"rope_type": "default"}) | {"rope_theta": m.rope_theta},
-            tie_word_embeddings=m.tie_embeddings,
-            attn_implementation="sdpa",
-        )
+        theirs = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+        theirs += " vocab_size max_position_embeddings rms_norm_eps tie_word_embeddings"
+        same = "d_model d_ff n_layers n_heads n_kv_heads head_dim vocab_size context_len rms_eps tie_embeddings"
+        shape = {name: getattr(m, ours) for name, ours in zip(theirs.split(), same.split())}
+        rope = (m.rope_scaling or {"rope_type": "default"}) | {"rope_theta": m.rope_theta}
+        config = transformers.LlamaConfig(**shape, rope_parameters=rope, attn_implementation="sdpa")
         with torch.device("meta"):
             self.model = transformers.LlamaForCausalLM(config)
         weights = {name: part.data for name, part in checkpoint_targets(model).items()}

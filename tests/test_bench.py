@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,8 +53,9 @@ def test_prediction_reads_what_its_rows_need():
     assert hot_paths.prediction_work(3, history_len, 0, start, end, start).bytes == 3 * (end - start) * (2 * 32 + 4)
 
 
-def test_launches_by_hand():
-    with roofline.counting() as counts:
+@pytest.mark.parametrize("inference", [False, True])  # composed operations arrive whole in inference mode
+def test_launches_by_hand(inference):
+    with torch.inference_mode(inference), roofline.counting() as counts:
         x = torch.zeros(4, 6, device="meta")  # one launch, as every line that says nothing else
         y = x.to(torch.float16)
         x[1:].copy_(x[:-1])
@@ -189,9 +191,10 @@ def test_bytes_of_a_token():
     assert roofline.weight_bytes(m, 4) == 4 * (3 * per_layer + 61 * 32)
 
 
-def test_what_does_not_fit_is_left_out(capsys):
+def test_what_does_not_fit_is_left_out(capsys, monkeypatch):
     """Memory runs out when it is made, or in its first step: the others are timed, and nothing keeps it alive."""
-    alive = []
+    alive, clock = [], [0.0]
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     class Contender:
         def __init__(self, fails=None):
@@ -202,11 +205,17 @@ def test_what_does_not_fit_is_left_out(capsys):
         def step(self):
             if self.fails:
                 raise torch.OutOfMemoryError("too little")
+            clock[0] += 0.25  # seconds a token
             return 0
 
     makers = {name: (lambda name=name: Contender(name), 2) for name in ("made", "stepped")} | {"fine": (Contender, 2)}
     rows = bench.race(makers, 2, CPU)
-    assert list(rows) == ["fine"] and len(rows["fine"]["rounds"]) == 2 and rows["fine"]["answer"] == [0, 0]
+    assert (
+        list(rows) == ["fine"]
+        and rows["fine"]["rounds"] == [250, 250]
+        and rows["fine"]["ms"] == 250
+        and rows["fine"]["answer"] == [0, 0]
+    )
     gc.collect()
     assert [contender() is None for contender in alive] == [True, True, False]
     assert capsys.readouterr().err.count("out of memory, left out") == 2
