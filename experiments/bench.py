@@ -576,11 +576,14 @@ def launch_rows(m, config, contexts):
         for name in ("resident", "offloaded"):
             offload = name == "offloaded"
             c = roofline.offloaded(config) if offload else config
-            tokens = roofline.decode(model, c, context, steps, offload)[1][-steps:]
-            kinds = Counter((len(token.launches), token.operations.total(), token.link_bytes) for token in tokens)
+            decoder, counts = roofline.decode(model, c, context, steps, offload)
+            kv = decoder.cache.device_bytes if offload else decoder.cache.kv.nbytes
+            kinds = Counter(
+                (len(token.launches), token.operations.total(), token.link_bytes) for token in counts[-steps:]
+            )
             for (triton, operations, link), count in kinds.most_common():
                 row = dict(context=context, name=name, tokens=count, of=steps, triton=triton, pytorch=operations)
-                yield row | dict(total=triton + operations, link_mb=1e-6 * link)
+                yield row | dict(total=triton + operations, link_mb=1e-6 * link, kv_mb=1e-6 * kv)
 
 
 LAUNCH_COLUMNS = {
@@ -591,6 +594,7 @@ LAUNCH_COLUMNS = {
     "PyTorch": "{pytorch:,}",
     "launches": "{total:,}",
     "MB over the link, selected blocks apart": "{link_mb:,.2f}",
+    "KV on the device, MB": "{kv_mb:,.0f}",
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from attnpred import Config, InputError, SparseDecoder, decode_one_token, prefill
+from attnpred import Config, InputError, SparseDecoder, Stats, decode_one_token, prefill
 from experiments import bench, hot_paths, roofline
 from tests.helpers import random_predictor, tiny_llama
 
@@ -78,13 +78,17 @@ def test_launches_by_hand():
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("changes", [dict(), dict(dense_layers=1, select_heads="q", share_budget="head")])
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(dense_layers=1, select_heads="q", share_budget="head", selection_delay=2)]
+)
 def test_tensors_without_memory_are_counted_like_real_ones(changes, offload):
     """The decoder's own counters, over two intervals; every layer launches its attention for every token."""
     config, model, steps = Config(**SHAPE | changes), tiny_llama(), 16
+    late = config.delay(150)
     real = SparseDecoder(config, model, random_predictor(), 150 + steps, offload=offload)
-    prefill(model, real, torch.arange(150) % 61)
-    for _ in range(steps):
+    prefill(model, real, torch.arange(150 - late) % 61)
+    for step in range(late + steps):
+        real.stats = Stats() if step == late else real.stats
         decode_one_token(model, real, torch.tensor([3]))
     decoder, (_, *tokens) = roofline.decode(roofline.Stub(model.config), config, 150 + steps, steps, offload)
     for name, scale in dict(attention=2, calibration=2, dense=2, choosing=1).items():  # 16 bits in place of 32

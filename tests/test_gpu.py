@@ -20,7 +20,9 @@ def test_rehearsal(tmp_path, capsys):
         assert json.loads((out / f"{name}.json").read_text())["rows"]
         assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and f"![{name}]({name}.png)" in report
     rows = {row["name"]: row for row in json.loads((out / "speed-8K.json").read_text())["rows"]}
-    assert list(rows) == list(bench.ON_GPU) and rows["sparse, no graph"]["same_as"] == "sparse"
+    assert list(rows) == list(bench.ON_GPU)
+    for one, other in (("sparse", "sparse, no graph"), ("sparse, late", "sparse, offloaded")):
+        assert rows[one]["answer"] == rows[other]["answer"] and rows[other]["same_as"]
     assert json.loads((out / "trace.perfetto.json").read_text())["traceEvents"]
 
 
