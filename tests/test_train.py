@@ -22,6 +22,7 @@ from attnpred import (
     load_predictor,
     prefill,
 )
+from experiments import evaluate
 from model import causal_attention
 from tests.helpers import random_predictor, tiny_llama
 
@@ -310,6 +311,22 @@ def test_pipeline(tmp_path, text, tiny_llm, collecting, training, noted):
     assert all(0 < row[f"recovery, {budget}"] <= 1.0001 for row in curve for budget in train_predictor.BUDGETS)
     best = max(curve, key=lambda row: sum(row[name] for name in row if name.startswith("recovery")))
     assert json.loads(about["validation"]) == {n: round(v, 4) for n, v in best.items() if n.startswith("recovery")}
+
+
+def test_collect_train_evaluate_table(tmp_path, text, tiny_llm, monkeypatch, capsys):
+    """The three commands that weights/README.md names, and the table of their results."""
+    monkeypatch.setattr(evaluate, "load_model", train_predictor.load_model)
+    monkeypatch.setattr(evaluate, "fetch_default_llm", train_predictor.fetch_default_llm)
+    assert collect(tmp_path, text) == 0 and train(tmp_path) == 0
+    options = f"--texts {text} --lengths 600 --n-new 16 --results {tmp_path}/results.jsonl --quiet"
+    options += f" --predictor {tmp_path}/out/p.safetensors"
+    capsys.readouterr()
+    assert evaluate.main(["texts", *options.split(), "--grid", "ours,decayed-mean:0.6 bytes=1/2"]) == 0
+    printed = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.split("\n")[2:6]]
+    table = {line[2]: dict(zip(lines[0], line)) for line in lines[2:]}
+    assert table["ours"]["KL ratio"] == "1.0000" and float(table["decayed-mean:0.6"]["KL ratio"]) > 0
+    assert evaluate.main(["table", *options.split()]) == 0 and capsys.readouterr().out == printed
 
 
 def test_training_lowers_the_loss(tmp_path, text, tiny_llm):
