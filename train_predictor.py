@@ -412,7 +412,7 @@ LOSSES = {"poisson": poisson_loss, "share": share_loss, "mse": mse_loss}
 # --------------------------------------------------------------------------------------------------------------------
 
 INPUT_SCALE = 32.0  # rows are multiplied by it and conv1 divided, so that Adam's steps there are relatively larger
-LAYERS, SPAN, TARGETS, COLUMNS = 1, 64, 16, 256  # a step reads so much, at most
+SPAN, TARGETS, COLUMNS = 64, 16, 256  # rows after the first history, targets among them, blocks in a step, at most
 AVERAGE = 0.998  # decay of the running mean of the weights, which is what is kept
 BUDGETS = (256, 512, 1024)
 MIN_MIDDLE_BLOCKS = 32  # a window with fewer teaches no choice
@@ -428,14 +428,14 @@ def targets_of(window, mass, rows, selection):
     return mass.unfold(2, selection, 1)[:, :, rows].mean(-1), (block >= start) & (block < end)
 
 
-def draw_batch(windows, rng, history_len, selection):
+def draw_batch(windows, rng, layers, history_len, selection):
     """A slab of history rows of a few whole layers of one window, and what selections at some of its rows serve.
 
     Returns rows (B, H + span, n), targets (T,) rows of it before which decoding selects, what these selections serve
     (B, T, n), and which columns belong to the middle then (T, n). B = layers * heads; the n columns are a crop.
     """
     window = rng.choice(windows)
-    pooled, mass = window.load(rng.sample(range(window.layers), min(LAYERS, window.layers)))
+    pooled, mass = window.load(rng.sample(range(window.layers), min(layers, window.layers)))
     last = window.rows - selection  # the last row before which a selection is made
     first = rng.randrange(max(1, last - history_len - SPAN + 2))
     stop = min(first + history_len + SPAN, last + 1)
@@ -550,7 +550,9 @@ def train(args):
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=args.quiet)
     for step in bar:
         rng = random.Random(f"{args.seed} {step}")  # of the step alone: a resumed run draws the same batches
-        rows, targets, mass, valid = (x.to(device) for x in draw_batch(training, rng, config.history_len, selection))
+        rows, targets, mass, valid = (
+            x.to(device) for x in draw_batch(training, rng, args.layers, config.history_len, selection)
+        )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = scores_of_rows(rows * INPUT_SCALE, targets, parameters, config.history_len) / INPUT_SCALE
         loss = LOSSES[args.loss](scores, mass, valid)
@@ -613,10 +615,10 @@ SHARED = {
 COLLECT = {
     "text": (None, "own texts, instead of what CPython has", {"nargs": "+", "metavar": "FILE"}),
     "model": (None, f"Hugging Face folder or hub id of a Llama (default: {DEFAULT_LLM}, fetched once)"),
-    "lengths": ([4096, 8192, 4096], "tokens of a context; the lengths alternate", {"nargs": "+", "type": int}),
-    "contexts": (20, "for training"),
+    "lengths": ([4096], "tokens of a context; the lengths alternate", {"nargs": "+", "type": int}),
+    "contexts": (12, "for training"),
     "validation-contexts": (6, "for validation"),
-    "windows": (4, "windows of rows recorded of each context"),
+    "windows": (2, "windows of rows recorded of each context"),
     "rows": (192, "rows in a window"),
     "stride": (8, "tokens from one row to the next: M, or 1 for history_rows=every"),
     "select-heads": (Config.select_heads, "one row per KV head, or per query head", {"choices": ["kv", "q"]}),
@@ -631,6 +633,7 @@ TRAIN = {
     "selection-interval": (None, "P: the target is the mean mass of P tokens (default: the stride)", {"type": int}),
     "share-budget": (Config.share_budget, "how its heads share the budget", {"choices": ["layer", "head"]}),
     "steps": (4000, "training steps"),
+    "layers": (1, "layers in a step, all heads of each"),
     "lr": (1e-3, "highest learning rate; rises over 50 steps and falls as a cosine"),
     "validate-every": (1000, "steps between validations, which also write a checkpoint"),
 }

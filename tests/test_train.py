@@ -220,14 +220,14 @@ def write_window(path, pooled, mass, **about):
 @pytest.mark.parametrize("selection", [1, 3])
 def test_targets_are_the_mean_mass_of_the_next_tokens(selection, monkeypatch):
     """Each mass tells its layer and head (10,000s), row (100s) and block, so a batch shows where it was cut out."""
-    for name, value in dict(SPAN=12, COLUMNS=20, LAYERS=3, TARGETS=3).items():
+    for name, value in dict(SPAN=12, COLUMNS=20, TARGETS=3).items():
         monkeypatch.setattr(train_predictor, name, value)
     layer, head, row, block = (torch.arange(n).view(-1, *[1] * (3 - i)) for i, n in enumerate((5, 2, 60, 60)))
     mass = (layer * 2 + head) * 1e4 + row * 1e2 + block + 0.0  # (5, 2, 60, 60)
     window, places = argparse.Namespace(layers=5, rows=60, middle=[(4, 40 + row // 4) for row in range(60)]), []
     window.load = lambda layers: (mass[list(layers)] + 1, mass[list(layers)])
     for seed in range(40):
-        rows, targets, ahead, valid = train_predictor.draw_batch([window], random.Random(seed), 8, selection)
+        rows, targets, ahead, valid = train_predictor.draw_batch([window], random.Random(seed), 3, 8, selection)
         assert rows.shape == (6, 8 + 12, 20) and ahead.shape == (6, 3, 20)
         heads = (ahead[:, 0, 0] // 1e4).view(3, 2)
         assert len(set(heads[:, 0].tolist())) == 3 and (heads[:, 1] - heads[:, 0] == 1).all()  # whole layers
