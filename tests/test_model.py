@@ -160,6 +160,7 @@ def test_causal_attention(n_kv_heads, group, T, past, dtype, seed):
     wanted = logits.masked_fill(future, -torch.inf).softmax(-1) @ v.double().repeat_interleave(group, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("model.TILE_LOGITS", 20 * len(q) * total)  # several tiles, the last one ragged
+        patch.setattr("model.TILE_KEYS", 32)
         found = causal_attention(0, q, k, v)
     assert found.dtype == dtype and found.shape == q.shape
     torch.testing.assert_close(found.double(), wanted, atol=3e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
