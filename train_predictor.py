@@ -3,13 +3,15 @@
     python train_predictor.py collect --data data
     python train_predictor.py train --data data --out predictor.safetensors
 
-Reading order: the corpus (documents, their split, contexts), `record` (one dense pass -> windows of history rows and
-block masses), `Window` (a file that training reads), `observe` (the history that sparse decoding would have built),
-`scores_of_rows` (many predictions in one pass), the losses, `train`, the command line. Both commands may be
+The job: rank all blocks of a layer's heads by the attention that the next P tokens will pay them, given true rows of
+attention M tokens apart, as decoding with history_rows="true" has them. Reading order: the corpus (documents, their
+split, contexts), `record` (one dense pass -> windows of history rows and block masses), `Window` (a file that training
+reads), `scores_of_rows` (many predictions in one pass), the losses, `train`, the command line. Both commands may be
 interrupted: the same command continues. The method is in attnpred.py; experiments/evaluate.py judges the outcome.
 """
 
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
@@ -37,7 +39,9 @@ from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
 # --------------------------------------------------------------------------------------------------------------------
 
 SPLITS = ["train"] * 8 + ["validation", "test"]  # by the last digit of a document's hash
-MIN_DOCUMENT_CHARS = 1000
+MIN_DOCUMENT_CHARS, MAX_DOCUMENT_CHARS = 1000, 20000
+KINDS = {".md": "documentation", ".rst": "documentation", "METADATA": "documentation", ".h": "header"}
+KINDS |= {".json": "data", ".csv": "data", ".yaml": "data"}
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,29 @@ class Document:
         return SPLITS[int(hashlib.sha256(self.text.encode()).hexdigest(), 16) % 10]
 
 
-def python_documents() -> dict[str, list[Document]]:
-    """What every CPython installation has: the language reference, and the standard library's sources."""
+def installed_documents() -> dict[str, list[Document]]:
+    """What is installed beside this project: CPython's language reference and library, and other packages' texts.
+
+    Nothing of the torch package is in it: its texts are held out for experiments/evaluate.py.
+    """
     from pydoc_data import topics
 
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     outside = {"site-packages", "test", "tests", "pydoc_data", "idlelib", "lib2to3", "__pycache__"}
-    paths = [path for path in sorted(root.rglob("*.py")) if not outside & set(path.relative_to(root).parts)]
-    return {
-        "reference": [Document(f"topic {name}", text) for name, text in sorted(topics.topics.items())],
-        "source": [Document(str(path.relative_to(root)), path.read_text("utf-8", "replace")) for path in paths],
-    }
+    found = {"reference": [Document(f"topic {name}", text) for name, text in sorted(topics.topics.items())]}
+    sources = [path for path in sorted(root.rglob("*.py")) if not outside & set(path.relative_to(root).parts)]
+    found["source"] = [Document(str(path.relative_to(root)), read_start(path)) for path in sources]
+    for package in sorted(importlib.metadata.distributions(), key=lambda package: package.name):
+        for file in (package.files or []) if package.name != "torch" else []:
+            kind = "license" if "LICENSE" in file.name.upper() else KINDS.get(file.suffix or file.name)
+            if kind and (path := pathlib.Path(file.locate())).is_file():
+                found.setdefault(kind, []).append(Document(f"{package.name}/{file}", read_start(path)))
+    return found
+
+
+def read_start(path):
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(MAX_DOCUMENT_CHARS)
 
 
 def text_documents(paths) -> dict[str, list[Document]]:
@@ -74,7 +90,7 @@ def text_documents(paths) -> dict[str, list[Document]]:
             raise InputError(f"text {path} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise InputError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from None
-        size = max(MIN_DOCUMENT_CHARS, min(20000, len(text) // 100))
+        size = max(MIN_DOCUMENT_CHARS, min(MAX_DOCUMENT_CHARS, len(text) // 100))
         sections += [Document(f"{path}:{start}", text[start : start + size]) for start in range(0, len(text), size)]
     if not any(section.text.strip() for section in sections):
         raise InputError("the text is empty: give files with some text")
@@ -120,7 +136,7 @@ def draw_contexts(documents, split, lengths, count, n_windows, window_tokens, to
             ids += tokenizer.encode(document.text + "\n\n", special_tokens=False)
         if len(ids) < length:
             raise InputError(f"the {split} split has only {len(ids)} tokens for a context of {length}: give more text")
-        chat = index % 3 == 2 and tokenizer.has_chat_template
+        chat = (index + index // len(pools)) % 3 == 2 and tokenizer.has_chat_template
         tokens = chat_tokens(tokenizer, ids, length, rng) if chat else ids[:length]
         low = min(max(window_tokens, 1024), length)
         ends = sorted({rng.randint(low, length) for _ in range(n_windows - 1)} | {length})
@@ -145,21 +161,26 @@ def chat_tokens(tokenizer, ids, length, rng):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-MAX_LOGITS = 1 << 24  # computed at a time by `record`: 64 MB
+MAX_LOGITS = 1 << 20  # computed at a time by `record`: 4 MB, about what a core caches
+
+
+def attention(q, k, n_tokens):
+    """Causal attention probabilities of the last rows of a text, in float32, with all logits in memory.
+
+    q (Hq, rows, D): the queries of tokens n_tokens - rows ... n_tokens - 1; k (Hk, >= n_tokens, D) -> (Hq, rows, T)
+    """
+    n_heads, rows, head_dim = q.shape
+    q = q.reshape(len(k), -1, head_dim).float() * head_dim**-0.5  # (Hk, G * rows, D)
+    logits = (q @ k[:, :n_tokens].float().mT).view(n_heads, rows, n_tokens)  # (Hq, rows, T)
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)  # (rows, rows)
+    logits[..., n_tokens - rows :].masked_fill_(future, -torch.inf)
+    return logits.softmax(-1)
 
 
 def block_mass(q, k, n_tokens, block_size):
-    """The share of each row's attention that each block carries, with causal masking, in float32.
-
-    q (Hq, rows, D): the last `rows` queries of a text of n_tokens; k (Hk, >= n_tokens, D) -> (Hq, rows, N)
-    """
-    rows, head_dim = q.shape[1:]
-    q = q.float().unflatten(0, (len(k), -1)) * head_dim**-0.5  # (Hk, G, rows, D)
-    logits = q @ k[:, None, :n_tokens].float().mT  # (Hk, G, rows, T)
-    key = torch.arange(n_tokens, device=q.device)
-    logits.masked_fill_(key > key[n_tokens - rows :, None], -torch.inf)
-    p = F.pad(logits.softmax(-1), (0, -n_tokens % block_size))  # (Hk, G, rows, N * b)
-    return p.unflatten(-1, (-1, block_size)).sum(-1).flatten(0, 1)
+    """The share of each row's attention that each block carries: arguments as for `attention` -> (Hq, rows, N)."""
+    p = F.pad(attention(q, k, n_tokens), (0, -n_tokens % block_size))  # (Hq, rows, N * b)
+    return p.unflatten(-1, (-1, block_size)).sum(-1)
 
 
 @torch.inference_mode()
@@ -209,17 +230,17 @@ def collect(args):
     if min(args.lengths) < args.rows * args.stride:
         needed = f"{args.rows} rows at a stride of {args.stride} need {args.rows * args.stride}"
         raise InputError(f"a context of {min(args.lengths)} tokens is too short: {needed}")
-    documents = text_documents(args.text) if args.text else python_documents()
+    documents = text_documents(args.text) if args.text else installed_documents()
     device, dtype, _ = attnpred.choose_device(args)
     model, tokenizer = load_model(args.model or str(fetch_default_llm()), dtype, device)
     if config.dense_layers >= model.config.n_layers:
         raise InputError(f"dense layers {config.dense_layers}: the model has {model.config.n_layers} in all")
     if max(args.lengths) > model.config.context_len:
         raise InputError(f"the model's context is {model.config.context_len} tokens: {max(args.lengths)} is too long")
-    python = f"CPython {sys.version.split()[0]}: pydoc_data.topics and the standard library"
+    installed = f"CPython {sys.version.split()[0]} and the packages beside it, without torch"
     settings = {name: str(getattr(args, name)) for name in WINDOW_SETTINGS}
     settings |= {"llm": pathlib.Path(args.model).name if args.model else DEFAULT_LLM}
-    settings |= {"corpus": "own files" if args.text else python}
+    settings |= {"corpus": "own files" if args.text else installed}
     data = make_folder(args.data)
     for path in sorted(data.glob("*.safetensors"))[:1]:
         check_settings(Window(path).about, settings, f"{data} was collected", "give another --data")
@@ -285,7 +306,7 @@ class Window:
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} is not a window of `collect` ({error}): remove it, and collect again") from None
         self.path = path
-        self.layers, self.heads, self.rows, self.n_blocks = self.pooled.get_shape()
+        self.layers, _, self.rows, _ = self.pooled.get_shape()
         first = n_tokens - self.rows * self.stride  # tokens before those whose mean mass is row 0
         self.middle = [self.config.middle(first + row * self.stride + 1) for row in range(self.rows)]
 
@@ -297,56 +318,13 @@ class Window:
         return pooled, mass
 
 
-def observe(pooled, mass, middle, config, intervals, first, score):
-    """Let a simulated decoding build the history: what sparse attention leaves of true rows, and what it attends to.
-
-    pooled, mass (layers, heads, rows, N); row `first` is decode step 1, the rows before it are the prompt's. Before
-    steps 1, P + 1, ... the blocks for P steps are selected by score(history, row, start, end) -> (layers, heads,
-    end - start), which reads only rows before `row`. Step s leaves its true row if M divides s, else the attended
-    blocks only, divided by the attended mass. (That is exact for one query; where a group shares its mean row, the
-    quotient of the means stands for the mean of the quotients.)
-
-    Returns the history (layers, heads, rows, N) and the recovered mass (layers, heads, rows - first).
-    """
-    calibration, selection = intervals
-    rows, recovery = pooled.clone(), []
-    for row in range(first, pooled.shape[2]):
-        step = row - first + 1
-        if (step - 1) % selection == 0:
-            start, end = middle[row]
-            attended = torch.ones_like(mass[:, :, row])  # (layers, heads, N)
-            attended[..., start:end] = select(score(rows, row, start, end), config)
-        recovery.append((mass[:, :, row] * attended).sum(-1))  # (layers, heads)
-        if step % calibration:
-            rows[:, :, row] *= attended / recovery[-1][..., None].clamp_min(1e-6)
-    return rows, torch.stack(recovery, -1)
-
-
-def select(scores, config):
-    """The mask of the best blocks of scores (layers, heads, n), as SparseDecoder.choose takes them."""
-    shared = scores.flatten(1) if config.share_budget == "layer" else scores.flatten(0, 1)  # (rows, columns)
-    k = config.topk_blocks * (scores.shape[1] if config.share_budget == "layer" else 1)
-    best = kernels.select_blocks(shared, min(k, shared.shape[1])).long()  # (rows, k)
-    return torch.zeros_like(shared).scatter_(1, best, 1.0).view_as(scores)
-
-
-def decayed_mean(decay):
-    """A `score` for `observe`: the mean of the rows before, each weighing `decay` times its successor."""
-
-    def score(rows, row, start, end):
-        weight = decay ** torch.arange(row - 1, -1, -1, device=rows.device)  # (row,)
-        return torch.einsum("lhrn,r->lhn", rows[:, :, :row, start:end], weight)
-
-    return score
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Network and losses
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def starting_point(seed, last_rows=0.6, noise=0.3) -> Predictor:
-    """Score = mean row + last_rows * (1, 1.2, 0.35) times the last three rows, plus small random terms.
+def starting_point(seed, last_rows=1.5, noise=0.3) -> Predictor:
+    """Score = mean row + last_rows * (1, 0.8, 0.16) times the last three rows, plus small random terms.
 
     Channel 1 of the first layer is 1 everywhere. Below the last row it is padding, 0: that is how the second layer
     tells the last rows from the others, because this architecture knows no other position in time.
@@ -361,10 +339,10 @@ def starting_point(seed, last_rows=0.6, noise=0.3) -> Predictor:
         w1[:3] = b1[:3] = 0
         w1[0, 0, 1, 1] = 1  # channel 0: the image
         b1[1] = 1  # channel 1: 1
-        w1[2, 0, :2, 1] = torch.tensor([0.7, 1.0])  # channel 2: the image and the row above
+        w1[2, 0, :2, 1] = torch.tensor([0.4, 1.0])  # channel 2: the image and the row above
         w2[:2] = b2[:2] = b3[:] = 0
         w2[0, 0, 1, 1] = 1  # channel 0: the image
-        w2[1, 2, 1, 1], w2[1, 2, 0, 1] = 1, 0.5
+        w2[1, 2, 1, 1], w2[1, 2, 0, 1] = 1, 0.4
         w2[1, 1, 2, 1] = -4  # channel 1: the last rows at the lower edge, 0 elsewhere
         w3[0, 2:] *= 0.1
         w3[0, 0], w3[0, 1] = 1, last_rows * Config.history_len
@@ -434,72 +412,84 @@ LOSSES = {"poisson": poisson_loss, "share": share_loss, "mse": mse_loss}
 # --------------------------------------------------------------------------------------------------------------------
 
 INPUT_SCALE = 32.0  # rows are multiplied by it and conv1 divided, so that Adam's steps there are relatively larger
+SPAN, TARGETS, COLUMNS = 64, 16, 256  # rows after the first history, targets among them, blocks in a step, at most
+AVERAGE = 0.998  # decay of the running mean of the weights, which is what is kept
 BUDGETS = (256, 512, 1024)
 MIN_MIDDLE_BLOCKS = 32  # a window with fewer teaches no choice
 
 
-def draw_batch(windows, rng, args, config, intervals):
-    """A slab of history rows of a few whole layers of one window, and targets: a selection's mean mass over P tokens.
+def targets_of(window, mass, rows, selection):
+    """What selections serve: the mean of the mass rows t ... t + selection - 1, for each t in rows (T,) int64.
 
-    Returns rows (B, H + span, n), targets (T,) rows of it before which decoding selects, their masses (B, T, n), and
-    which columns belong to the middle there (T, n). B = layers * heads; n columns are a crop.
+    mass (layers, heads, window.rows, N) -> (layers, heads, T, N), and which blocks are in the middle then (T, N).
     """
-    window, history_len, selection = rng.choice(windows), config.history_len, intervals[1]
-    pooled, mass = window.load(rng.sample(range(window.layers), min(args.layers, window.layers)))
-    first = rng.randrange(window.rows - history_len - args.span - selection + 2)
-    stop = first + history_len + args.span
-    # Decoding began long ago, or at some row of the slab's first history.
-    began = 1 if rng.random() < 0.5 else rng.randrange(max(1, first), first + history_len)
-    if rng.random() < args.observed and intervals[0] > 1:
-        topk, decay = int(math.exp(rng.uniform(math.log(6), math.log(64)))), rng.uniform(0.7, 0.97)
-        budget = config.sink_tokens + config.local_tokens + topk * config.block_size
-        simulated = replace(config, budget=budget), intervals, began, decayed_mean(decay)
-        pooled, _ = observe(pooled[:, :, :stop], mass, window.middle, *simulated)
-    selects = [t for t in range(first + history_len, stop) if (t - began) % selection == 0]
-    targets = torch.tensor(sorted(rng.sample(selects, min(args.targets, len(selects)))))  # (T,) rows of the window
-    ends = torch.tensor([window.middle[t][1] for t in targets])  # (T,)
+    start, end = torch.tensor([window.middle[t] for t in rows.tolist()]).T[..., None]  # (T, 1) each
+    block = torch.arange(mass.shape[-1])
+    return mass.unfold(2, selection, 1)[:, :, rows].mean(-1), (block >= start) & (block < end)
+
+
+def draw_batch(windows, rng, layers, history_len, selection):
+    """A slab of history rows of a few whole layers of one window, and what selections at some of its rows serve.
+
+    Returns rows (B, H + span, n), targets (T,) rows of it before which decoding selects, what these selections serve
+    (B, T, n), and which columns belong to the middle then (T, n). B = layers * heads; the n columns are a crop.
+    """
+    window = rng.choice(windows)
+    pooled, mass = window.load(rng.sample(range(window.layers), min(layers, window.layers)))
+    last = window.rows - selection  # the last row before which a selection is made
+    first = rng.randrange(max(1, last - history_len - SPAN + 2))
+    stop = min(first + history_len + SPAN, last + 1)
+    selects = range(first + history_len, stop)
+    targets = torch.tensor(sorted(rng.sample(selects, min(TARGETS, len(selects)))))  # (T,) rows of the window
+    mass, valid = targets_of(window, mass, targets, selection)  # (layers, heads, T, N), (T, N)
     start, end = window.middle[targets[-1]]
-    left = rng.randrange(start, max(start, end - args.columns) + 1)
-    columns = torch.arange(left, min(end, left + args.columns))  # (n,)
-    ahead = mass[..., columns].unfold(2, selection, 1)[:, :, targets].mean(-1)  # (layers, heads, T, n)
+    left = rng.randrange(start, max(start, end - COLUMNS) + 1)
+    columns = slice(left, min(end, left + COLUMNS))
     rows = pooled[:, :, first:stop, columns].flatten(0, 1)  # (B, H + span, n)
-    return rows, targets - first, ahead.flatten(0, 1), columns < ends[:, None]
+    return rows, targets - first, mass[..., columns].flatten(0, 1), valid[:, columns]
 
 
-def network(weights, history_len):
-    """A `score` for `observe`: the predictor, computed incrementally as in decoding."""
-    last_row = last_end = 0
-    ring = None
-
-    def score(rows, row, start, end):
-        nonlocal ring, last_row, last_end
-        history = rows[:, :, row - history_len : row].roll(row % history_len, 2).flatten(0, 1)  # row r in slot r % H
-        ring = torch.zeros_like(history) if ring is None else ring  # (layers * heads, H, N)
-        new, valid_end = row - last_row, max(start, last_end)
-        newest = (row - 1) % history_len
-        scores = kernels.predict(history, ring, newest, new, start, end, valid_end, weights)
-        last_row, last_end = row, end
-        return scores.unflatten(0, rows.shape[:2])
-
-    return score
+def select(scores, config):
+    """The mask of the best blocks of scores (T, heads, n), as SparseDecoder.choose takes them."""
+    shared = scores.flatten(1) if config.share_budget == "layer" else scores.flatten(0, 1)  # (groups, columns)
+    k = config.topk_blocks * (scores.shape[1] if config.share_budget == "layer" else 1)
+    best = kernels.select_blocks(shared, min(k, shared.shape[1])).long()  # (groups, k)
+    return torch.zeros_like(shared, dtype=torch.bool).scatter_(1, best, True).view_as(scores)
 
 
 @torch.no_grad()
-def validate(windows, weights, config, intervals, device="cpu", steps=64):
-    """Mean recovery at each of BUDGETS in closed loop: the history is what the predictor's own selections leave."""
-    weights, recovery = kernels.prepare_weights(weights, device), {budget: [] for budget in BUDGETS}
+def recovery(window, weights, config, selection, rows, device="cpu"):
+    """What decoding attends to after selections before `rows` (T,), as shares of the true attention.
+
+    Returns {budget: (L', heads, T)}. The image ends where the middle does at the last of the rows.
+    """
+    found = {budget: [] for budget in BUDGETS}
+    for layer in range(window.layers):
+        pooled, mass = window.load([layer])  # (1, heads, window.rows, N) each
+        mass, valid = targets_of(window, mass, rows, selection)  # (1, heads, T, N), (T, N)
+        always = (mass[0] * ~valid).sum(-1)  # (heads, T)
+        middle = slice(*window.middle[rows[-1]])
+        mass, valid, image = mass[0, ..., middle], valid[:, middle], pooled[0, ..., middle].to(device)
+        scores = scores_of_rows(image, rows.to(device), weights, config.history_len).cpu()  # (heads, T, n)
+        scores = scores.masked_fill(~valid, -torch.inf).transpose(0, 1)  # (T, heads, n)
+        for budget, shares in found.items():
+            selected = select(scores, replace(config, budget=budget)).transpose(0, 1) & valid  # (heads, T, n)
+            shares.append(always + (mass * selected).sum(-1))
+    return {budget: torch.stack(shares) for budget, shares in found.items()}
+
+
+def validate(windows, weights, config, selection, device="cpu"):
+    """Mean recovery at each of BUDGETS."""
+    weights, found = kernels.prepare_weights(weights, device), {budget: [] for budget in BUDGETS}
     for window in windows:
-        stop = config.history_len + steps
-        pooled, mass = (x[:, :, :stop].to(device) for x in window.load(range(window.layers)))
-        for budget, found in recovery.items():
-            score = network(weights, config.history_len)
-            closed = replace(config, budget=budget), intervals, config.history_len, score
-            found.append(observe(pooled, mass, window.middle, *closed)[1].mean().item())
-    return {f"recovery, {budget}": statistics.fmean(found) for budget, found in recovery.items()}
+        rows = torch.arange(config.history_len, window.rows - selection + 1, 4)
+        for budget, shares in recovery(window, weights, config, selection, rows, device).items():
+            found[budget].append(shares.mean().item())
+    return {f"recovery, {budget}": statistics.fmean(means) for budget, means in found.items()}
 
 
 def open_data(args):
-    """The method's settings, M and P in rows, the training windows, and some validation windows."""
+    """The method's settings, P in rows, the training windows, and the validation windows."""
     found = []
     for split in ("train", "validation"):
         windows = [Window(path) for path in sorted(pathlib.Path(args.data).glob(f"{split}-*.safetensors"))]
@@ -511,20 +501,14 @@ def open_data(args):
             raise InputError(f"{args.data} leaves too few blocks to choose from: collect longer contexts")
         found.append(windows)
     training, validation = found
-    stride = training[0].stride
-    calibration = args.calibration_interval or (stride if stride > 1 else Config().intervals(0)[0])
-    selection = args.selection_interval or calibration
-    if stride > 1 and calibration != stride or selection % stride:
-        raise InputError(f"a stride of {stride} needs M = {stride}, P a multiple, not {calibration}, {selection}")
-    rows = "true" if stride > 1 else "every"
-    changes = dict(calibration_interval=calibration, selection_interval=selection, history_rows=rows)
-    config = replace(training[0].config, **changes, share_budget=args.share_budget)
-    intervals = 1 if stride > 1 else calibration, selection // stride
-    longest = training[0].rows - config.history_len - intervals[1] + 1
-    if not intervals[1] <= args.span <= longest:
-        raise InputError(f"--span {args.span} must lie in {intervals[1]} ... {longest}, for this P and these windows")
-    every = max(1, len(validation) // args.validation_windows)
-    return config, intervals, training, validation[::every][: args.validation_windows]
+    stride, rows = training[0].stride, training[0].rows
+    interval = args.selection_interval or stride
+    longest = (rows - Config.history_len) * stride
+    if interval % stride or not stride <= interval <= longest:
+        raise InputError(f"P = {interval} must be a multiple of the windows' stride, {stride}, and at most {longest}")
+    changes = dict(calibration_interval=stride, selection_interval=interval, share_budget=args.share_budget)
+    config = replace(training[0].config, **changes, history_rows="true" if stride > 1 else "every")
+    return config, interval // stride, training, validation
 
 
 def train(args):
@@ -533,7 +517,7 @@ def train(args):
     checkpoint = out.with_suffix(".checkpoint")
     make_folder(out.parent)
     device, dtype, _ = attnpred.choose_device(args)
-    config, intervals, training, validation = open_data(args)
+    config, selection, training, validation = open_data(args)
     predictor = load_predictor(args.init_from) if args.init_from else starting_point(args.seed)
     predictor.load_state_dict(scaled(predictor.state_dict(), INPUT_SCALE))
     parameters = dict(predictor.to(device).requires_grad_(True).named_parameters())
@@ -552,7 +536,7 @@ def train(args):
     def assess(loss, step):
         """Add a row to the curve, and keep the weights if their mean recovery is the best so far."""
         weights = {name: w.cpu() for name, w in scaled(average, 1 / INPUT_SCALE).items()}
-        recovery = validate(validation, weights, config, intervals, device)
+        recovery = validate(validation, weights, config, selection, device)
         curve.append({"step": step, "loss": loss} | recovery)
         means = [sum(value for name, value in row.items() if name in recovery) for row in curve]
         if means[-1] == max(means):
@@ -566,7 +550,9 @@ def train(args):
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=args.quiet)
     for step in bar:
         rng = random.Random(f"{args.seed} {step}")  # of the step alone: a resumed run draws the same batches
-        rows, targets, mass, valid = (x.to(device) for x in draw_batch(training, rng, args, config, intervals))
+        rows, targets, mass, valid = (
+            x.to(device) for x in draw_batch(training, rng, args.layers, config.history_len, selection)
+        )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = scores_of_rows(rows * INPUT_SCALE, targets, parameters, config.history_len) / INPUT_SCALE
         loss = LOSSES[args.loss](scores, mass, valid)
@@ -582,7 +568,7 @@ def train(args):
         optimizer.step()
         with torch.no_grad():
             for name, p in parameters.items():
-                average[name].lerp_(p, 1 - min(args.average, (step + 1) / (step + 10)))
+                average[name].lerp_(p, 1 - min(AVERAGE, (step + 1) / (step + 10)))
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
             assess(running, step + 1)
@@ -629,12 +615,12 @@ SHARED = {
 COLLECT = {
     "text": (None, "own texts, instead of what CPython has", {"nargs": "+", "metavar": "FILE"}),
     "model": (None, f"Hugging Face folder or hub id of a Llama (default: {DEFAULT_LLM}, fetched once)"),
-    "lengths": ([4096, 8192, 4096], "tokens of a context; the lengths alternate", {"nargs": "+", "type": int}),
-    "contexts": (20, "for training"),
+    "lengths": ([4096], "tokens of a context; the lengths alternate", {"nargs": "+", "type": int}),
+    "contexts": (12, "for training"),
     "validation-contexts": (6, "for validation"),
-    "windows": (4, "windows of rows recorded of each context"),
+    "windows": (2, "windows of rows recorded of each context"),
     "rows": (192, "rows in a window"),
-    "stride": (1, "tokens from one row to the next: 1 for history_rows=every, M for history_rows=true"),
+    "stride": (8, "tokens from one row to the next: M, or 1 for history_rows=every"),
     "select-heads": (Config.select_heads, "one row per KV head, or per query head", {"choices": ["kv", "q"]}),
     "block-size": (Config.block_size, "tokens per block"),
     "dense-layers": (Config.dense_layers, "first layers, always dense: not recorded"),
@@ -644,19 +630,12 @@ TRAIN = {
     "init-from": (None, "start from this predictor: safetensors, or a state dict such as the authors publish"),
     "restart": (False, "ignore a checkpoint, overwrite the weights"),
     "loss": ("poisson", "absolute scale; share: each head normalised; mse: as the paper", {"choices": LOSSES}),
-    "calibration-interval": (None, "M of decoding (default: 8, or the windows' stride)", {"type": int}),
-    "selection-interval": (None, "P of decoding: the target is the mean mass of P tokens (default: M)", {"type": int}),
+    "selection-interval": (None, "P: the target is the mean mass of P tokens (default: the stride)", {"type": int}),
     "share-budget": (Config.share_budget, "how its heads share the budget", {"choices": ["layer", "head"]}),
-    "observed": (0.66, "share of the steps with histories as sparse decoding leaves them; the others are true"),
     "steps": (4000, "training steps"),
+    "layers": (1, "layers in a step, all heads of each"),
     "lr": (1e-3, "highest learning rate; rises over 50 steps and falls as a cosine"),
-    "layers": (4, "layers in a step, all heads of each"),
-    "span": (64, "rows after the first history from which targets are drawn"),
-    "targets": (8, "targets in a step, at most"),
-    "columns": (160, "blocks in a crop"),
-    "average": (0.995, "decay of the running mean of the weights, which is what is kept"),
     "validate-every": (1000, "steps between validations, which also write a checkpoint"),
-    "validation-windows": (4, "windows that a validation reads"),
 }
 # fmt: on
 

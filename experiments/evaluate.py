@@ -34,6 +34,7 @@ tasks, the command line. The tables are in tables.py.
 """
 
 import argparse
+import bisect
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -205,15 +206,14 @@ def budget_for(setting, share, llm, itemsize, n_prompt, n_new, tolerance=0.1) ->
 
     def at(topk):
         budget = c.sink_tokens + c.local_tokens + topk * c.block_size
-        changed = dataclasses.replace(setting, config=dataclasses.replace(c, budget=budget))
-        return changed, sum(counted_bytes(changed, llm, itemsize, n_prompt, n_new))
+        return dataclasses.replace(setting, config=dataclasses.replace(c, budget=budget))
 
-    low, high = 0, c.n_blocks(n_prompt)  # the smallest number of blocks that reads at least the target lies in here
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if at(middle)[1] >= target else (middle + 1, high)
-    found, counted = min((at(topk) for topk in (max(0, low - 1), low)), key=lambda pair: abs(pair[1] - target))
-    return found if abs(counted - target) <= tolerance * target else None
+    def error(topk):
+        return sum(counted_bytes(at(topk), llm, itemsize, n_prompt, n_new)) - target
+
+    most = bisect.bisect_left(range(c.n_blocks(n_prompt)), 0, key=error)  # the fewest blocks that read the target
+    best = min((max(0, most - 1), most), key=lambda topk: abs(error(topk)))
+    return at(best) if abs(error(best)) <= tolerance * target else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -414,9 +414,17 @@ class Bench:
     def settings(self, n_prompt, n_new):
         return settings_of(self.args.grid, self.model.config, self.model.kv_dtype.itemsize, n_prompt, n_new)
 
-    def batches(self, settings):
-        for i in range(0, len(settings), self.args.together):
-            yield settings[i : i + self.args.together]
+    def batches(self, values, tokens):
+        """Yield (prompt, settings), for the settings whose rows with these values are missing."""
+        n_prompt, capacity = values["n_prompt"], values["n_prompt"] + values["n_new"]
+        settings = self.store.missing(self.settings(n_prompt, values["n_new"]), **values)
+        if not settings:
+            return
+        prompt = Prompt(self.model, self.predictor, torch.tensor(tokens[:capacity]), n_prompt, capacity, settings)
+        batches = [settings[i : i + self.args.together] for i in range(0, len(settings), self.args.together)]
+        name = f"{values['text']}, {capacity} tokens"
+        for batch in tqdm(batches, name, unit="batch", leave=False, disable=self.args.quiet):
+            yield prompt, batch
 
 
 def digest(data):
@@ -425,27 +433,20 @@ def digest(data):
 
 def run_texts(bench):
     """The tasks texts and recovery."""
-    args, dense = bench.args, bench.args.task == "recovery"
-    work = []
-    for name, length in itertools.product(args.texts, args.lengths):
-        n_prompt = length - args.n_new
-        tokens = bench.tokenizer.encode(read_text(name), special_tokens=False)[: length + 1]
-        if len(tokens) <= length:
-            raise InputError(f"text {name} has {len(tokens)} tokens, {length + 1} are needed: use shorter --lengths")
-        values = dict(
-            task=args.task, text=pathlib.Path(name).name, sha256=digest(tokens), n_prompt=n_prompt, n_new=args.n_new
-        )
-        settings = bench.store.missing(bench.settings(n_prompt, args.n_new), **values)
-        work.append((torch.tensor(tokens), n_prompt, settings, values))
-    options = dict(measure_every=args.measure_every or (4 if dense else 16), follow_dense=dense)
-    with tqdm(total=sum(len(settings) for _, _, settings, _ in work), unit="setting", disable=args.quiet) as bar:
-        for tokens, n_prompt, settings, values in work:
-            bar.set_description(f"{values['text']}, {len(tokens) - 1} tokens")
-            prompt = settings and Prompt(bench.model, bench.predictor, tokens[:-1], n_prompt, len(tokens) - 1, settings)
-            for batch in bench.batches(settings):
-                for setting, row in zip(batch, read_on(prompt, batch, tokens[n_prompt:], **options)):
-                    bench.store.add(setting, **values, **row)
-                bar.update(len(batch))
+    args, dense, needed = bench.args, bench.args.task == "recovery", max(bench.args.lengths) + 1
+    texts = {name: bench.tokenizer.encode(read_text(name), special_tokens=False)[:needed] for name in args.texts}
+    for name, tokens in texts.items():
+        if len(tokens) < needed:
+            raise InputError(f"text {name} has {len(tokens)} tokens, {needed} are needed: use shorter --lengths")
+    options = dict(measure_every=4 if dense else 16, follow_dense=dense)
+    for (name, tokens), length in itertools.product(texts.items(), args.lengths):
+        tokens, n_prompt = tokens[: length + 1], length - args.n_new
+        values = dict(task=args.task, text=pathlib.Path(name).name, sha256=digest(tokens))
+        values |= dict(n_prompt=n_prompt, n_new=args.n_new)
+        for prompt, settings in bench.batches(values, tokens):
+            rows = read_on(prompt, settings, torch.tensor(tokens[n_prompt:]), **options)
+            for setting, row in zip(settings, rows):
+                bench.store.add(setting, **values, **row)
 
 
 COLOURS = "red", "blue", "green", "yellow"
@@ -475,6 +476,7 @@ def hidden_keys(tokenizer, filler, length, depth, n_keys, rng):
 
 
 def run_needles(bench):
+    """Rows have `keys`, `depth`, the `answer` and whether it begins with the key, `found`."""
     args = bench.args
     filler = [token for name in args.texts for token in bench.tokenizer.encode(read_text(name), special_tokens=False)]
     cases = list(itertools.product(args.keys, args.lengths, args.depths, range(args.trials)))
@@ -483,25 +485,20 @@ def run_needles(bench):
         tokens, key = hidden_keys(bench.tokenizer, filler, length, depth, n_keys, random.Random(f"{length} {case}"))
         n_new = len(bench.tokenizer.encode(f" {key}.", special_tokens=False))
         values = dict(task=args.task, text=case, sha256=digest(tokens), n_prompt=length, n_new=n_new)
-        settings = bench.store.missing(bench.settings(length, n_new), **values)
-        if not settings:
-            continue
-        prompt = Prompt(bench.model, bench.predictor, torch.tensor(tokens), length, length + n_new, settings)
-        for batch in bench.batches(settings):
-            answers = answer(prompt, batch, n_new)  # (M, n_new)
-            for setting, ids in zip(batch, answers.tolist()):
+        for prompt, settings in bench.batches(values, tokens):
+            for setting, ids in zip(settings, answer(prompt, settings, n_new).T.tolist()):
                 text = bench.tokenizer.decode(ids)
-                found = re.findall(r"\d+", text)[:1] == [key]
-                bench.store.add(setting, **values, keys=n_keys, depth=depth, answer=text, found=int(found))
+                found = int(re.findall(r"\d+", text)[:1] == [key])
+                bench.store.add(setting, **values, keys=n_keys, depth=depth, answer=text, found=found)
 
 
 def answer(prompt, settings, n_new):
-    """n_new greedy tokens of each setting: (M, n_new)."""
+    """n_new greedy tokens of each setting: (n_new, M)."""
     decoders = [prompt.decoder(setting) for setting in settings]
     tokens = [prompt.logits[0].argmax().expand(len(settings))]  # (M,) each
     while len(tokens) < n_new:
         tokens.append(decode_together(prompt.model, decoders, tokens[-1]).argmax(-1))
-    return torch.stack(tokens, 1)
+    return torch.stack(tokens)
 
 
 def run_lm_eval(bench):
@@ -512,7 +509,7 @@ def run_lm_eval(bench):
         raise InputError(f"lm-eval needs {error.name}: pip install lm-eval") from None
     args, length = bench.args, bench.model.config.context_len
     for task in args.lm_tasks:
-        values = dict(task=args.task, text=task, sha256=digest([args.limit]), n_prompt=length, n_new=0)
+        values = dict(task=args.task, text=task, sha256=digest([args.limit, args.lengths]), n_prompt=length, n_new=0)
         for setting in bench.store.missing(bench.settings(length - 1, 1), **values):
             scores = evaluate_tasks(bench, setting, task)
             bench.store.add(setting, **values, scores=scores)
@@ -537,13 +534,8 @@ def parse_args(argv):
     parser.add_argument("--lm-tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval")
     parser.add_argument("--include-path", metavar="FOLDER", help="your own tasks of lm-eval")
     parser.add_argument("--limit", type=int, help="only so many examples of each task of lm-eval")
-    parser.add_argument("--against", default="paper", metavar="SETTING", help="the table has the ratio of KLs to it")
-    parser.add_argument(
-        "--worst", type=int, default=0, metavar="N", help="list the N tokens of the highest KL per text"
-    )
-    parser.add_argument(
-        "--measure-every", type=int, default=0, metavar="N", help="measure recovery at every N-th token"
-    )
+    parser.add_argument("--against", default="ours", metavar="SETTING", help="the table has the ratio of KLs to it")
+    parser.add_argument("--worst", type=int, default=0, metavar="N", help="list the N tokens of highest KL per text")
     parser.add_argument("--together", type=int, default=12, help="settings decoded in lockstep; memory grows with them")
     parser.add_argument("--model", help="Hugging Face folder or hub id; default: the bundled one")
     parser.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the convolution")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from attnpred import InputError
 from experiments.evaluate import Prompt, decode_together
+from weights.fetch_llm import fetch_default_llm
 
 
 class SparseLM(LM):
@@ -76,14 +77,16 @@ class SparseLM(LM):
 
 
 def evaluate_tasks(bench, setting, task) -> dict:
-    """The task's metrics by name."""
-    folder = bench.args.include_path
-    manager = TaskManager(include_path=folder, include_defaults=False) if folder else None  # the defaults take a while
-    if not (manager and manager.match_tasks([task])):
-        manager = TaskManager(include_path=folder)
+    """The task's metrics by name. RULER's tasks make texts of `--lengths` tokens of the model's tokenizer."""
+    args = bench.args
+    metadata = {"tokenizer": args.model or str(fetch_default_llm()), "max_seq_lengths": args.lengths}
+    options = dict(include_path=args.include_path, metadata=metadata)
+    manager = TaskManager(include_defaults=not args.include_path, **options)  # the defaults take a while
+    if args.include_path and not manager.match_tasks([task]):
+        manager = TaskManager(**options)
     if not manager.match_tasks([task]):
         raise InputError(f"task {task!r} of lm-eval is unknown: give the folder of your own with --include-path")
     found = lm_eval.simple_evaluate(
-        SparseLM(bench, setting), tasks=[task], task_manager=manager, limit=bench.args.limit, bootstrap_iters=0
+        SparseLM(bench, setting), tasks=[task], task_manager=manager, limit=args.limit, bootstrap_iters=0
     )
     return {name: value for name, value in found["results"][task].items() if isinstance(value, float)}

@@ -32,10 +32,12 @@ COLOURS = {  # of evaluate's settings
     "ours": OURS,
     "paper": PAPER,
     "oracle": GREY,
-    "decayed-mean:0.9": ORANGE,
+    "decayed-mean:0.6": ORANGE,
     "quest": "#1b7f5c",
+    "mean-std": "#7fb800",
     "h2o": BLUE,
     "snapkv": "#7a52b3",
+    "ada-snapkv": "#c38ad9",
     "streaming-llm": "#6d4c41",
 }
 ATTENTION = "magma"
@@ -298,16 +300,14 @@ def pareto_points(rows):
 
 
 def draw_pareto(rows, path):
-    """KL against all bytes read: a panel per length; a thick line per setting, the mean of its thin ones per text."""
-    by_length = grouped([row for row in of_task(rows, "texts") if any(row["kl"])], "n_prompt")
+    """KL against all bytes read: a panel per length, a line per method, the means over texts."""
+    rows = [row for row in of_task(rows, "texts") if row["setting"] != "full" and " " not in row["setting"]]
+    by_length = grouped(rows, "n_prompt")
     size = 1.5 + 5 * len(by_length), 4.6
     figure, all_axes = plt.subplots(1, len(by_length), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axes, (length, of_length) in zip(all_axes[0], sorted(by_length.items())):
         for setting, of_setting in grouped(of_length, "setting").items():
-            style = line_of(setting)
-            (line,) = axes.plot(*pareto_points(of_setting), marker="o", ms=4, **style)
-            for of_text in grouped(of_setting, "text").values():
-                axes.plot(*pareto_points(of_text), color=line.get_color(), ls=style["ls"], lw=0.6, alpha=0.5)
+            axes.plot(*pareto_points(of_setting), marker="o", ms=4, **line_of(setting))
         axes.set(xscale="log", yscale="log", title=f"{length:,} tokens", xlabel="MB read per token, all reads")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")

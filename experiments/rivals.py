@@ -1,7 +1,7 @@
 """Other ways to choose blocks, each a small class with one `score`, all run through the same sparse decode path.
 
-Reading order: `attention` and `block_mass` (what full attention would pay), `Seen` (what a rival may look at), the
-rivals, `RIVALS` (all by name), `RivalDecoder` (decodes with a rival's choice and measures recovery).
+Reading order: `Seen` (what a rival may look at), the rivals, `RIVALS` (all by name), `RivalDecoder` (decodes with a
+rival's choice and measures recovery).
 
 All rivals choose whole blocks and always attend to sink and local window; the budget counts all three. A rival only
 ranks the middle blocks. Where that makes it differ from its paper, its docstring says so.
@@ -12,31 +12,10 @@ import torch.nn.functional as F
 
 import kernels
 from attnpred import SparseDecoder
+from train_predictor import attention, block_mass
 
 # What needs no history: it is never calibrated, no row is written, and 16 tokens pass between two choices.
 NO_HISTORY = dict(calibration_interval=1 << 30, selection_interval=16, history_rows="true")
-
-
-def attention(q, k_cache, n_tokens):
-    """Causal attention probabilities of the last rows of a text, with all logits in memory.
-
-    q (Hq, rows, D): the queries of the tokens n_tokens - rows ... n_tokens - 1; k_cache (Hk, capacity, b, D)
-    -> (Hq, rows, n_tokens) float32
-    """
-    n_heads, rows, head_dim = q.shape
-    k = k_cache.flatten(1, 2)[:, :n_tokens].float()  # (Hk, T, D)
-    q = q.reshape(len(k), -1, head_dim).float() * head_dim**-0.5  # (Hk, G * rows, D)
-    logits = (q @ k.mT).view(n_heads, rows, n_tokens)  # (Hq, rows, T)
-    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)  # (rows, rows)
-    logits[..., n_tokens - rows :].masked_fill_(future, float("-inf"))
-    return logits.softmax(-1)
-
-
-def block_mass(q, k_cache, n_tokens):
-    """Share of each row's attention that each block carries: arguments as for `attention` -> (Hq, rows, N) float32."""
-    p = F.pad(attention(q, k_cache, n_tokens), (0, -n_tokens % k_cache.shape[2]))  # (Hq, rows, N * b)
-    return p.unflatten(-1, (-1, k_cache.shape[2])).sum(-1)
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # The rivals
@@ -119,7 +98,8 @@ class Oracle(Rival):
     changes = NO_HISTORY
 
     def score(self, seen):
-        mass = block_mass(seen.q[:, None], seen.k_cache, seen.decoder.n_tokens)[:, 0]  # (Hq, N)
+        k, block_size = seen.k_cache.flatten(1, 2), seen.k_cache.shape[2]  # (Hk, capacity * b, D)
+        mass = block_mass(seen.q[:, None], k, seen.decoder.n_tokens, block_size)[:, 0]  # (Hq, N)
         return seen.group_mean(mass[:, seen.start : seen.end])
 
 
@@ -223,7 +203,7 @@ class SnapKV(Rival):
     voters, pooled_tokens = 64, 7
 
     def prefill(self, q, k_cache, n_tokens):
-        votes = attention(q[:, -self.voters :], k_cache, n_tokens).mean(1)  # (Hq, n_tokens)
+        votes = attention(q[:, -self.voters :], k_cache.flatten(1, 2), n_tokens).mean(1)  # (Hq, n_tokens)
         votes = F.max_pool1d(votes, self.pooled_tokens, stride=1, padding=self.pooled_tokens // 2)
         votes = F.pad(votes, (0, -n_tokens % k_cache.shape[2]))
         return {"votes": votes.unflatten(-1, (-1, k_cache.shape[2])).amax(-1)}  # (Hq, N)
@@ -314,7 +294,8 @@ class RivalDecoder(SparseDecoder):
 
     def measure(self, index, q):
         """Note the recovery of the sparse layer `index` in this step: q (Hq, 1, D)."""
-        mass = block_mass(q, self.cache.k[index + self.dense_layers], self.n_tokens)[:, 0]  # (Hq, N)
+        k = self.cache.k[index + self.dense_layers].flatten(1, 2)  # (Hk, capacity * b, D)
+        mass = block_mass(q, k, self.n_tokens, self.config.block_size)[:, 0]  # (Hq, N)
         attended = self.attended(index, mass.shape[1]).repeat_interleave(len(mass) // self.heads, 0)  # (Hq, N)
         if index == 0:
             self.recovery.append(mass.new_zeros(self.sparse_layers, len(mass)))

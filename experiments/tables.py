@@ -4,6 +4,7 @@ Reading order: `bootstrap`, `texts` (the main table), `worst`, the small ones.
 """
 
 import re
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -33,41 +34,37 @@ def markdown(frame) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-FORMATS = {"MB": "{:.2f}", "of dense": "{:.1%}", "same token": "{:.1%}", "perplexity": "{:.3f}"}
+FORMATS = {"MB": "{:.2f}", "same token": "{:.1%}", "perplexity": "{:.3f}", "recovery": "{:.3f}"}
 
 
 def texts(rows, against):
-    """For each length a table of settings by bytes: KL with its interval, and as a ratio to the setting `against`."""
+    """For each length a table of settings, at equal bytes by KL: with its interval, and as a ratio to `against`'s."""
     parts = []
     for (n_prompt, n_new), part in pd.DataFrame(rows).groupby(["n_prompt", "n_new"]):
-        groups = {key: group.set_index("text") for key, group in part.groupby(["bytes_share", "budget", "setting"])}
-        names = list(dict.fromkeys(part.text))
+        keys = ["bytes_share", "budget", "setting"]
+        groups = {key: group.set_index("text").sort_index() for key, group in part.groupby(keys)}
         baselines = {share or budget: group for (share, budget, name), group in groups.items() if name == against}
-        lines = [summary(key, group, baselines.get(key[0] or key[1]), names) for key, group in groups.items()]
-        table = pd.DataFrame(lines).sort_values("MB").dropna(axis=1, how="all")
-        best = [np.inf, *table["KL"].cummin()]
-        table.insert(table.columns.get_loc("KL"), "front", ["*" if kl < low else "" for kl, low in zip(table.KL, best)])
+        lines = [summary(key, group, baselines.get(key[0] or key[1])) for key, group in groups.items()]
+        lines.sort(key=lambda line: (Fraction(line["bytes"] or 1), line["KL"]))
+        table = pd.DataFrame(lines).dropna(axis=1, how="all")
         for column in table.select_dtypes("floating"):
             form = FORMATS.get(column, "{:.4f}").format
             table[column] = table[column].map(form, na_action="ignore").astype(object)
-        title = f"{n_prompt:,} tokens, then {n_new} decoded, of {len(names)} texts"
-        parts += [title + " (*: no setting that reads less has a lower KL)", markdown(table)]
+        parts += [f"{n_prompt:,} tokens, then {n_new} decoded, of {part.text.nunique()} texts", markdown(table)]
     return "\n\n".join(parts)
 
 
-def summary(key, group, baseline, names) -> dict:
+def summary(key, group, baseline) -> dict:
     """One line: the rows of a setting by text, and those of the setting that it is compared with, or None."""
     kl = np.stack(group.kl)  # (texts, tokens)
-    line = dict(zip(("bytes", "budget", "setting"), key)) | {"MB": group.read_bytes.mean() / 1e6}
-    line |= {"of dense": group.read_bytes.mean() / group.dense_bytes.mean(), "KL": kl.mean()}
+    line = dict(zip(("bytes", "budget", "setting"), key)) | {"MB": group.read_bytes.mean() / 1e6, "KL": kl.mean()}
     line |= {"95 %": interval(bootstrap(kl)), "KL ratio": None, "ratio 95 %": None}
     if baseline is not None and list(baseline.index) == list(group.index):
         other = np.stack(baseline.kl)  # (texts, tokens)
         line |= {"KL ratio": kl.mean() / other.mean(), "ratio 95 %": interval(bootstrap(kl) / bootstrap(other))}
     line |= {"99th percentile": np.percentile(kl, 99), "perplexity": np.exp(np.stack(group.nll).mean())}
     recovery = [value for values in group.get("recovery", []) if isinstance(values, list) for value in values]
-    line |= {"same token": np.stack(group.same).mean(), "recovery": np.mean(recovery) if recovery else None}
-    return line | {f"KL {name}": np.mean(group.kl[name]) if name in group.index else None for name in names}
+    return line | {"same token": np.stack(group.same).mean(), "recovery": np.mean(recovery) if recovery else None}
 
 
 def worst(rows, texts, tokenizer, count):

@@ -376,10 +376,13 @@ class Checker(TorchDispatchMode):
         call = inspect.signature(launcher).bind(*args, **kwargs)
         call.apply_defaults()
         given = call.arguments | ({"backend": "torch"} if "backend" in call.arguments else {})
+        inputs = tensors(given)
+        if any(map(on_device, inputs)) and not all(on_device(x) or self.memory(x).pinned for x in inputs):
+            raise RuntimeError(f"{launcher.__name__} ({self.site()}): pageable host memory, and tensors on the device")
         values, self.noting = elems(given), False
         reads, writes = touched(SimpleNamespace(**values))
         out, self.noting = launcher(**values), True
-        return self.complete(launcher.__name__, given, out, reads, writes, any(map(on_device, tensors(given))))
+        return self.complete(launcher.__name__, given, out, reads, writes, any(map(on_device, inputs)))
 
     def reader(self, method):
         """A method that gives a tensor's values to Python, without an operation."""

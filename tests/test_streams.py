@@ -425,6 +425,9 @@ def test_a_job_keeps_its_arguments_until_it_is_joined():
 def test_devices_do_not_mix():
     with Checker(), pytest.raises(RuntimeError, match="test_streams.py:.* on the host and on the device"):
         torch.ones(4, device="cuda") + torch.ones(4)
+    with Checker(DECLARED), pytest.raises(RuntimeError, match="copy_blocks .*test_streams.py:.* pageable host memory"):
+        index = torch.zeros(1, dtype=torch.int32, device="cuda")
+        kernels.copy_blocks(torch.ones(2, 4), torch.ones(2, 4, device="cuda"), index, index, "triton")
 
 
 # --------------------------------------------------------------------------------------------------------------------

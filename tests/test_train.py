@@ -22,6 +22,7 @@ from attnpred import (
     load_predictor,
     prefill,
 )
+from experiments import evaluate
 from model import causal_attention
 from tests.helpers import random_predictor, tiny_llama
 
@@ -97,8 +98,8 @@ def test_no_text_is_in_two_splits():
     assert all(numbers.values()) and len(set.union(*numbers.values())) == sum(map(len, numbers.values()))
 
 
-def test_python_documents_fill_every_split():
-    documents = [d for members in train_predictor.python_documents().values() for d in members]
+def test_installed_documents_fill_every_split():
+    documents = [d for members in train_predictor.installed_documents().values() for d in members]
     assert {d.split for d in documents} == {"train", "validation", "test"}
 
 
@@ -140,7 +141,7 @@ def test_scaling_is_folded_into_the_weights():
 def test_starting_point_scores_with_mean_and_last_rows():
     image = torch.rand(2, 64, 9)
     found = train_predictor.starting_point(0, 0.6, 0.0)(image)
-    last = image[:, -1] + 1.2 * image[:, -2] + 0.35 * image[:, -3]
+    last = image[:, -1] + 0.8 * image[:, -2] + 0.16 * image[:, -3]
     assert torch.allclose(found, image.mean(1) + 0.6 * last, atol=1e-5)
 
 
@@ -183,65 +184,32 @@ def test_poisson_loss_is_least_at_the_mass_itself_on_the_absolute_scale():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", ["layer", "head"])
-def test_observed_rows_are_what_sparse_attention_leaves(share):
-    """Against a softmax over the attended tokens only; heads are single queries, so that dividing is exact."""
-    torch.manual_seed(0)
-    b, n_rows, first, decay, K = 16, 24, 7, 0.8, 3
-    config = Config(block_size=b, sink_tokens=b, local_tokens=b, budget=b * (2 + K), share_budget=share)
-    logits = 3 * torch.randn(2, 2, n_rows, 320)  # (layers, heads, rows, T)
-    p = logits.softmax(-1)
-    middle = [(1, 17 + row // 16) for row in range(n_rows)]
-    pooled, mass = by_block(p, "amax"), by_block(p, "sum")
-    score = train_predictor.decayed_mean(decay)
-    rows, recovery = train_predictor.observe(pooled, mass, middle, config, (6, 3), first, score)
-    assert torch.equal(rows[:, :, :first], pooled[:, :, :first])
-    for layer in range(2):
-        for row in range(first, n_rows):
-            step = row - first + 1
-            if (step - 1) % 3 == 0:
-                start, end = middle[row]
-                means = sum(decay ** (row - 1 - r) * rows[layer, :, r, start:end] for r in range(row))  # (heads, n)
-                ranked = sorted((-means[h, i].item(), h, i + start) for h in range(2) for i in range(end - start))
-                if share == "layer":
-                    chosen = [{i for _, h, i in ranked[: 2 * K] if h == head} for head in range(2)]
-                else:
-                    chosen = [{i for _, _, i in [x for x in ranked if x[1] == head][:K]} for head in range(2)]
-            for head in range(2):
-                open_tokens = [t for t in range(320) if not start <= t // b < end or t // b in chosen[head]]
-                kept = logits[layer, head, row, open_tokens]
-                seen = torch.full((320,), -torch.inf).index_copy(0, torch.tensor(open_tokens), kept)
-                true = pooled[layer, head, row] if step % 6 == 0 else by_block(seen.softmax(-1), "amax")
-                assert torch.allclose(rows[layer, head, row], true, atol=1e-6)
-                recovered = p[layer, head, row, open_tokens].sum()
-                assert torch.allclose(recovery[layer, head, row - first], recovered, atol=1e-5)
-
-
-@pytest.mark.parametrize("history_rows, M, P", [("every", 6, 3), ("every", 4, 4), ("true", 4, 4), ("true", 4, 8)])
-def test_the_simulated_closed_loop_is_decoding(history_rows, M, P, tmp_path):
-    """Layer 0's q and k do not depend on earlier attention, so its real decoding must recover what `observe` says."""
+@pytest.mark.parametrize("share, M, P", [("layer", 1, 1), ("layer", 4, 4), ("head", 4, 8)])
+def test_validation_recovers_what_decoding_does(share, M, P, tmp_path, monkeypatch):
+    """Layer 0's q and k do not depend on earlier attention, so its real decoding recovers what `recovery` says."""
+    monkeypatch.setattr(train_predictor, "BUDGETS", (48, 80))
     model, predictor, n_prompt, n_steps = tiny_llama(n_layers=1), random_predictor(), 260, 24
-    changes = dict(history_rows=history_rows, calibration_interval=M, selection_interval=P, select_heads="q")
-    config = replace(CONFIG, dense_layers=0, **changes)
-    tokens, stride = torch.randint(0, 61, (n_prompt + n_steps,)), M if history_rows == "true" else 1
-    decoder, true = SparseDecoder(config, model, predictor, 300), []
+    changes = dict(history_rows="true", calibration_interval=M, selection_interval=P, select_heads="q")
+    config = replace(CONFIG, dense_layers=0, share_budget=share, **changes)
+    tokens = torch.randint(0, 61, (n_prompt + n_steps,))
     mass = by_block(naive_attention(model, tokens.tolist())[0], "sum").float()  # (Hq, T, N)
-    prefill(model, decoder, tokens[:n_prompt])
-    for pos in range(n_prompt, len(tokens)):
-        attended = decoder.attended(0, mass.shape[2])
-        decode_one_token(model, decoder, tokens[pos : pos + 1])
-        true.append((mass[:, pos] * attended).sum(-1))  # (Hq,)
-    rows = 8 + n_steps // stride
-    windows = train_predictor.record(model, config, tokens.tolist(), [len(tokens)], rows, stride)
-    write_window(tmp_path / "w.safetensors", *windows[0], n_tokens=len(tokens), stride=stride)
+    rows = 8 + n_steps // M
+    (pooled, block_mass), *_ = train_predictor.record(model, config, tokens.tolist(), [len(tokens)], rows, M)
+    write_window(tmp_path / "w.safetensors", pooled, block_mass, n_tokens=len(tokens), stride=M)
     window = train_predictor.Window(tmp_path / "w.safetensors")
-    middle = [config.middle(n_prompt + (row - 8) * stride + 1) for row in range(rows)]
-    assert window.middle == [train_predictor.Config().middle(n_prompt + (row - 8) * stride + 1) for row in range(rows)]
-    score = train_predictor.network(predictor.state_dict(), 8)
-    intervals = (1 if history_rows == "true" else M), P // stride
-    _, recovery = train_predictor.observe(*window.load([0]), middle, config, intervals, 8, score)
-    expected = torch.stack(true, 1).unflatten(1, (-1, stride)).mean(2)  # (Hq, rows)
-    assert (recovery[0] - expected).abs().max() < 2e-3
+    window.middle = [config.middle(n_prompt + (row - 8) * M + 1) for row in range(rows)]  # of this config's sink
+    for budget in train_predictor.BUDGETS:
+        decoder, true = SparseDecoder(replace(config, budget=budget), model, predictor, 300), []
+        prefill(model, decoder, tokens[:n_prompt])
+        for pos in range(n_prompt, len(tokens)):
+            attended = decoder.attended(0, mass.shape[2])
+            decode_one_token(model, decoder, tokens[pos : pos + 1])
+            true.append((mass[:, pos] * attended).sum(-1))  # (Hq,)
+        expected = torch.stack(true, 1).unflatten(1, (-1, P)).mean(2)  # (Hq, selections)
+        for i in range(n_steps // P):  # one by one, so that each image ends where decoding ends it
+            at = torch.tensor([8 + i * P // M])
+            found = train_predictor.recovery(window, predictor.state_dict(), config, P // M, at)[budget]  # (1, Hq, 1)
+            assert (found[0, :, 0] - expected[:, i]).abs().max() < 2e-3
 
 
 def write_window(path, pooled, mass, **about):
@@ -249,43 +217,31 @@ def write_window(path, pooled, mass, **about):
     train_predictor.write_tensors(path, {"pooled": pooled.half(), "mass": mass.half()}, defaults | about)
 
 
-def options(**changes):
-    defaults = {name.replace("-", "_"): default for name, (default, *_) in train_predictor.TRAIN.items()}
-    return argparse.Namespace(**defaults | changes)
-
-
-@pytest.mark.parametrize("intervals", [(1, 1), (4, 4), (6, 3), (1, 2)])
-@pytest.mark.parametrize("observed", [0.0, 1.0])
-def test_targets_are_the_mean_mass_of_the_next_tokens(intervals, observed):
+@pytest.mark.parametrize("selection", [1, 3])
+def test_targets_are_the_mean_mass_of_the_next_tokens(selection, monkeypatch):
     """Each mass tells its layer and head (10,000s), row (100s) and block, so a batch shows where it was cut out."""
-    M, P = intervals
+    for name, value in dict(SPAN=12, COLUMNS=20, TARGETS=3).items():
+        monkeypatch.setattr(train_predictor, name, value)
     layer, head, row, block = (torch.arange(n).view(-1, *[1] * (3 - i)) for i, n in enumerate((5, 2, 60, 60)))
     mass = (layer * 2 + head) * 1e4 + row * 1e2 + block + 0.0  # (5, 2, 60, 60)
-    window = argparse.Namespace(layers=5, rows=60, middle=[(4, 40 + row // 4) for row in range(60)])
+    window, places = argparse.Namespace(layers=5, rows=60, middle=[(4, 40 + row // 4) for row in range(60)]), []
     window.load = lambda layers: (mass[list(layers)] + 1, mass[list(layers)])
-    args, config, places = (
-        options(span=12, columns=20, layers=3, targets=3, observed=observed),
-        Config(history_len=8),
-        [],
-    )
-    for seed in range(20):
-        rows, targets, ahead, valid = train_predictor.draw_batch([window], random.Random(seed), args, config, intervals)
-        assert rows.shape == (6, 8 + 12, 20) and ahead.shape == (6, len(targets), 20) and 1 <= len(targets) <= 3
+    for seed in range(40):
+        rows, targets, ahead, valid = train_predictor.draw_batch([window], random.Random(seed), 3, 8, selection)
+        assert rows.shape == (6, 8 + 12, 20) and ahead.shape == (6, 3, 20)
         heads = (ahead[:, 0, 0] // 1e4).view(3, 2)
         assert len(set(heads[:, 0].tolist())) == 3 and (heads[:, 1] - heads[:, 0] == 1).all()  # whole layers
-        place = ahead[0, :, 0] % 1e4 - 100 * (P - 1) / 2  # (T,): 100 times the row before which a selection is made
+        place = ahead[0, :, 0] % 1e4 - 100 * (selection - 1) / 2  # (T,): 100 times the row before which one is made
         t, columns = (place // 100).long(), (place[0] % 100).long() + torch.arange(20)
         first = (t - targets)[0]
-        naive = sum(mass.flatten(0, 1)[:, t + ahead_row] for ahead_row in range(P)) / P  # (10, T, 60)
+        naive = sum(mass.flatten(0, 1)[:, t + later] for later in range(selection)) / selection  # (10, T, 60)
         assert torch.allclose(ahead, naive[heads.flatten().long()][..., columns], atol=0.02)
-        assert torch.equal(t, targets + first) and (targets >= 8).all() and ((targets - targets[0]) % P == 0).all()
+        assert torch.equal(t, targets + first) and (targets >= 8).all() and len(set(targets.tolist())) == 3
         assert columns[0] >= 4 and torch.equal(valid, torch.stack([columns < window.middle[i][1] for i in t]))
         true = mass.flatten(0, 1)[heads.flatten().long()][:, first : first + 20, columns] + 1  # (6, 20, 20)
-        if M == P or not observed:  # a selection follows a true row
-            assert torch.equal(rows[:, targets - 1], true[:, targets - 1])
-        assert torch.equal(rows, true) == (not observed or M == 1)
-        places.append((first.item(), columns[0].item()))
-    assert len(set(places)) > 10
+        assert torch.equal(rows, true)
+        places.append((first.item(), t.max().item(), columns[0].item()))
+    assert len(set(places)) > 20 and max(last for _, last, _ in places) > 55 - selection
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -326,15 +282,15 @@ def collect(tmp_path, text, *more):
 
 def train(tmp_path, *more):
     files = "--data", tmp_path / "data", "--out", tmp_path / "out" / "p.safetensors"
-    return command("train --steps 4 --validate-every 2 --columns 24 --span 16", *files, *more)
+    return command("train --steps 4 --validate-every 2", *files, *more)
 
 
 @pytest.mark.parametrize(
     "collecting, training, noted",
     [
-        ([], ["--loss", "share", "--share-budget", "head"], ["8", "8", "every", "head"]),
+        ([], ["--loss", "share", "--share-budget", "head"], ["8", "8", "true", "head"]),
         (["--stride", "10"], ["--selection-interval", "20"], ["10", "20", "true", "layer"]),
-        (["--select-heads", "q"], ["--loss", "mse", "--calibration-interval", "5"], ["5", "5", "every", "layer"]),
+        (["--stride", "1", "--select-heads", "q"], ["--loss", "mse"], ["1", "1", "every", "layer"]),
     ],
 )
 def test_pipeline(tmp_path, text, tiny_llm, collecting, training, noted):
@@ -355,6 +311,22 @@ def test_pipeline(tmp_path, text, tiny_llm, collecting, training, noted):
     assert all(0 < row[f"recovery, {budget}"] <= 1.0001 for row in curve for budget in train_predictor.BUDGETS)
     best = max(curve, key=lambda row: sum(row[name] for name in row if name.startswith("recovery")))
     assert json.loads(about["validation"]) == {n: round(v, 4) for n, v in best.items() if n.startswith("recovery")}
+
+
+def test_collect_train_evaluate_table(tmp_path, text, tiny_llm, monkeypatch, capsys):
+    """The three commands that weights/README.md names, and the table of their results."""
+    monkeypatch.setattr(evaluate, "load_model", train_predictor.load_model)
+    monkeypatch.setattr(evaluate, "fetch_default_llm", train_predictor.fetch_default_llm)
+    assert collect(tmp_path, text) == 0 and train(tmp_path) == 0
+    options = f"--texts {text} --lengths 600 --n-new 16 --results {tmp_path}/results.jsonl --quiet"
+    options += f" --predictor {tmp_path}/out/p.safetensors"
+    capsys.readouterr()
+    assert evaluate.main(["texts", *options.split(), "--grid", "ours,decayed-mean:0.6 bytes=1/2"]) == 0
+    printed = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.split("\n")[2:6]]
+    table = {line[2]: dict(zip(lines[0], line)) for line in lines[2:]}
+    assert table["ours"]["KL ratio"] == "1.0000" and float(table["decayed-mean:0.6"]["KL ratio"]) > 0
+    assert evaluate.main(["table", *options.split()]) == 0 and capsys.readouterr().out == printed
 
 
 def test_training_lowers_the_loss(tmp_path, text, tiny_llm):
@@ -463,9 +435,8 @@ SPOILERS = {
         ("a run", "--steps 6", ["checkpoint", "steps = 1, not 6", "--restart"]),
         ("nothing", "--init-from text.txt", ["cannot be read"]),
         ("nothing", "--validate-every 0", ["validate-every 0 must be at least 1"]),
-        ("nothing", "--calibration-interval -1", ["calibration_interval = -1"]),
-        ("nothing", "--span 40", ["--span 40", "8 ... 29"]),
-        ("nothing", "--selection-interval 17", ["--span 16", "17 ... 20"]),
+        ("nothing", "--selection-interval 12", ["P = 12", "a multiple of the windows' stride, 8", "at most 288"]),
+        ("nothing", "--selection-interval 296", ["P = 296", "at most 288"]),
         ("nothing", "--loss mse --lr 1e30 --steps 60", ["the loss is", "--lr"]),
     ],
 )
@@ -486,10 +457,6 @@ def test_windows_of_other_settings_do_not_mix(tmp_path, text, tiny_llm, capsys):
     assert collect(tmp_path, text, "--stride", "10") == 0
     assert collect(tmp_path, text, "--stride", "10", "--block-size", "32") == 2
     one_line(capsys, ["block_size = 16, not 32", "--data"])
-    assert train(tmp_path, "--calibration-interval", "20") == 2
-    one_line(capsys, ["M = 10", "not 20, 20"])
-    assert train(tmp_path, "--selection-interval", "15") == 2
-    one_line(capsys, ["stride of 10", "not 10, 15"])
 
 
 def test_full_disk(tmp_path, text, tiny_llm, capsys, monkeypatch):

@@ -25,7 +25,7 @@ OTHERWISE = "or pass --model with the folder of a Llama model that you have"
 
 
 class FetchError(Exception):
-    """The default LLM could not be fetched; the message is one line: what went wrong, what would do."""
+    """The default LLM could not be fetched; the message is one line: what went wrong, what to do."""
 
 
 def fetch_default_llm() -> Path:
