@@ -83,6 +83,8 @@ class Counting(TorchDispatchMode):
             return None
         if operation not in ONE_KERNEL:
             with self:
+                if operation is aten.to and on_host != self.on_host(inputs[0]):
+                    return aten._to_copy(inputs[0], device=device, dtype=kwargs.get("dtype"))
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
