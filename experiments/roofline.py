@@ -83,7 +83,7 @@ class Counting(TorchDispatchMode):
             return None
         if operation not in ONE_KERNEL:
             with self:
-                if operation is aten.to and on_host != self.on_host(inputs[0]):
+                if operation is aten.to and on_host != self.on_host(inputs[0]):  # PyTorch sees one device, and no copy
                     return aten._to_copy(inputs[0], device=device, dtype=kwargs.get("dtype"))
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
