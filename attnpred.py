@@ -534,7 +534,7 @@ class SparseDecoder:
         start, end = self.config.middle(self.n_tokens + 1)
         if self.config.fits(self.n_tokens + 1):
             if not self.cache.holds_everything:
-                self.cache.keep(max(start, end) * self.config.block_size)
+                self.cache.keep(min(self.n_tokens, max(start, end) * self.config.block_size))  # it may end in the sink
                 self.next_lists = self.choose(None, start, max(start, end))
                 self.cache.select(self.next_lists)
             return

@@ -15,6 +15,8 @@ from tests.test_attnpred import GROWS, OUTGROWS, PROMPT_LENGTHS, SLOW, STRIDES, 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_len=8, calibration_interval=3)
 
+SHORT = Config(block_size=8, sink_tokens=16, local_tokens=8, budget=32, history_len=6, calibration_interval=3)
+
 
 def run(model, config, tokens, steps, offload):
     """Logits of `steps` random tokens after a prompt, the blocks attended to, and the decoder."""
@@ -33,6 +35,7 @@ def run(model, config, tokens, steps, offload):
 @example(GROWS, 240, 0, (2, 2))
 @example(OUTGROWS, 30, 1, (2, 2))
 @example(STRIDES, 200, 2, (3, 1))
+@example(SHORT, 9, 3, (2, 2))
 def test_offloaded_decoding_equals_resident_decoding(config, prompt_len, seed, heads):
     model = tiny_llama(n_kv_heads=heads[0], group=heads[1], seed=seed).to(DEVICE)
     tokens = torch.randint(61, (prompt_len,)).to(DEVICE)
