@@ -60,7 +60,7 @@ from model import causal_attention, load_model
 from weights.fetch_llm import fetch_default_llm
 
 RIVAL_GRID = (
-    "ours,paper,decayed-mean:0.9,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle bytes=1/16,1/8,1/4,1/3"
+    "ours,paper,decayed-mean:0.6,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle bytes=1/16,1/8,1/4,1/3"
 )
 GRIDS = {  # what a task compares without --grid
     "texts": ["full", RIVAL_GRID, "paper heads=kv bytes=1/4,1/3"],

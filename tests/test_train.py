@@ -98,9 +98,12 @@ def test_no_text_is_in_two_splits():
     assert all(numbers.values()) and len(set.union(*numbers.values())) == sum(map(len, numbers.values()))
 
 
-def test_installed_documents_fill_every_split():
-    documents = [d for members in train_predictor.installed_documents().values() for d in members]
-    assert {d.split for d in documents} == {"train", "validation", "test"}
+def test_installed_documents_are_of_many_kinds_and_none_is_torch():
+    documents = train_predictor.installed_documents()
+    assert set(documents) == {"reference", "source", "documentation", "license", "data", "header"}
+    for members in documents.values():
+        assert {d.split for d in members} == {"train", "validation", "test"}
+        assert not any(d.name.startswith("torch") for d in members)
 
 
 def test_contexts_have_the_length_asked_for_and_are_drawn_from_the_seed():
