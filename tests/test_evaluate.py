@@ -24,6 +24,7 @@ GRIDS = [  # every way to count bytes
     "ours rows=true M=4 P=1,M dense=0,1 heads=q,kv",
     "full,paper,quest,snapkv,ada-snapkv,h2o,streaming-llm,oracle,random",
     "decayed-mean:0.5,last-row M=3 P=2 dense=1",
+    "ours M=4 P=4,8 delay=1,3 swap=0.3",
     "ours,mean-std budget=24,176",  # nothing selected, and outgrown while decoding
 ]
 
