@@ -197,7 +197,7 @@ CONFIG = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, history_
 LONG, GROWING = 90, 41  # prompts: the budget is 40 tokens and a partial block
 CASES = [  # offloaded or not, the prompt, selection_delay, dense_layers
     *itertools.product((False, True), (LONG, GROWING), (0, 1, 2), [0]),
-    *itertools.product((False, True), (LONG, GROWING), [1], [1]),
+    *itertools.product((False, True), [GROWING], [1], [1]),
 ]
 
 
@@ -208,9 +208,10 @@ def test_a_graph_changes_nothing(offload, prompt_len, delay, dense_layers):
     with_graph, its_recovery, replays, _ = decode(config, prompt_len, 15, offload, graph=True)
     assert torch.equal(with_graph, logits) and torch.equal(its_recovery, recovery)
     assert not none and replays == expected_replays(steps)
-    print("REPLAYS", offload, prompt_len, delay, replays, len(recovery))
     if prompt_len == LONG:  # steps 4, 8 and 12 keep a query, step 1 is captured
         assert replays == [11]
+    elif not offload:  # there are lists from step 9, 10 or 7 on: the selections end after steps 4 and 8, or later
+        assert replays == [[5, 5], [6, 4], [4, 6]][delay]
 
 
 @pytest.mark.parametrize("offload", [False, True])
