@@ -62,7 +62,7 @@ class Config:
     local_tokens: int = parameter(64, "R", 64, "last tokens, always attended")
     budget: int = parameter(1024, "B", 1024, "tokens attended per head, sink and local tokens included")
     calibration_interval: int | str = parameter(
-        "auto", "M", 5, "every M-th step the true attention row enters the history; auto: 8, doubled while T / M > 2 B"
+        "auto", "M", 5, "every M-th step the true attention row enters the history; auto: 8, doubled while T / M > B"
     )
     selection_interval: int | None = parameter(
         None, "P", 1, "every P-th step the blocks for the next P tokens are predicted and selected; default: M"
@@ -154,11 +154,11 @@ class Config:
         return end - start <= self.topk_blocks
 
     def intervals(self, n_tokens: int) -> tuple[int, int]:
-        """M and P at n_tokens. With "auto", calibration (T / M keys a token) never reads more than attention does."""
+        """M and P at n_tokens. With "auto", calibration (T / M keys) reads at most half of what attention reads."""
         m = self.calibration_interval
         if m == "auto":
             m = 8
-            while n_tokens > 2 * self.budget * m:
+            while n_tokens > self.budget * m:
                 m *= 2
         return m, self.selection_interval or m
 
