@@ -367,7 +367,6 @@ def draw_training(rows, path):
 
 CONTENDERS = {
     "dense": GREY,
-    "dense, streamed": "black",
     "sparse": OURS,
     "sparse, no graph": PAPER,
     "sparse --paper": PAPER,
@@ -423,22 +422,6 @@ def draw_kernels(results, path):
     save(figure, path)
 
 
-def draw_trace(results, path):
-    """What ran when, stream by stream, in one interval of selection and calibration."""
-    lanes = results["timeline"]
-    figure, axes = plt.subplots(figsize=(11, 1.5 + 0.5 * len(lanes)), layout="constrained")
-    for lane, spans in enumerate(lanes.values()):
-        for kind, colour in dict(kernel=GREY, copy=OURS).items():
-            bars = [(1e3 * begin, 1e3 * took) for begin, took, k in spans if k == kind]
-            axes.broken_barh(bars, (lane - 0.35, 0.7), color=colour, label=kind if lane == 0 else None)
-    axes.set_yticks(range(len(lanes)), list(lanes))
-    axes.invert_yaxis()
-    axes.set(xlabel="ms", title=f"{results['rows'][-1]['name']}, traced on {results['device']}")
-    axes.legend(fontsize=8)
-    bare(axes)
-    save(figure, path)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
@@ -446,7 +429,6 @@ def draw_trace(results, path):
 FROM_FILE = {
     "speed": (draw_speed, "tokens/s, memory and stages; from `experiments.bench speed --out`"),
     "kernels": (draw_kernels, "shares of the ceilings; from `experiments.bench kernels --out`"),
-    "trace": (draw_trace, "what ran when; from `experiments.bench speed --trace --out`"),
     "pareto": (draw_pareto, "KL against bytes read; from experiments.evaluate"),
     "needles": (draw_needles, "keys found by depth and length; from experiments.evaluate"),
     "training": (draw_training, "loss and validation recovery; from train_predictor.py"),

@@ -132,9 +132,6 @@ FILES = {
     "kernels": dict(
         rows=[dict(path="predict", context=n, of_copy=0.4, of_matmul=0.1) for n in (8192, 32768)], device="a GPU"
     ),
-    "trace": dict(
-        rows=SPEED, device="a GPU", timeline={"stream 7": [(0.0, 1e-3, "kernel"), (1e-3, 1e-3, "copy")], "stream 9": []}
-    ),
 }
 
 
