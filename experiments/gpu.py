@@ -81,7 +81,7 @@ def run_step(step, out, rehearse) -> dict:
             result = f"failed, status {done.returncode}: {last[0]}"
         elif step.picture:
             numbers = json.loads((out / f"{step.name}.json").read_text())
-            plots.FROM_FILE[step.picture][0](numbers, out / f"{step.name}.png")
+            plots.FROM_FILE[step.picture](numbers, out / f"{step.name}.png")
     except subprocess.TimeoutExpired as late:
         output, result = (late.stdout or b"").decode(), f"stopped after {step.limit} s"
     except Exception as error:  # whatever a picture or a file went wrong with, the next step is tried
