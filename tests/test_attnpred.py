@@ -148,6 +148,8 @@ GROWS = Config(block_size=8, sink_tokens=0, local_tokens=8, budget=16, history_l
 OUTGROWS = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_len=7, calibration_interval=2)
 LATE = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, calibration_interval=4, selection_delay=2,
               swap_share=0.3, history_rows="every", history_len=6)  # fmt: skip
+QUERIES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibration_interval=4, select_heads="q",
+                 share_budget="head", history_len=6)  # fmt: skip
 STRIDES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibration_interval=5, history_rows="true",
                  selection_interval=3, history_len=6)  # fmt: skip
 
@@ -160,6 +162,7 @@ STRIDES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibra
 @example(OUTGROWS, 30, 1, (2, 2), False)
 @example(STRIDES, 31, 2, (2, 2), False)
 @example(LATE, 150, 5, (2, 2), False)
+@example(QUERIES, 100, 6, (2, 2), False)
 @example(STRIDES, 200, 3, (3, 1), True)
 def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, narrow):
     model, predictor = tiny_llama(n_kv_heads=heads[0], group=heads[1], seed=seed), random_predictor(seed)
