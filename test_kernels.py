@@ -523,14 +523,15 @@ def test_append_token(backend, combination, lengths, shared, seed):
     order = int32(torch.randperm(n_blocks, generator=torch.Generator().manual_seed(seed)))
     lists.table[lists.listed.any(0)] = order  # no block is in two lists
     pool = Embedded(normal(seed, n_blocks, 2, block_size, head_dim, dtype=dtype))
-    heads = Embedded(normal(seed + 1, 2, n_kv_heads, head_dim, dtype=dtype))
-    (k, v), expected = heads.view, pool.view.clone()
+    k, v = (Embedded(normal(seed + 1 + i, n_kv_heads, head_dim, dtype=dtype), margin=MARGIN + i) for i in range(2))
+    expected = pool.view.clone()
     for h, length in enumerate(lengths):
         block = lists.table[lists.starts[h] + (length - 1) // block_size]
         for i in range(2):
-            expected[block, i, (length - 1) % block_size] = heads.view[i, h // shared]
-    with guarded(heads.whole, lists.table, lists.starts, lists.lengths):
-        kernels.append_token(k, v, *pool.view.unbind(1), lists.table, lists.starts, lists.lengths, backend=backend)
+            expected[block, i, (length - 1) % block_size] = (k, v)[i].view[h // shared]
+    with guarded(k.whole, v.whole, lists.table, lists.starts, lists.lengths):
+        pools = pool.view.unbind(1)
+        kernels.append_token(k.view, v.view, *pools, lists.table, lists.starts, lists.lengths, backend=backend)
     pool.assert_intact()
     assert same_bits(pool.view, expected)
 

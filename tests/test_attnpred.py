@@ -35,6 +35,7 @@ class NaiveMethod:
     def __init__(self, config, model, predictor, choose):
         self.c, self.m, self.predictor, self.choose = config, model.config, predictor, choose
         self.k, self.v, self.rows, self.selected = {}, {}, {}, {}
+        self.recovery = {}  # by layer: shares of the true attention in calibrated steps, (Hq,) each
         self.due, self.late = {}, {}  # by layer: the step after which a selection is made; (a step, a true row)
         self.step = 0
 
@@ -72,6 +73,7 @@ class NaiveMethod:
             self.due[layer] = due
         if calibrated and self.step and not fits:
             self.late[layer] = due, pooled[:, 0]
+            self.recovery.setdefault(layer, []).append((true * mask[:, None]).sum((1, 2)))
         else:
             for i in range(new):
                 if c.history_rows == "every" or (calibrated and (new - 1 - i) % interval == 0):
@@ -146,6 +148,8 @@ GROWS = Config(block_size=8, sink_tokens=0, local_tokens=8, budget=32, history_l
 OUTGROWS = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_len=7, calibration_interval=2)
 LATE = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, calibration_interval=4, selection_delay=2,
               swap_share=0.3, history_rows="every", history_len=6)  # fmt: skip
+QUERIES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibration_interval=4, select_heads="q",
+                 share_budget="head", history_len=6)  # fmt: skip
 STRIDES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibration_interval=5, history_rows="true",
                  selection_interval=3, history_len=6)  # fmt: skip
 
@@ -158,6 +162,7 @@ STRIDES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibra
 @example(OUTGROWS, 30, 1, (2, 2), False)
 @example(STRIDES, 31, 2, (2, 2), False)
 @example(LATE, 150, 5, (2, 2), False)
+@example(QUERIES, 100, 6, (2, 2), False)
 @example(STRIDES, 200, 3, (3, 1), True)
 def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, narrow):
     model, predictor = tiny_llama(n_kv_heads=heads[0], group=heads[1], seed=seed), random_predictor(seed)
@@ -195,6 +200,9 @@ def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, n
             for layer in range(decoder.dense_layers, 3):
                 image = decoder.window()[layer - decoder.dense_layers]  # (heads, H, capacity)
                 torch.testing.assert_close(image, naive.image(layer, image.shape[-1]), atol=tolerance, rtol=tolerance)
+                for ours, share in zip(decoder.stats.recovery, naive.recovery.get(layer, [])):
+                    expected = share.float()
+                    torch.testing.assert_close(ours[layer - decoder.dense_layers], expected, atol=1e-4, rtol=1e-4)
 
 
 @SLOW
@@ -292,8 +300,33 @@ def test_blocks_outside_the_selection_are_never_read(share_budget, select_heads)
         assert torch.equal(clean, poisoned)
 
 
+@given(st.integers(1, 3), st.integers(1, 30), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=100, derandomize=True, database=None)
+@example(1, 9, 0.5, 0.0, 6)
+def test_limit_exchange(rows, n, share, limit, seed):
+    """Against sets and sorted lists, with ties, infinity and NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    lowest = torch.finfo(torch.float32).min  # stands for NaN and -infinity
+    values = torch.tensor([torch.nan, -torch.inf, torch.inf, lowest, 0.0, 1.0, 2.0, 3.0])
+    scores = values[torch.randint(len(values), (rows, n), generator=generator)]
+    k = max(1, round(share * n))
+    limit = max(1, round(limit * k))
+    best = kernels.select_blocks(scores, k).long()
+    held = torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(rows)])
+    found = attnpred.limit_exchange(scores, best, held, limit, "torch")
+    for row in range(rows):
+        value = [max(lowest, x) if x == x else lowest for x in scores[row].tolist()]
+
+        def ranked(blocks, value=value):
+            return sorted(blocks, key=lambda block: (-value[block], block))
+
+        let_in = ranked(set(best[row].tolist()) - set(held[row].tolist()))[:limit]
+        assert found[row].tolist() == sorted(ranked({*held[row].tolist(), *let_in})[:k])
+
+
 @pytest.mark.parametrize("history_rows", ["every", "true"])
-def test_the_triton_backend_decodes_the_same(history_rows):
+def test_the_triton_backend_decodes_the_same(history_rows, monkeypatch):
+    monkeypatch.setattr(attnpred, "PREFILL_CHUNK", 16)
     config = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=32, history_len=6, calibration_interval=2,
                     dense_layers=1, history_rows=history_rows)  # fmt: skip
     model, logits = tiny_llama(n_layers=2), []
@@ -316,7 +349,7 @@ def test_counters_are_exact():
     key = 16 * 4  # a head's key, in bytes
     end = {s: (50 + 1 + (s - 1) // 2 * 2 - 8) // 8 for s in steps}  # of the middle at the selection that serves step s
     attended = {s: 8 + 2 * 8 + 50 + s - 8 * end[s] for s in steps}  # sink, selected, and everything from `end` on
-    assert decoder.stats.decode_tokens == 9
+    assert decoder.stats.decode_tokens == 9 and decoder.stats.prefill_tokens == 50
     assert decoder.stats.attention_bytes == sum(2 * 2 * key * (50 + s + 2 * attended[s]) for s in steps)
     assert decoder.stats.dense_bytes == sum(2 * 2 * key * 3 * (50 + s) for s in steps)
     assert decoder.stats.calibration_bytes == sum(2 * 2 * key * (50 + s) for s in (4, 8))
@@ -445,6 +478,11 @@ def attnpred_main(capsys, *args):
         (["--prompt", "a", "--calibration-interval", "often"], "invalid"),
         (["--prompt", "a", "--selection-interval", "0"], "at least 1"),
         (["--prompt", "a", "--dense-layers", "-1"], "negative"),
+        (["--prompt", "a", "--selection-delay", "8"], "0 ... 7"),
+        (["--prompt", "a", "--selection-delay", "-1"], "0 ... 7"),
+        (["--prompt", "a", "--selection-interval", "80", "--calibration-interval", "70", "--selection-delay", "64"], "63"),
+        (["--prompt", "a", "--swap-share", "0"], "above 0"),
+        (["--prompt", "a", "--swap-share", "1.01"], "at most 1"),
         (["--prompt", "a", "--select-heads", "x"], "invalid choice"),
         (["--prompt", "a", "--max-new-tokens", "0"], "at least 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature"),
@@ -474,6 +512,8 @@ def test_options_change_the_setting():
     assert config("--selection-interval", "4", "--history-rows", "every") == Config(
         selection_interval=4, history_rows="every"
     )
+    assert config("--offload", "--budget", "512") == Config(selection_delay="auto", swap_share=0.2, budget=512)
+    assert config("--swap-share", "1", "--offload", "--selection-delay", "3") == Config(selection_delay=3)
 
 
 def test_a_failed_fetch_is_one_line(capsys, monkeypatch):
