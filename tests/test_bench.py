@@ -105,11 +105,11 @@ def test_bytes_do_not_grow_with_the_text():
         [roofline.bytes_per_token(LLAMA, c, n) for n in (32768, 131072)] for c in (Config(), Config.paper())
     )
     assert abs(default[1]["total"] / default[0]["total"] - 1) < 0.1 and paper[1]["total"] > 2 * paper[0]["total"]
-    assert default[0]["calibration"] == 32 * 8 * 32768 * 128 * 2 / 16  # M = 16: the keys of 32 layers
+    assert default[0]["calibration"] == 32 * 8 * 32768 * 128 * 2 / 32  # M = 32: the keys of 32 layers
 
 
 def test_model_of_time(monkeypatch):
-    """By hand: Llama-3.1-8B, 32K, M = P = 16; a quarter of 32 * 8 * 56 blocks of 8 KB is fetched for 16 tokens."""
+    """By hand: Llama-3.1-8B, 32K, M = P = 32; a quarter of 32 * 8 * 56 blocks of 8 KB is fetched for 32 tokens."""
     reads = dict(attention=1e9, choosing=1e9, calibration=2e9, dense=9e9, link=1e6)
     monkeypatch.setattr(roofline, "bytes_per_token", lambda *args, **kwargs: reads)
     monkeypatch.setattr(roofline, "weight_bytes", lambda m: 8e9)
@@ -120,9 +120,9 @@ def test_model_of_time(monkeypatch):
     assert ways["dense, everything streamed"] == (90, 9e9)
     assert ways["sparse, resident"] == (pytest.approx(1.2), 0)
     took, crossing = ways["sparse, offloaded, awaited"]
-    assert took == pytest.approx(device + 3.2 / 16 + fetched / 1e8 / 16) and crossing == 1e6 + fetched / 16
+    assert took == pytest.approx(device + 6.4 / 32 + fetched / 1e8 / 32) and crossing == 1e6 + fetched / 32
     (late,) = [name for name in ways if "late" in name]
-    assert late.endswith(" 2") and ways[late][0] == pytest.approx(device + (3.2 - 2 * device) / 16)
+    assert late.endswith(" 4") and ways[late][0] == pytest.approx(device + (6.4 - 4 * device) / 32)
 
 
 def test_rivals_compute_the_same():
