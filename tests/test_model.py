@@ -454,6 +454,7 @@ def test_bos_is_never_doubled(tmp_path):
     write_tokenizer(tmp_path, bos_token={"content": "<s>", "special": True}, chat_template=template)
     tokenizer = Tokenizer(tmp_path)
     bos = tokenizer.tokenizer.token_to_id("<s>")
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     assert tokenizer.encode("hi")[0] == bos and tokenizer.encode("hi", special_tokens=False)[0] != bos
     assert tokenizer.encode(tokenizer.chat(MESSAGES)).count(bos) == 1
     assert tokenizer.encode("") == [bos]
