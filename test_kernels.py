@@ -170,6 +170,7 @@ def naive_pool(q, k, n_tokens, stride):
     st.sampled_from([1, 3, 8]),
 )  # fmt: skip
 @example((torch.float32, 16, 8, 1), 3, 1, 1, 1, False, 0, 8)  # a single token
+@example((torch.float32, 16, 8, 1), 1, 48, 2, 1, False, 0, 8)  # one key is in the future of one row
 @example((torch.float32, 64, 16, 3), 2, 133, 12, 11, False, 0, 3)  # 36 rows: ragged tiles of rows; all of the text
 @example((torch.bfloat16, 16, 8, 17), 1, 90, 5, 1, True, 0, 8)  # 85 rows
 @example((torch.float32, 16, 8, 1), 1, 1100, 2, 9, False, 0, 8)  # more blocks than one tile of the normalisation

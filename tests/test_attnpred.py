@@ -146,7 +146,7 @@ def configurations(draw):
 
 GROWS = Config(block_size=8, sink_tokens=0, local_tokens=8, budget=32, history_len=6)  # auto M goes from 8 to 16 at 257
 OUTGROWS = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_len=7, calibration_interval=2)
-LATE = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, calibration_interval=4, selection_delay=2,
+LATE = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, calibration_interval=8, selection_delay=7,
               swap_share=0.3, history_rows="every", history_len=6)  # fmt: skip
 QUERIES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibration_interval=4, select_heads="q",
                  share_budget="head", history_len=6)  # fmt: skip
@@ -158,7 +158,7 @@ STRIDES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibra
 @given(
     configurations(), PROMPT_LENGTHS, st.integers(0, 2**31), st.sampled_from([(2, 2), (1, 3), (3, 1)]), st.booleans()
 )
-@example(GROWS, 240, 0, (2, 2), False)
+@example(GROWS, 238, 0, (2, 2), False)
 @example(OUTGROWS, 30, 1, (2, 2), False)
 @example(STRIDES, 31, 2, (2, 2), False)
 @example(LATE, 150, 5, (2, 2), False)
@@ -247,8 +247,13 @@ def test_intervals_grow_with_the_text():
     lengths = [1, 8192, 8193, 16384, 16385, 131072]
     assert [config.intervals(n)[0] for n in lengths] == [8, 8, 16, 16, 32, 128]
     assert all(config.intervals(n)[0] == config.intervals(n)[1] for n in lengths)
+<<<<<<< HEAD
     assert Config(selection_interval=3).intervals(20000) == (32, 3)
     assert Config.paper().intervals(20000) == (5, 1)
+=======
+    assert Config(selection_interval=3).intervals(20000) == (16, 3)
+    assert Config.paper().intervals(20000) == (5, 1) and Config.paper(dense_layers=0).dense_layers == 0
+>>>>>>> faults
     assert Config.paper(budget=512) == Config(
         budget=512, calibration_interval=5, selection_interval=1, dense_layers=2, share_budget="head",
         select_heads="q", history_rows="every",
@@ -324,11 +329,11 @@ def test_limit_exchange(rows, n, share, limit, seed):
         assert found[row].tolist() == sorted(ranked({*held[row].tolist(), *let_in})[:k])
 
 
-@pytest.mark.parametrize("history_rows", ["every", "true"])
-def test_the_triton_backend_decodes_the_same(history_rows, monkeypatch):
+@pytest.mark.parametrize("history_rows, dense_layers", [("every", 1), ("true", 0)])
+def test_the_triton_backend_decodes_the_same(history_rows, dense_layers, monkeypatch):
     monkeypatch.setattr(attnpred, "PREFILL_CHUNK", 16)
     config = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=32, history_len=6, calibration_interval=2,
-                    dense_layers=1, history_rows=history_rows)  # fmt: skip
+                    dense_layers=dense_layers, history_rows=history_rows)  # fmt: skip
     model, logits = tiny_llama(n_layers=2), []
     for backend in ("torch", "triton"):
         decoder = SparseDecoder(config, model, random_predictor(), 100, backend)
@@ -480,7 +485,11 @@ def attnpred_main(capsys, *args):
         (["--prompt", "a", "--dense-layers", "-1"], "negative"),
         (["--prompt", "a", "--selection-delay", "8"], "0 ... 7"),
         (["--prompt", "a", "--selection-delay", "-1"], "0 ... 7"),
+<<<<<<< HEAD
         (["--prompt", "a", *"--selection-interval 80 --calibration-interval 70 --selection-delay 64".split()], "63"),
+=======
+        (["--prompt", "a", "--calibration-interval", "70", "--selection-delay", "64"], "0 ... 63"),
+>>>>>>> faults
         (["--prompt", "a", "--swap-share", "0"], "above 0"),
         (["--prompt", "a", "--swap-share", "1.01"], "at most 1"),
         (["--prompt", "a", "--select-heads", "x"], "invalid choice"),
@@ -536,10 +545,15 @@ def test_prompt_that_is_not_text_and_one_that_is_too_long(capsys, tmp_path):
 
 def test_the_default_model_answers(capsys):
     fetch_default_llm()
-    args = ["--prompt", "What is the capital of France?", "--max-new-tokens", "24"]
+    args = ["--prompt", "What is the capital of France?", "--max-new-tokens", "6"]
     status, out, err = attnpred_main(capsys, *args)
     assert status == 0 and "Paris" in out
-    assert err.count("\n") == 1 and err.startswith("attnpred: ") and "fit the budget" in err and "tokens/s" in err
+    assert (
+        err.count("\n") == 1
+        and err.startswith("attnpred: 5 tokens, ")
+        and "fit the budget" in err
+        and "tokens/s" in err
+    )
 
 
 def test_a_long_prompt_is_decoded_sparsely_and_covering_budgets_agree_with_dense(capsys, tmp_path):

@@ -17,6 +17,11 @@ CONFIG = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_
 
 SHORT = Config(block_size=8, sink_tokens=16, local_tokens=8, budget=32, history_len=6, calibration_interval=3)
 
+FAR = dataclasses.replace(OUTGROWS, calibration_interval=30, selection_interval=5)  # calibrations, not selections
+RARELY = dataclasses.replace(
+    OUTGROWS, selection_interval=19, swap_share=0.01
+)  # outgrows it by more than may be swapped
+
 
 def run(model, config, tokens, steps, offload):
     """Logits of `steps` random tokens after a prompt, the blocks attended to, and the decoder."""
@@ -32,10 +37,13 @@ def run(model, config, tokens, steps, offload):
 
 @SLOW
 @given(configurations(), PROMPT_LENGTHS, st.integers(0, 2**31), st.sampled_from([(2, 2), (1, 3), (3, 1)]))
-@example(GROWS, 240, 0, (2, 2))
+@example(GROWS, 238, 0, (2, 2))
 @example(OUTGROWS, 30, 1, (2, 2))
 @example(STRIDES, 200, 2, (3, 1))
 @example(SHORT, 9, 3, (2, 2))
+@example(SHORT, 20, 3, (2, 2))
+@example(FAR, 100, 5, (2, 2))
+@example(RARELY, 49, 4, (2, 2))
 def test_offloaded_decoding_equals_resident_decoding(config, prompt_len, seed, heads):
     model = tiny_llama(n_kv_heads=heads[0], group=heads[1], seed=seed).to(DEVICE)
     tokens = torch.randint(61, (prompt_len,)).to(DEVICE)
@@ -81,6 +89,8 @@ def test_counters_are_exact():
     cache, block = decoder.cache, 2 * 8 * 16 * 4  # K and V of eight tokens of sixteen float32
     assert int(cache.fetched) == fetched and cache.selected == 8 * 2 * len(sets[1:])
     assert cache.written_bytes == wrote * 2 * 2 * block and cache.block_bytes == block
+    megabytes = [f"{blocks * block / 21 / 1e6:,.3f}" for blocks in (fetched, cache.selected)]
+    assert "{} MB a token fetched, of {} MB selected".format(*megabytes) in cache.format_stats(171, 21)[1]
     need = attnpred.memory_needed(config, model.config, 180, torch.float32, "torch", True)
     activations = attnpred.prefill_memory(config, model.config, 180, torch.float32, True)
     rings = sum(t.numel() * t.element_size() for t in (decoder.history, decoder.contributions, decoder.queries))
@@ -97,6 +107,21 @@ def test_resident_memory_is_counted():
         sum(t.numel() * t.element_size() for t in tensors) + activations,
         0,
     )
+
+
+def test_memory_of_prefill_is_counted(monkeypatch):
+    """By hand, in float32: 4 heads and 2 KV heads of 16, a model of 32, 3 layers."""
+    monkeypatch.setattr(attnpred, "PREFILL_CHUNK", 64)
+    m, long_history = tiny_llama().config, dataclasses.replace(CONFIG, history_len=600, dense_layers=1)
+    token = 32 * (4 + 2 * 4) + (64 + 2 * 32) * 4 + (64 + 32) * (8 + 4)  # two residuals and norms; q, k, v; rotated q, k
+    for config, n_tokens, offload, expected in (
+        (CONFIG, 50, False, 50 * token),
+        (CONFIG, 150, False, 64 * token),
+        (CONFIG, 150, True, 64 * token + 150 * 4 * 2 * 16 * 4),  # K and V of a layer twice
+        (long_history, 150, True, 2 * 4 * 600 * 19 * 4),  # rows of two sparse layers, 19 blocks
+        (long_history, 40, True, 40 * token + 40 * 4 * 2 * 16 * 4),  # nothing to pool
+    ):
+        assert attnpred.prefill_memory(config, m, n_tokens, torch.float32, offload) == expected
 
 
 def test_memory_is_checked_before_anything_is_computed(monkeypatch):
