@@ -247,13 +247,8 @@ def test_intervals_grow_with_the_text():
     lengths = [1, 8192, 8193, 16384, 16385, 131072]
     assert [config.intervals(n)[0] for n in lengths] == [8, 8, 16, 16, 32, 128]
     assert all(config.intervals(n)[0] == config.intervals(n)[1] for n in lengths)
-<<<<<<< HEAD
-    assert Config(selection_interval=3).intervals(20000) == (32, 3)
-    assert Config.paper().intervals(20000) == (5, 1)
-=======
     assert Config(selection_interval=3).intervals(20000) == (16, 3)
     assert Config.paper().intervals(20000) == (5, 1) and Config.paper(dense_layers=0).dense_layers == 0
->>>>>>> faults
     assert Config.paper(budget=512) == Config(
         budget=512, calibration_interval=5, selection_interval=1, dense_layers=2, share_budget="head",
         select_heads="q", history_rows="every",
@@ -485,11 +480,7 @@ def attnpred_main(capsys, *args):
         (["--prompt", "a", "--dense-layers", "-1"], "negative"),
         (["--prompt", "a", "--selection-delay", "8"], "0 ... 7"),
         (["--prompt", "a", "--selection-delay", "-1"], "0 ... 7"),
-<<<<<<< HEAD
-        (["--prompt", "a", *"--selection-interval 80 --calibration-interval 70 --selection-delay 64".split()], "63"),
-=======
         (["--prompt", "a", "--calibration-interval", "70", "--selection-delay", "64"], "0 ... 63"),
->>>>>>> faults
         (["--prompt", "a", "--swap-share", "0"], "above 0"),
         (["--prompt", "a", "--swap-share", "1.01"], "at most 1"),
         (["--prompt", "a", "--select-heads", "x"], "invalid choice"),
