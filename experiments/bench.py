@@ -57,25 +57,19 @@ def shape_of(name) -> LlamaConfig:
     return SHAPES[name] or LlamaConfig.from_json(json.loads((fetch_default_llm() / "config.json").read_text()))
 
 
-def model_of(name, dtype, device):
-    """(model, what its weights are)."""
-    if SHAPES[name] is None:
-        return load_model(str(fetch_default_llm()), dtype, device)[0], "SmolLM2-135M-Instruct"
-    model = Llama(SHAPES[name], dtype, device)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.data.normal_(1.0 if parameter_name.endswith("norm.weight") else 0.0, 0.02)
-    return model.eval(), f"random weights in the shape of {name}"
-
-
 def models_of(args, device):
     """({dtype: model}, the results' first entries)."""
     models, results = {}, machine(device)
-    for dtype in args.dtypes:
-        models[dtype], results["weights"] = model_of(args.model_shape, getattr(torch, dtype), device)
-    longest = models[dtype].config.context_len
-    if max(args.contexts) > longest:
-        raise InputError(f"the model's context is {longest:,} tokens: --contexts {max(args.contexts)} is too long")
-    return models, results
+    for name in args.dtypes:
+        how, shape = (getattr(torch, name), device), SHAPES[args.model_shape]
+        models[name] = model = Llama(shape, *how).eval() if shape else load_model(str(fetch_default_llm()), *how)[0]
+        for part, parameter in model.named_parameters() if shape else ():
+            parameter.data.normal_(1.0 if part.endswith("norm.weight") else 0.0, 0.02)
+    if max(args.contexts) > model.config.context_len:
+        context = f"the model's context is {model.config.context_len:,} tokens"
+        raise InputError(f"{context}: --contexts {max(args.contexts)} is too long")
+    weights = f"random weights in the shape of {args.model_shape}" if shape else "SmolLM2-135M-Instruct"
+    return models, results | dict(weights=weights)
 
 
 def machine(device):
@@ -185,31 +179,26 @@ ON_GPU = [name for name in CONTENDERS if name not in ("sparse --paper", "transfo
 
 
 class Ours:
-    """A SparseDecoder with a random cache; `step` decodes a token."""
-
-    def __init__(self, model, config, n_tokens, n_steps, backend, **options):
-        self.model = model
-        self.decoder = SparseDecoder(config, model, predictor(), n_tokens + n_steps, backend, **options)
-        self.fill(n_tokens)
-        self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
+    """A SparseDecoder; K, V and history are random, and blocks that attract attention go on attracting it."""
 
     @torch.inference_mode()
-    def fill(self, n_tokens):
-        """Random K, V and history in place of a prompt. Blocks that attract attention go on attracting it."""
-        decoder, m = self.decoder, self.model.config
+    def __init__(self, model, config, n_tokens, n_steps, backend, **options):
+        self.model, m = model, model.config
+        self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self.decoder = decoder = SparseDecoder(config, model, predictor(), n_tokens + n_steps, backend, **options)
         torch.manual_seed(0)
         decoder.begin_prompt(n_tokens)
-        kv = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=self.model.device).to(self.model.kv_dtype)
+        kv = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.kv_dtype)
         for layer in range(m.n_layers):
             decoder.cache.write_prompt(layer, *kv)  # (Hk, T, D) each
-        rows = decoder.history[..., : decoder.config.n_blocks(n_tokens)]  # (L', heads, H, N)
+        rows = decoder.history[..., : config.n_blocks(n_tokens)]  # (L', heads, H, N)
         rows.uniform_(0.5, 1).mul_(torch.rand_like(rows[:, :, :1]) ** 8)
         decoder.queries.normal_()
-        decoder.fits = not decoder.sparse_layers or decoder.config.fits(n_tokens + 1)  # False: keep this history
+        decoder.fits = not decoder.sparse_layers or config.fits(n_tokens + 1)  # False: keep this history
         decoder.finish_token()
 
     def step(self):
-        """Returns the token that it follows: as in `generate`, the host reads it after launching the next step."""
+        """Decode a token; returns the one before it: as in `generate`, the host reads it after launching the step."""
         value = attnpred.read_later(self.token)
         self.token = attnpred.sample(decode_one_token(self.model, self.decoder, self.token))
         return value()
@@ -466,24 +455,16 @@ def bench_prefill(args, config, device, backend):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def kernel_rows(m, c, contexts, dtype, device, backend, found):
-    for context in contexts:
-        for name, work, call, rivals in (path for f in PATHS for path in f(m, c, context, dtype, device, backend)):
-            print(f"bench: {name}, {context} tokens", file=sys.stderr)
-            took = seconds(call, device)
-            others = {rival: seconds(rival_call, device) for rival, rival_call in rivals.items()}
-            bytes_s, per_s = work.bytes / took, work.multiply_adds / took
-            yield dict(
-                path=name,
-                context=context,
-                us=1e6 * took,
-                gb_s=1e-9 * bytes_s,
-                of_copy=bytes_s / found["host copy" if name.startswith("copy") else "copy"],
-                tflop_s=2e-12 * per_s,
-                of_matmul=per_s / found["matmul tf32" if name.startswith("predict") else "matmul"],
-                rivals_us={rival: 1e6 * t for rival, t in others.items()},
-                rivals="; ".join(f"{rival} {1e6 * t:,.1f} ({t / took:.1f}x)" for rival, t in others.items()),
-            )
+def kernel_row(path, context, device, found):
+    name, work, call, rivals = path
+    print(f"bench: {name}, {context} tokens", file=sys.stderr)
+    took, others = seconds(call, device), {rival: seconds(other, device) for rival, other in rivals.items()}
+    copy = found["host copy" if name.startswith("copy") else "copy"]
+    matmul = found["matmul tf32" if name.startswith("predict") else "matmul"]
+    row = dict(path=name, context=context, us=1e6 * took, rivals_us={rival: 1e6 * t for rival, t in others.items()})
+    row |= dict(gb_s=1e-9 * work.bytes / took, of_copy=work.bytes / took / copy)
+    row |= dict(tflop_s=2e-12 * work.multiply_adds / took, of_matmul=work.multiply_adds / took / matmul)
+    return row | dict(rivals="; ".join(f"{rival} {1e6 * t:,.1f} ({t / took:.1f}x)" for rival, t in others.items()))
 
 
 KERNEL_COLUMNS = {
@@ -510,7 +491,9 @@ def bench_kernels(args, config, device, backend):
         f"product {2e-12 * found['matmul']:,.1f} TFLOP/s ({str(dtype)[6:]}), {2e-12 * found['matmul tf32']:,.1f} "
         f"({'tf32' if on_gpu else 'float32'})\n"
     )
-    rows = kernel_rows(shape_of(args.model_shape), config, args.contexts, dtype, device, backend, found)
+    m, rows = shape_of(args.model_shape), []
+    for context, paths in ((context, paths) for context in args.contexts for paths in PATHS):
+        rows += [kernel_row(p, context, device, found) for p in paths(m, config, context, dtype, device, backend)]
     return results | dict(ceilings=found, rows=show(rows, KERNEL_COLUMNS))
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -34,9 +35,8 @@ def test_work_by_hand():
     assert attended.multiply_adds == 2 * 32 * 1024 * 128
     assert work["select_blocks, 448 per layer, all layers"].bytes == 4 * 32 * (8 * (2044 - 4) + 448)
     assert work["copy_blocks, a tenth of 448"].bytes == 44 * 8192
-    assert (
-        work["predict, whole image, all layers"].multiply_adds > work["predict, 1 new rows, all layers"].multiply_adds
-    )
+    whole, new = (work[f"predict, {what}, all layers"].multiply_adds for what in ("whole image", "1 new rows"))
+    assert whole > new
 
 
 def test_prediction_reads_what_its_rows_need():
@@ -227,12 +227,7 @@ def test_what_does_not_fit_is_left_out(capsys, monkeypatch):
 
     makers = {name: (lambda name=name: Contender(name), 2) for name in ("made", "stepped")} | {"fine": (Contender, 2)}
     rows = bench.race(makers, 2, CPU)
-    assert (
-        list(rows) == ["fine"]
-        and rows["fine"]["rounds"] == [250, 250]
-        and rows["fine"]["ms"] == 250
-        and rows["fine"]["answer"] == [0, 0]
-    )
+    assert list(rows) == ["fine"] and rows["fine"] | dict(rounds=[250, 250], ms=250, answer=[0, 0]) == rows["fine"]
     gc.collect()
     assert [contender() is None for contender in alive] == [True, True, False]
     assert capsys.readouterr().err.count("out of memory, left out") == 2
@@ -252,9 +247,7 @@ def test_link_is_counted(monkeypatch, tmp_path):
     bench.TEXT.write_text("7 " * 400)
     encode = SimpleNamespace(encode=lambda text: [(i * i) % 61 for i, _ in enumerate(text.split())])
     row, fraction = bench.count_link(tiny_llama(d_model=512, head_dim=512), encode, Config(**SHAPE))
-    selected = (
-        2 * 3 * 2 * 2 * 2 * 8 * 512 * 4 / 17
-    )  # 2 selections, a token late; 3 layers, 2 heads, 2 blocks of K and V
+    selected = 2 * 3 * 2 * 2 * 2 * 8 * 512 * 4 / 17  # 2 selections; 3 layers, 2 heads, 2 blocks of K and V
     assert row["selected, MB per token"] == f"{1e-6 * selected:.3f}" and 0 < fraction <= 1
     assert row["of it fetched"] == f"{1e-6 * selected * fraction:.3f} ({fraction:.1%})"
     assert row["whole cache, MB"] == f"{1e-6 * 2 * 3 * 2 * 217 * 512 * 4:.1f}" and float(row["on the device"]) > 0
@@ -275,56 +268,57 @@ def table(text):
     return [dict(zip(head, row)) for row in rows]
 
 
+SMALL = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 16 --budget 40 --contexts 256".split()
+
+
 def test_counting_commands(capsys, monkeypatch):
-    assert bench.main(["bytes", "--contexts", "32768"]) == 0
-    default, paper = table(capsys.readouterr().out)
-    assert default == roofline_row(Config()) and paper == roofline_row(Config.paper(), "--paper")
-    monkeypatch.setattr(bench, "load_model", lambda *args: (None, None))
-    monkeypatch.setattr(bench, "count_link", lambda *args: ({}, 0.1))
-    assert bench.main(["offload", "--contexts", "32768", "--gb-s", "1000", "10", "100"]) == 0
-    ways = roofline.strategies(LLAMA, Config(), 32768, 0.1, memory=1e12, link=1e10, host=1e11)
-    for row, (name, (took, link)) in zip(table(capsys.readouterr().out), ways.items(), strict=True):
-        cells = [row["cache"], row["ms per token"], row["MB over the link per token"]]
-        assert cells == [name, f"{1e3 * took:,.2f}", f"{1e-6 * link:,.1f}"]
-    small = ["--block-size", "8", "--sink-tokens", "8", "--local-tokens", "16", "--budget", "40"]
-    assert bench.main(["launches", "--model-shape", "toy", *small, "--contexts", "256"]) == 0
+    assert bench.main(["launches", *SMALL]) == 0
     rows = table(capsys.readouterr().out)
     for name in ("resident", "offloaded"):
         mine = [row for row in rows if row["cache"] == name]
         counts = [int(row["tokens"].removesuffix(" of 8")) for row in mine]
         launches = [int(row["launches"]) for row in mine]
         assert sum(counts) == 8 and counts[0] > 4 and launches[0] == min(launches) > 20  # most tokens launch the least
-
-
-def roofline_row(config, name="default"):
-    reads = roofline.bytes_per_token(LLAMA, config, 32768)
     kinds = ("attention", "calibration", "choosing", "total", "dense")
-    row = {"context": "32,768", "setting": name} | {f"{kind}, MB": f"{1e-6 * reads[kind]:,.1f}" for kind in kinds}
-    return row | {"dense / total": f"{reads['dense'] / reads['total']:.1f}x"}
+    amounts = dict(true=(1, 2, 3, 6, 15), every=range(5))  # GB of each kind, by history_rows
+
+    def counted(m, c, n_tokens):
+        return {kind: 1e9 * amount for kind, amount in zip(kinds, amounts[c.history_rows])}
+
+    monkeypatch.setattr(roofline, "bytes_per_token", counted)
+    assert bench.main(["bytes", "--contexts", "32768"]) == 0
+    default, paper = table(capsys.readouterr().out)
+    assert [*default.values()] == ["32,768", "default", *(f"{x},000.0" for x in (1, 2, 3, 6, 15)), "2.5x"]
+    assert [*paper.values()] == ["32,768", "--paper", "0.0", *(f"{x},000.0" for x in (1, 2, 3, 4)), "1.3x"]
+    ways = {"dense, everything streamed": (8e-3, 2e6), "sparse, resident": (2e-3, 0.0)}
+    given = []
+    monkeypatch.setattr(roofline, "strategies", lambda *args, **rates: given.append((args[3], rates)) or ways)
+    monkeypatch.setattr(bench, "load_model", lambda *args: (None, None))
+    monkeypatch.setattr(bench, "count_link", lambda *args: ({}, 0.1))
+    assert bench.main(["offload", "--contexts", "32768", "--gb-s", "1000", "10", "100"]) == 0
+    streamed, resident = (list(row.values()) for row in table(capsys.readouterr().out))
+    assert given == [(0.1, dict(memory=1e12, link=1e10, host=1e11))]
+    assert streamed == ["32,768", "dense, everything streamed", "8.00", "2.0", "1.0x", "4.00"]
+    assert resident == ["32,768", "sparse, resident", "2.00", "0.0", "4.0x", "1.00"]
 
 
 def test_numbers_are_written(tmp_path, capsys):
-    small = ["--block-size", "8", "--sink-tokens", "8", "--local-tokens", "16", "--budget", "40"]
-    out = str(tmp_path / "numbers.json")
-    options = [
-        "--model-shape",
-        "toy",
-        *small,
-        "--contexts",
-        "256",
-        "--dtypes",
-        "float32",
-        "--rounds",
-        "1",
-        "--out",
-        out,
-    ]
-    assert bench.main(["prefill", *options]) == 0
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    out = tmp_path / "numbers.json"
+    assert bench.main(["prefill", *SMALL, "--dtypes", "float32", "--rounds", "1", "--out", str(out)]) == 0
+    numbers = json.loads(out.read_text())
     assert numbers["config"]["budget"] == 40 and numbers["weights"] == "random weights in the shape of toy"
     for row, cells in zip(numbers["rows"], table(capsys.readouterr().out), strict=True):
         assert [cells["weights"], cells["tokens/s"]] == ["float32", f"{row['tokens_s']:,.1f}"]
         assert cells["peak memory beside weights, MB"] == f"{row['memory_mb']:,.0f}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of memory")
+def test_peak_memory_is_what_is_allocated():
+    """Whatever was freed before: 8 tensors of 8 MB at a time, and 512 of 128 KB."""
+    for n, size in ((8, 1 << 23), (512, 1 << 17)):
+        for _ in range(3):
+            total = bench.with_peak_memory(lambda n=n, size=size: [torch.ones(size // 4) for _ in range(n)], CPU)[1]
+            assert abs(total - 2**26) < 2**23
 
 
 @pytest.mark.parametrize(
@@ -347,7 +341,7 @@ def test_numbers_are_written(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line(options, message, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "model_of", lambda *args: (tiny_llama(), "tiny"))
+    monkeypatch.setattr(bench, "load_model", lambda *args: (tiny_llama(), None))
     assert bench.main(options) == 2
     error = capsys.readouterr().err
     assert error.startswith("bench: ") and error.count("\n") == 1 and message in error
