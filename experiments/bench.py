@@ -426,10 +426,11 @@ def prefill_rows(models, config, contexts, rounds, backend):
     def theirs(model, tokens):
         return model(tokens[None], use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()
 
-    readers = {(dtype, "ours"): partial(ours, model) for dtype, model in models.items()}
-    if installed("transformers"):
-        readers |= {(dtype, "transformers"): partial(theirs, as_transformers(m)) for dtype, m in models.items()}
-    model = next(iter(models.values()))
+    readers = {}
+    for dtype, model in models.items():
+        readers[dtype, "ours"] = partial(ours, model)
+        if installed("transformers"):
+            readers[dtype, "transformers"] = partial(theirs, as_transformers(model))
     for context in contexts:
         tokens = torch.randint(model.config.vocab_size, (context,), device=model.device)
         for read in readers.values():
