@@ -363,6 +363,8 @@ def test_counters_are_exact():
         getattr(decoder.stats, f"{name}_bytes") for name in ("attention", "calibration", "choosing")
     )
     assert len(decoder.stats.recovery) == 2
+    saved = decoder.stats.dense_bytes / decoder.stats.read_bytes
+    assert attnpred.format_summary(decoder).endswith(f": {saved:.1f}x less") and saved > 1.1
     assert all((r > 0).all() and (r <= 1 + 1e-5).all() and r.shape == (2, 4) for r in decoder.stats.recovery)
 
 
