@@ -62,7 +62,7 @@ class Config:
     local_tokens: int = parameter(64, "R", 64, "last tokens, always attended")
     budget: int = parameter(1024, "B", 1024, "tokens attended per head, sink and local tokens included")
     calibration_interval: int | str = parameter(
-        "auto", "M", 5, "every M-th step the true attention row enters the history; auto: 8, doubled while T / M > 2 B"
+        "auto", "M", 5, "every M-th step the true attention row enters the history; auto: 8, doubled while T / M > B"
     )
     selection_interval: int | None = parameter(
         None, "P", 1, "every P-th step the blocks for the next P tokens are predicted and selected; default: M"
@@ -154,11 +154,11 @@ class Config:
         return end - start <= self.topk_blocks
 
     def intervals(self, n_tokens: int) -> tuple[int, int]:
-        """M and P at n_tokens. With "auto", calibration (T / M keys a token) never reads more than attention does."""
+        """M and P at n_tokens. With "auto", calibration (T / M keys) reads at most half of what attention reads."""
         m = self.calibration_interval
         if m == "auto":
             m = 8
-            while n_tokens > 2 * self.budget * m:
+            while n_tokens > self.budget * m:
                 m *= 2
         return m, self.selection_interval or m
 
@@ -443,19 +443,24 @@ class SparseDecoder:
         return out[:, None]
 
     def forward(self, model, token):
-        """Run the model on token (1,) -> logits (V,). A step that keeps no query is captured once and then replayed."""
+        """Run the model on token (1,) -> logits (V,), which the next step may overwrite.
+
+        A step that keeps no query is captured once and then replayed.
+        """
         if not self.uses_graph or self.last_query == self.n_tokens:
             return self.run_layers(model, token)
         if self.graph is None:  # run this step, which compiles the kernels; capture it for the next ones
-            logits = self.run_layers(model, token)
             self.graph, self.graph_token = torch.cuda.CUDAGraph(), token.clone()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")  # a thread may pool beside it
+            stream = capture.capture_stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # AMD's library makes a handle for each stream, which a capture forbids
+                logits = self.run_layers(model, token)
+            with capture:  # waits for the whole device first
                 self.graph_logits = self.run_layers(model, self.graph_token)
-            self.graph_lse = list(self.lse)
             return logits
         self.graph_token.copy_(token)
         self.graph.replay()
-        self.lse = list(self.graph_lse)
         return self.graph_logits
 
     def run_layers(self, model, token):

@@ -1,6 +1,5 @@
-"""Llama and its relatives in one file: configuration, modules, loading, tokenizer and chat template.
+"""The Llama family in one file: the model, its tokenizer and chat template, and the loading of its checkpoints.
 
-Read it top to bottom: LlamaConfig, the RoPE tables, Llama (a block is attention, then SwiGLU), Tokenizer, load_model.
 The batch size is always 1, so no tensor has a batch dimension. In the shapes, T is the number of tokens passed in,
 C = d_model, F = d_ff, D = head_dim, Hq = n_heads, Hk = n_kv_heads, V = vocab_size.
 
@@ -13,7 +12,7 @@ and RoPE scalings.
 
 import json
 import math
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, partial
@@ -56,142 +55,24 @@ class LlamaConfig:
     def group_size(self):
         return self.n_heads // self.n_kv_heads
 
-    @classmethod
-    def from_json(cls, raw: dict) -> "LlamaConfig":
+    @staticmethod
+    def from_json(raw: dict) -> "LlamaConfig":
         """From the contents of a Hugging Face config.json, of transformers 4 or 5. Raises ModelError."""
-        family = _supported_family(raw)
-        try:
-            theta, scaling = _rope_parameters(raw, family)
-            n_layers, context_len = int(raw["num_hidden_layers"]), int(raw["max_position_embeddings"])
-            if scaling and scaling["rope_type"] == "yarn":  # config.json may name the context before its extension
-                context_len = max(context_len, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
-            nope_layers = ()
-            if family == "smollm3":
-                interval = raw.get("no_rope_layer_interval", 4)
-                uses_rope = raw.get("no_rope_layers") or [(i + 1) % interval for i in range(n_layers)]  # 0: no RoPE
-                nope_layers = tuple(i for i in range(n_layers) if not uses_rope[i])
-            eos, attention_bias = raw.get("eos_token_id"), bool(raw.get("attention_bias", False))
-            config = cls(
-                n_layers=n_layers,
-                n_heads=int(raw["num_attention_heads"]),
-                n_kv_heads=int(raw.get("num_key_value_heads") or raw["num_attention_heads"]),
-                head_dim=int(raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]),
-                d_model=int(raw["hidden_size"]),
-                d_ff=int(raw["intermediate_size"]),
-                vocab_size=int(raw["vocab_size"]),
-                context_len=context_len,
-                rope_theta=theta,
-                rope_scaling=scaling,
-                rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
-                tie_embeddings=bool(raw.get("tie_word_embeddings", family == "smollm3")),
-                attention_bias=attention_bias or family == "qwen2",
-                mlp_bias=bool(raw.get("mlp_bias", False)),
-                eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-                output_bias=attention_bias and family != "qwen2",
-                qk_norm=family == "qwen3",
-                nope_layers=nope_layers,
-            )
-        except KeyError as error:
-            raise ModelError(f"config.json: the key {error} is missing")
-        except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
-            raise ModelError(f"config.json: {error}")
-        config._validate()
-        return config
-
-    def _validate(self):
-        for name in "n_layers n_heads n_kv_heads head_dim d_model d_ff vocab_size context_len".split():
-            if getattr(self, name) < 1:
-                raise ModelError(f"config.json: {name} is {getattr(self, name)}; it must be at least 1")
-        if self.n_heads % self.n_kv_heads:
-            raise ModelError(f"config.json: {self.n_heads} heads do not divide into {self.n_kv_heads} KV heads")
-        if self.head_dim % 2:
-            raise ModelError(f"config.json: head_dim is {self.head_dim}; RoPE needs an even one")
+        return _config_from_json(raw)
 
 
-# The families that load, by their model_type, and the architecture that config.json names for each.
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-}
-
-# The RoPE types that are known, and Hugging Face's keys for the parameters of each beside rope_theta.
-ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
-}
-
-
-def _supported_family(raw):
-    """The model's family. Raises ModelError for what this file does not compute, by name."""
-
-    def refuse(what, remedy):
-        raise ModelError(f"config.json: {what} is not supported; use {remedy}")
-
-    family, architectures = raw.get("model_type"), raw.get("architectures") or []
-    if any(raw.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        refuse(f"a mixture of experts (model_type {family!r})", "a dense model")
-    if family not in FAMILIES or FAMILIES[family] not in (architectures or [FAMILIES[family]]):
-        refuse(f"model_type {family!r}, architectures {architectures}", f"a {', '.join(FAMILIES.values())}")
-    if raw.get("quantization_config"):
-        refuse("a quantised checkpoint (quantization_config)", "the model's float16, bfloat16 or float32 weights")
-    window = raw.get("sliding_window", 4096) if family == "mistral" else raw.get("use_sliding_window")
-    if window or "sliding_attention" in (raw.get("layer_types") or []):
-        refuse("a sliding window", "a model that attends to its whole context")
-    flat = raw | (raw.get("rope_parameters") or {})
-    for key, value in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
-        if flat.get(key, value) != value:
-            refuse(f"{key} {flat[key]!r}", f"a model with {value!r}")
-    return family
-
-
-def _rope_parameters(raw, family):
-    """theta, and the scaling: None, or {"rope_type": ...} and the keys of ROPE_KEYS."""
-    # transformers 5 writes rope_parameters; 4 writes rope_theta and rope_scaling, and 'type' before 'rope_type'.
-    rope = {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(rope["rope_theta"] or (2e6 if family == "smollm3" else 1e4))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_KEYS:
-        raise ModelError(f"config.json: rope type {rope_type!r} is not supported; use one of {', '.join(ROPE_KEYS)}")
-    rope = {"original_max_position_embeddings": raw["max_position_embeddings"]} | rope
-    if rope_type == "yarn":
-        given = {key: value for key, value in rope.items() if value is not None}
-        factor = given.get("factor", raw["max_position_embeddings"] / given["original_max_position_embeddings"])
-
-        def mscale(weight):
-            return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-        attention_factor = mscale(1.0)
-        if given.get("mscale") and given.get("mscale_all_dim"):
-            attention_factor = mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
-        defaults = dict(factor=factor, beta_fast=32.0, beta_slow=1.0, attention_factor=attention_factor, truncate=True)
-        rope = defaults | given
-    scaling = {"rope_type": rope_type} | {key: float(rope[key]) for key in ROPE_KEYS[rope_type]}
-    return theta, None if rope_type == "default" else scaling
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
-
-def rope_tables(config: LlamaConfig, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position's angles, each (context_len, D/2) float32; Hugging Face's formulas."""
+def rope_table(config: LlamaConfig, device) -> torch.Tensor:
+    """cos and sin of every position's angles (context_len, 2, D/2) float32; Hugging Face's formulas."""
     D, theta = config.head_dim, config.rope_theta
     exponent = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D  # (D/2,)
     freq = 1.0 / theta**exponent  # (D/2,)
-    scaling, scale = config.rope_scaling or {"rope_type": "default"}, 1.0
-    if scaling["rope_type"] == "linear":
-        freq = freq / scaling["factor"]  # (D/2,)
-    elif scaling["rope_type"] == "llama3":
-        # Turns made over the original context: few -> divide by factor, many -> keep, between -> interpolate.
+    scaling, scale = config.rope_scaling or {"rope_type": "default", "factor": 1.0}, 1.0
+    keep = torch.zeros_like(freq)  # (D/2,): the share of a frequency that is kept; the rest is divided by the factor
+    if scaling["rope_type"] == "llama3":
+        # By the turns made over the original context: few -> divide, many -> keep, linear between.
         turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # (D/2,)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # (D/2,)
-        freq = (1 - keep) * freq / scaling["factor"] + keep * freq  # (D/2,)
     elif scaling["rope_type"] == "yarn":
         # The same, but linear in the index of the frequency: from beta_fast turns (keep) to beta_slow turns (divide).
         turns = [scaling["beta_fast"], scaling["beta_slow"]]
@@ -200,11 +81,11 @@ def rope_tables(config: LlamaConfig, device) -> tuple[torch.Tensor, torch.Tensor
         if scaling["truncate"]:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, D - 1)
-        divide = ((exponent * D / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)  # (D/2,)
-        freq = (1 - divide) * freq + divide * freq / scaling["factor"]  # (D/2,)
+        keep = 1 - ((exponent * D / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)  # (D/2,)
         scale = scaling["attention_factor"]  # of q and k, and so its square of the attention logits
+    freq = keep * freq + (1 - keep) * freq / scaling["factor"]  # (D/2,)
     angles = torch.arange(config.context_len, dtype=torch.float32, device=device)[:, None] * freq  # (context_len, D/2)
-    return angles.cos() * scale, angles.sin() * scale
+    return torch.stack((angles.cos(), angles.sin()), 1) * scale  # (context_len, 2, D/2)
 
 
 def rotate(x, cos, sin):
@@ -218,65 +99,15 @@ def rotation_matrix(cos, sin):
     return cos[0].diag() + sin[0].diag().roll(cos.shape[1] // 2, 0)  # (D, D)
 
 
-def causal_attention(layer, q, k, v):
-    """Dense causal attention of the last T of T' tokens: q (Hq, T, D), k and v (Hk, T', D) -> (Hq, T, D).
-
-    With T' = T it is the `attend` of a prefill that keeps no cache. Memory grows with T', not with T * T'.
-    """
-    T, past, group = q.shape[1], k.shape[1] - q.shape[1], len(q) // len(k)
-    if not q.is_cpu:
-        if q.dtype == torch.float32:  # no fused kernel shares float32 K and V in a group
-            k, v, group = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), 1  # (Hq, T', D)
-        mask = causal_lower_right(T, past + T) if past else None  # never materialised: it chooses a fused kernel
-        qkv = q[None], k[None], v[None]
-        return F.scaled_dot_product_attention(*qkv, mask, is_causal=not past, enable_gqa=group > 1)[0]
-    if q.dtype != torch.float32:
-        return causal_attention_in_tiles(q, k, v)
-    if past == 0:
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-    # No CPU kernel knows such a mask: attend to the earlier tokens and to the last T apart, then merge.
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # returns the log-sum-exp too
-    recent = (x[None, :, past:].repeat_interleave(group, 1) for x in (k, v))  # (1, Hq, T, D) each
-    out, lse = attend(q[None], *recent, is_causal=True)  # (1, Hq, T, D), (1, Hq, T)
-    shared = q.reshape(1, len(k), group * T, -1)  # the queries of a group see the same earlier keys
-    old_out, old_lse = attend(shared, k[None, :, :past], v[None, :, :past])  # (1, Hk, G * T, D), (1, Hk, G * T)
-    weight = torch.sigmoid(old_lse.reshape_as(lse) - lse)[..., None]  # (1, Hq, T, 1): the share of the earlier tokens
-    return torch.lerp(out, old_out.reshape_as(out), weight)[0]
-
-
-TILE_LOGITS = 1 << 22  # 8 MB of logits stay in a CPU's cache
-TILE_KEYS = 512  # keys are rounded up to a multiple of this: oneDNN compiles and keeps a kernel for every shape
-
-
-def causal_attention_in_tiles(q, k, v):
-    """As causal_attention, by matrix products alone: a CPU with bfloat16 does them several times as fast as PyTorch's
-    fused kernel, which works in float32. The logits are rounded to the dtype of q.
-    """
-    T, total, group = q.shape[1], k.shape[1], len(q) // len(k)
-    n_rows = min(T, max(16, TILE_LOGITS // (len(q) * total)))  # queries in a tile
-    q = (q * q.shape[2] ** -0.5).unflatten(0, (-1, group))  # (Hk, G, T, D)
-    out, start = torch.empty_like(q), total - T  # (Hk, G, T, D), the position of a tile's first query
-    for rows, tile in zip(q.split(n_rows, 2), out.split(n_rows, 2)):  # (Hk, G, rows, D) each
-        n = rows.shape[2]
-        end = min(total, -(-(start + n) // TILE_KEYS) * TILE_KEYS)
-        logits = rows.flatten(1, 2) @ k[:, :end].mT  # (Hk, G * rows, end)
-        position = torch.arange(start, end)
-        future = position > position[:n, None]  # (rows, end - start)
-        logits.unflatten(1, (group, n))[..., start:].masked_fill_(future, -math.inf)
-        tile.copy_((logits.softmax(-1) @ v[:, :end]).unflatten(1, (group, n)))
-        start += n
-    return out.flatten(0, 1)  # (Hq, T, D)
-
-
 class Linear(nn.Linear):
     """y = x W^T + b, or residual + y. A wider x than W widens W, one matrix at a time: see `product_dtype`."""
 
     def forward(self, x, residual=None):  # (T, n_in) -> (T, n_out); overwrites the residual (T, n_out)
         if residual is not None and self.bias is None and residual.dtype == self.weight.dtype:
             return residual.addmm_(x, self.weight.T)  # (T, n_out), in one launch
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # (n_out,)
         y = F.linear(x, self.weight.to(x.dtype), bias)  # (T, n_out)
-        return y if residual is None else residual.add_(y)
+        return y if residual is None else residual.add_(y)  # (T, n_out)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -285,37 +116,7 @@ class RMSNorm(nn.RMSNorm):
             row = x.float()  # (1, C)
             mean_square = torch.addmm(row.new_full((1, 1), self.eps), row, row.mT, alpha=1 / row.numel())  # (1, 1)
             return (row * mean_square.rsqrt_()).to(dtype) * self.weight.to(dtype)  # (1, C)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(dtype)
-
-
-def product_dtype(weight, n_rows) -> torch.dtype:
-    """The dtype in which n_rows are multiplied by a weight: its own, but float32 where a CPU is slow at it.
-
-    One row, a decode step, waits for the weight's bytes and is multiplied in its dtype everywhere.
-    """
-    if weight.is_cpu and n_rows > 1 and not multiplies(weight.dtype):
-        return torch.float32
-    return weight.dtype
-
-
-@cache
-def multiplies(dtype) -> bool:
-    """Whether this CPU multiplies matrices of a dtype natively: a narrow one is slower than float32 otherwise."""
-    if dtype == torch.float32:
-        return True
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-    return getattr(torch.ops.mkldnn, name)()
-
-
-@contextmanager
-def fast_rows(one_row_on_cpu):
-    """oneDNN multiplies one row by a bfloat16 matrix at half the speed of PyTorch's own code: turn it off for that."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(enabled and not one_row_on_cpu)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(dtype)  # (..., C)
 
 
 class Block(nn.Module):
@@ -324,8 +125,7 @@ class Block(nn.Module):
     def __init__(self, layer, config):
         super().__init__()
         self.layer, self.config = layer, config
-        c = config
-        d_q, d_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        c, d_q, d_kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.has_rope = layer not in c.nope_layers
         self.attn_norm = RMSNorm(c.d_model, c.rms_eps)
         self.qkv = Linear(c.d_model, d_q + 2 * d_kv, c.attention_bias)  # rows: q, then k, then v
@@ -338,7 +138,8 @@ class Block(nn.Module):
     def forward(self, x, rope, attend, kv_dtype):  # x (T, C), overwritten -> (T, C)
         T, n_heads, n_kv_heads = x.shape[0], self.config.n_heads, self.config.n_kv_heads
         dtype = product_dtype(self.qkv.weight, T)
-        heads = self.qkv(self.attn_norm(x, dtype)).view(T, -1, self.config.head_dim).transpose(0, 1).to(kv_dtype)
+        heads = self.qkv(self.attn_norm(x, dtype)).view(T, -1, self.config.head_dim)  # (T, Hq + 2 Hk, D)
+        heads = heads.transpose(0, 1).to(kv_dtype)  # (Hq + 2 Hk, T, D)
         qk, v = heads.split((n_heads + n_kv_heads, n_kv_heads))  # (Hq + Hk, T, D), (Hk, T, D)
         if self.q_norm is not None:
             q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
@@ -346,8 +147,8 @@ class Block(nn.Module):
         if self.has_rope:
             qk = rope(qk)  # (Hq + Hk, T, D)
         q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
-        out = attend(self.layer, q, k, v)  # (Hq, T, D)
-        x = self.attn_out(out.transpose(0, 1).reshape(T, -1).to(dtype), x)  # (T, C)
+        out = attend(self.layer, q, k, v).transpose(0, 1).reshape(T, -1).to(dtype)  # (T, Hq * D)
+        x = self.attn_out(out, x)  # (T, C)
         gate, up = self.gate_up(self.mlp_norm(x, dtype)).chunk(2, dim=-1)  # (T, F), (T, F)
         return self.down(F.silu(gate).mul_(up), x)  # (T, C)
 
@@ -368,18 +169,10 @@ class Llama(nn.Module):
             self.norm = RMSNorm(config.d_model, config.rms_eps)
             self.head = Linear(config.d_model, config.vocab_size, False)
         self.to_empty(device=device).to(dtype).requires_grad_(False)
+        self.device, self.dtype = self.embed.device, self.embed.dtype
         if config.tie_embeddings:
             self.head.weight = self.embed
-        table = torch.stack(rope_tables(config, device), 1)  # (context_len, 2, D/2) float32: cos and sin
-        self.register_buffer("rope_table", table, persistent=False)
-
-    @property
-    def device(self):
-        return self.embed.device
-
-    @property
-    def dtype(self):
-        return self.embed.dtype
+        self.register_buffer("rope_table", rope_table(config, device), persistent=False)
 
     @torch.inference_mode()
     def hidden(self, tokens, positions, attend):
@@ -402,8 +195,80 @@ class Llama(nn.Module):
     @torch.inference_mode()
     def forward(self, tokens, positions, attend):
         """tokens (T,) int64 at positions (T,) int64 -> the last position's logits (V,) float32."""
-        with fast_rows(len(tokens) == 1 and self.embed.is_cpu):
+        one_row = len(tokens) == 1 and self.embed.is_cpu  # oneDNN takes twice as long as PyTorch for bfloat16
+        with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None) if one_row else nullcontext():
             return self.logits(self.hidden(tokens, positions, attend)[-1:])[0]  # (V,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dense attention, and what a CPU does quickly
+
+
+def causal_attention(layer, q, k, v):
+    """Dense causal attention of the last T of T' tokens: q (Hq, T, D), k and v (Hk, T', D) -> (Hq, T, D).
+
+    With T' = T it is the `attend` of a prefill that keeps no cache. Memory grows with T', not with T * T'.
+    """
+    T, past, group = q.shape[1], k.shape[1] - q.shape[1], len(q) // len(k)
+    if not q.is_cpu:
+        if q.dtype == torch.float32:  # no fused kernel shares float32 K and V in a group
+            k, v, group = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), 1  # (Hq, T', D)
+        mask = causal_lower_right(T, past + T) if past else None  # never materialised: it chooses a fused kernel
+        qkv = q[None], k[None], v[None]
+        return F.scaled_dot_product_attention(*qkv, mask, is_causal=not past, enable_gqa=group > 1)[0]
+    if q.dtype != torch.float32:
+        return causal_attention_in_tiles(q, k, v)
+    # No CPU kernel has a mask for T < T': attend to the last T tokens and to the earlier ones apart, then merge.
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # returns the log-sum-exp too
+    recent = (x[None, :, past:].repeat_interleave(group, 1) for x in (k, v))  # (1, Hq, T, D) each
+    out, lse = attend(q[None], *recent, is_causal=True)  # (1, Hq, T, D), (1, Hq, T)
+    if past == 0:
+        return out[0]  # (Hq, T, D)
+    shared = q.reshape(1, len(k), group * T, -1)  # the queries of a group see the same earlier keys
+    old_out, old_lse = attend(shared, k[None, :, :past], v[None, :, :past])  # (1, Hk, G * T, D), (1, Hk, G * T)
+    weight = torch.sigmoid(old_lse.reshape_as(lse) - lse)[..., None]  # (1, Hq, T, 1): the share of the earlier tokens
+    return torch.lerp(out, old_out.reshape_as(out), weight)[0]  # (Hq, T, D)
+
+
+TILE_LOGITS = 1 << 22  # 8 MB of logits stay in a CPU's cache
+TILE_KEYS = 512  # keys are rounded up to a multiple of this: oneDNN compiles and keeps a kernel for every shape
+
+
+def causal_attention_in_tiles(q, k, v):
+    """As causal_attention, by matrix products alone: a CPU with bfloat16 does them several times as fast as PyTorch's
+    fused kernel, which works in float32. The logits are rounded to the dtype of q.
+    """
+    T, total, group = q.shape[1], k.shape[1], len(q) // len(k)
+    n_rows = min(T, max(16, TILE_LOGITS // (len(q) * total)))  # queries in a tile
+    q = (q * q.shape[2] ** -0.5).unflatten(0, (-1, group))  # (Hk, G, T, D)
+    out, start = torch.empty_like(q), total - T  # (Hk, G, T, D), the position of a tile's first query
+    for rows, tile in zip(q.split(n_rows, 2), out.split(n_rows, 2)):  # (Hk, G, rows, D) each
+        n = rows.shape[2]
+        end = min(total, -(-(start + n) // TILE_KEYS) * TILE_KEYS)
+        logits = rows.flatten(1, 2) @ k[:, :end].mT  # (Hk, G * rows, end)
+        position = torch.arange(start, end)
+        future = position > position[:n, None]  # (rows, end - start)
+        logits.unflatten(1, (group, n))[..., start:].masked_fill_(future, -math.inf)
+        tile.copy_((logits.softmax(-1) @ v[:, :end]).unflatten(1, (group, n)))  # (Hk, G, rows, D)
+        start += n
+    return out.flatten(0, 1)  # (Hq, T, D)
+
+
+def product_dtype(weight, n_rows) -> torch.dtype:
+    """The dtype in which n_rows are multiplied by a weight: its own, but float32 where a CPU is slow at it.
+
+    One row, a decode step, waits for the weight's bytes and is multiplied in its dtype everywhere.
+    """
+    if weight.is_cpu and n_rows > 1 and not multiplies(weight.dtype):
+        return torch.float32
+    return weight.dtype
+
+
+@cache
+def multiplies(dtype) -> bool:
+    """Whether this CPU multiplies matrices of a dtype natively: a narrow one is slower than float32 otherwise."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    return name is None or getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,17 +298,14 @@ class Tokenizer:
             raise ModelError(f"{path} is not a tokenizer: {_one_line(error)}")
         config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
         config = _read_json(config_path) if config_path.is_file() else {}
-        tokens = {key: value for key, value in config.items() if key.endswith("_token") and value}
-        tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
+        tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+        tokens = {key: value for key, value in tokens.items() if key.endswith("_token") and value}
         self.special_tokens = {key: value for key, value in tokens.items() if isinstance(value, str)}
         template = config.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         self.chat_template = template_path.read_text(encoding="utf-8") if template_path.is_file() else template
-
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self.chat_template)
+        self.has_chat_template = bool(self.chat_template)
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Token ids; with special_tokens, those of tokenizer.json's post-processor too, but never a second BOS."""
@@ -465,12 +327,11 @@ class Tokenizer:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
-        )
+        extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = _to_json
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # and no escapes for HTML
         try:
             template = environment.from_string(self.chat_template)
             options = dict(add_generation_prompt=True, tools=None, documents=None)
@@ -544,35 +405,32 @@ def checkpoint_targets(model):
     if not c.tie_embeddings:
         targets["lm_head.weight"] = model.head.weight
     for i, block in enumerate(model.blocks):
-        prefix = f"model.layers.{i}."
-        targets[prefix + "input_layernorm.weight"] = block.attn_norm.weight
-        targets[prefix + "post_attention_layernorm.weight"] = block.mlp_norm.weight
-        if c.qk_norm:
-            targets[prefix + "self_attn.q_norm.weight"] = block.q_norm.weight
-            targets[prefix + "self_attn.k_norm.weight"] = block.k_norm.weight
-        for linear, names, rows in (
-            (block.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (d_q, d_kv, d_kv)),
-            (block.attn_out, ("self_attn.o_proj",), (c.d_model,)),
-            (block.gate_up, ("mlp.gate_proj", "mlp.up_proj"), (c.d_ff, c.d_ff)),
-            (block.down, ("mlp.down_proj",), (c.d_model,)),
+        for module, names, rows in (
+            (block.attn_norm, "input_layernorm", c.d_model),
+            (block.qkv, "self_attn.q_proj self_attn.k_proj self_attn.v_proj", (d_q, d_kv, d_kv)),
+            (block.q_norm, "self_attn.q_norm", c.head_dim),
+            (block.k_norm, "self_attn.k_norm", c.head_dim),
+            (block.attn_out, "self_attn.o_proj", c.d_model),
+            (block.mlp_norm, "post_attention_layernorm", c.d_model),
+            (block.gate_up, "mlp.gate_proj mlp.up_proj", c.d_ff),
+            (block.down, "mlp.down_proj", c.d_model),
         ):
-            for kind, parameter in linear.named_parameters():  # weight, and perhaps bias
-                targets |= {f"{prefix}{name}.{kind}": part for name, part in zip(names, parameter.split(rows))}
+            for kind, parameter in module.named_parameters() if module is not None else ():  # weight, perhaps bias
+                parts = zip(names.split(), parameter.split(rows))
+                targets |= {f"model.layers.{i}.{name}.{kind}": part for name, part in parts}
     return targets
 
 
 def _fill(model, folder):
     """Copies the checkpoint, memory-mapped, tensor by tensor into the model's parameters."""
-    targets = checkpoint_targets(model)
+    targets, tied = checkpoint_targets(model), model.config.tie_embeddings
     missing = set(targets)
     for path in _checkpoint_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    if name.endswith("rotary_emb.inv_freq") or (
-                        name == "lm_head.weight" and model.config.tie_embeddings
-                    ):
-                        continue  # old checkpoints carry them, though they follow from config.json and the embeddings
+                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied):
+                        continue  # old checkpoints carry what follows from config.json and the embeddings
                     if name not in missing:
                         raise ModelError(f"{path}: the tensor {name} is not one that config.json calls for")
                     source, target = file.get_tensor(name), targets[name]
@@ -598,12 +456,11 @@ def _checkpoint_files(folder):
     root = folder.resolve()
     # The hub's cache is the one place where links lead out: snapshots/<revision>/<file> -> blobs/<hash>.
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    for name in set(names.values()):
-        path = Path(name)
-        resolved = (root / path).resolve()
-        if path.is_absolute() or ".." in path.parts or not any(resolved.is_relative_to(r) for r in roots):
+    names = sorted(set(names.values()))
+    for name in names:
+        if ".." in Path(name).parts or not any((root / name).resolve().is_relative_to(r) for r in roots):
             raise ModelError(f"{index_path}: {name!r} lies outside the model's folder")
-    return [folder / name for name in sorted(set(names.values()))]
+    return [folder / name for name in names]
 
 
 def _read_json(path):
@@ -618,10 +475,125 @@ def _read_json(path):
     return content
 
 
-def _to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """Chat templates' filter: transformers' defaults, and no escapes for HTML."""
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def _one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+
+
+# The families that load, by their model_type, and the architecture that config.json names for each.
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+
+# The RoPE types that are known, and Hugging Face's keys for the parameters of each beside rope_theta.
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
+}
+
+
+def _refuse(condition, message):
+    if condition:
+        raise ModelError(f"config.json: {message}")
+
+
+def _config_from_json(raw):
+    try:
+        _refuse_unsupported(raw)
+        config = _read_config(raw)
+    except KeyError as error:
+        raise ModelError(f"config.json: the key {error} is missing")
+    except (TypeError, ValueError, ArithmeticError, IndexError) as error:
+        raise ModelError(f"config.json: {error}")
+    for name in "n_layers n_heads n_kv_heads head_dim d_model d_ff vocab_size context_len".split():
+        _refuse(getattr(config, name) < 1, f"{name} is {getattr(config, name)}; it must be at least 1")
+    heads, kv_heads, scaling = config.n_heads, config.n_kv_heads, config.rope_scaling or {}
+    _refuse(heads % kv_heads, f"{heads} heads do not divide into {kv_heads} KV heads")
+    _refuse(config.head_dim % 2, f"head_dim is {config.head_dim}; RoPE needs an even one")
+    _refuse(not config.rope_theta > 1, f"rope_theta is {config.rope_theta}; it must be more than 1")
+    for key in set(scaling) - {"rope_type", "truncate"}:
+        _refuse(not scaling[key] > 0, f"the RoPE scaling's {key} is {scaling[key]}; it must be positive")
+    return config
+
+
+def _refuse_unsupported(raw):
+    """Refuses, by name, what this file does not compute."""
+    family, architectures = raw.get("model_type"), raw.get("architectures") or []
+    experts = any(raw.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    known = family in FAMILIES and FAMILIES[family] in (architectures or [FAMILIES[family]])
+    window = raw.get("sliding_window", 4096) if family == "mistral" else raw.get("use_sliding_window")
+    window = window or "sliding_attention" in (raw.get("layer_types") or [])
+    flat = {"hidden_act": "silu", "partial_rotary_factor": 1.0} | raw | (raw.get("rope_parameters") or {})
+    act, part = flat["hidden_act"], flat["partial_rotary_factor"]
+    for condition, what, remedy in (
+        (experts, f"a mixture of experts (model_type {family!r})", "a dense model"),
+        (not known, f"model_type {family!r}, architectures {architectures}", f"a {', '.join(FAMILIES.values())}"),
+        (raw.get("quantization_config"), "a quantised checkpoint (quantization_config)",
+         "the model's float16, bfloat16 or float32 weights"),
+        (window, "a sliding window", "a model that attends to its whole context"),
+        (act != "silu", f"hidden_act {act!r}", "a model with 'silu'"),
+        (part != 1.0, f"partial_rotary_factor {part!r}", "a model with 1.0"),
+    ):  # fmt: skip
+        _refuse(condition, f"{what} is not supported; use {remedy}")
+
+
+def _read_config(raw):
+    family, theta, scaling = raw["model_type"], *_rope_parameters(raw)
+    n_layers, context_len = int(raw["num_hidden_layers"]), int(raw["max_position_embeddings"])
+    if scaling and scaling["rope_type"] == "yarn":  # config.json may name the context before its extension
+        context_len = max(context_len, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
+    nope_layers = ()
+    if family == "smollm3":
+        interval = raw.get("no_rope_layer_interval", 4)
+        uses_rope = raw.get("no_rope_layers") or [(i + 1) % interval for i in range(n_layers)]  # 0: no RoPE
+        nope_layers = tuple(i for i in range(n_layers) if not uses_rope[i])
+    eos, attention_bias = raw.get("eos_token_id"), bool(raw.get("attention_bias", False))
+    return LlamaConfig(
+        n_layers=n_layers,
+        n_heads=int(raw["num_attention_heads"]),
+        n_kv_heads=int(raw.get("num_key_value_heads") or raw["num_attention_heads"]),
+        head_dim=int(raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]),
+        d_model=int(raw["hidden_size"]),
+        d_ff=int(raw["intermediate_size"]),
+        vocab_size=int(raw["vocab_size"]),
+        context_len=context_len,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", family == "smollm3")),
+        attention_bias=attention_bias or family == "qwen2",
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        output_bias=attention_bias and family != "qwen2",
+        qk_norm=family == "qwen3",
+        nope_layers=nope_layers,
+    )
+
+
+def _rope_parameters(raw):
+    """theta, and the scaling: None, or {"rope_type": ...} and the keys of ROPE_KEYS."""
+    # transformers 5 writes rope_parameters; 4 writes rope_theta and rope_scaling, and 'type' before 'rope_type'.
+    given = {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope = {"rope_theta": 2e6 if raw["model_type"] == "smollm3" else 1e4}
+    rope["original_max_position_embeddings"] = raw["max_position_embeddings"]
+    rope |= {key: value for key, value in given.items() if value is not None}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    _refuse(rope_type not in ROPE_KEYS, f"rope type {rope_type!r} is not supported; use one of {', '.join(ROPE_KEYS)}")
+    if rope_type == "yarn":
+        rope = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "mscale": 0.0, "mscale_all_dim": 0.0} | rope
+        rope.setdefault("factor", raw["max_position_embeddings"] / rope["original_max_position_embeddings"])
+        mscale, all_dim = rope["mscale"], rope["mscale_all_dim"]
+        growth = 0.1 * math.log(max(rope["factor"], 1.0))
+        one, both = growth + 1.0, (mscale * growth + 1.0) / (all_dim * growth + 1.0)
+        rope.setdefault("attention_factor", both if mscale and all_dim else one)
+    scaling = {"rope_type": rope_type} | {key: float(rope[key]) for key in ROPE_KEYS[rope_type]}
+    return float(rope["rope_theta"]), None if rope_type == "default" else scaling

@@ -1,17 +1,19 @@
-"""How fast: decoding end to end, and each kernel; what a token launches, reads, and sends over the link to the host.
+"""How fast: decoding and prefill, and each kernel; what a token launches, reads, and sends over the link to the host.
 
     python -m experiments.bench speed      ms per token of several ways to decode, and peak memory
+    python -m experiments.bench prefill    tokens per second through a prompt, and peak memory
     python -m experiments.bench kernels    each hot path against PyTorch and against the machine's ceilings
     python -m experiments.bench offload    bytes over the link, counted on a text, and a model of time
     python -m experiments.bench bytes      bytes read per token
     python -m experiments.bench launches   launches per token
 
-Each prints its tables and writes all numbers with --out FILE.json. The first two measure; a long context's keys, values
-and history are random numbers, because a step's time does not depend on them. The ceilings are measured, too: a copy on
-the device, a matrix product, a copy from pinned host memory. The others count, on tensors that have no memory
+The first three measure, and write all numbers with --out FILE.json; a long context's keys, values and history are
+random numbers, because a step's time does not depend on them. The ceilings are measured, too: a copy on the device, a
+matrix product, a copy from pinned host memory. The others count, on tensors that have no memory
 (experiments/roofline.py).
 """
 
+import argparse
 import ctypes
 import dataclasses
 import importlib.util
@@ -26,26 +28,25 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
 import attnpred
 import kernels
-from attnpred import Config, InputError, KVCache, OneLineParser, SparseDecoder, decode_one_token, prefill
+from attnpred import Config, InputError, OneLineParser, SparseDecoder, decode_one_token, prefill
 from experiments import roofline
 from experiments.hot_paths import PATHS
 from experiments.tables import markdown
 from model import Llama, LlamaConfig, checkpoint_targets, load_model
 from weights.fetch_llm import fetch_default_llm
 
-TEXT = pathlib.Path(kernels.__file__)  # a long text for counting what a selection fetches
-TOY = replace(
-    roofline.LLAMA_31_8B, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64
-)
-SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B, "toy": TOY}
+TEXT = pathlib.Path(kernels.__file__)  # its tokens show what a selection fetches
+TEXT_TOKENS, TEXT_STEPS = 4096, 64  # of it: the prompt, and how many are decoded
+TOY = dict(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64)
+SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B, "toy": replace(roofline.LLAMA_31_8B, **TOY)}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Models, measuring and printing
@@ -53,27 +54,34 @@ SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B, "toy": TOY
 
 
 def shape_of(name) -> LlamaConfig:
-    config = pathlib.Path(fetch_default_llm()) / "config.json" if SHAPES[name] is None else None
-    return SHAPES[name] or LlamaConfig.from_json(json.loads(config.read_text()))
+    return SHAPES[name] or LlamaConfig.from_json(json.loads((fetch_default_llm() / "config.json").read_text()))
 
 
-def model_of(name, dtype, device):
-    """(model, what its weights are)."""
-    if SHAPES[name] is None:
-        return load_model(str(fetch_default_llm()), dtype, device)[0], "SmolLM2-135M-Instruct"
-    model = Llama(SHAPES[name], dtype, device)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.data.normal_(1.0 if parameter_name.endswith("norm.weight") else 0.0, 0.02)
-    return model.eval(), f"random weights in the shape of {name}"
+def models_of(args, device):
+    """({dtype: model}, the results' first entries)."""
+    models, results = {}, machine(device)
+    for name in args.dtypes:
+        how, shape = (getattr(torch, name), device), SHAPES[args.model_shape]
+        models[name] = model = Llama(shape, *how).eval() if shape else load_model(str(fetch_default_llm()), *how)[0]
+        for part, parameter in model.named_parameters() if shape else ():
+            parameter.data.normal_(1.0 if part.endswith("norm.weight") else 0.0, 0.02)
+    if max(args.contexts) > model.config.context_len:
+        context = f"the model's context is {model.config.context_len:,} tokens"
+        raise InputError(f"{context}: --contexts {max(args.contexts)} is too long")
+    weights = f"random weights in the shape of {args.model_shape}" if shape else "SmolLM2-135M-Instruct"
+    return models, results | dict(weights=weights)
 
 
-def paper(config):
-    """The paper's setting with the same blocks, history and budget."""
-    same = ("block_size", "history_len", "sink_tokens", "local_tokens", "budget")
-    return Config.paper(**{name: getattr(config, name) for name in same})
+def machine(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__)
 
 
-def show(rows, columns):
+def predictor():
+    return attnpred.load_predictor(attnpred.DEFAULT_PREDICTOR)
+
+
+def show(rows, columns=None):
     """Print dicts as a table, and return them; `columns` maps a header to a format, missing numbers are dashes."""
 
     def cell(form, row):
@@ -83,7 +91,8 @@ def show(rows, columns):
             return None
 
     rows = list(rows)
-    print(markdown(pd.DataFrame([{head: cell(form, row) for head, form in columns.items()} for row in rows])) + "\n")
+    cells = [{head: cell(form, row) for head, form in columns.items()} for row in rows] if columns else rows
+    print(markdown(pd.DataFrame(cells)) + "\n")
     return rows
 
 
@@ -111,9 +120,7 @@ def ceilings(dtype, device, size=1 << 28, n=4096):
     return found
 
 
-def machine(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def with_peak_memory(call, device):
@@ -128,12 +135,18 @@ def with_peak_memory(call, device):
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide new allocations
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)  # freed memory that glibc keeps would hide new allocations, or add up
+        libc.malloc_trim(0)
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = resident("VmRSS")
     except (OSError, AttributeError):  # not Linux, or not glibc
         return call(), None
-    return call(), resident("VmHWM") - before
+    try:
+        return call(), resident("VmHWM") - before
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -141,97 +154,92 @@ def with_peak_memory(call, device):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class StreamedCache(KVCache):
-    """All K and V in host memory, copied to the device layer by layer for every token: offloading without selection."""
+def dense(config):
+    return replace(config, dense_layers=10**6)
 
-    def __init__(self, decoder):
-        c, m, device = decoder.config, decoder.model_config, decoder.history.device
-        capacity_tokens, dtype = decoder.capacity * c.block_size, decoder.queries.dtype
-        super().__init__(c, m, decoder.heads, capacity_tokens, dtype, "cpu", "torch", n_layers=0)
-        shape = 2, m.n_layers, m.n_kv_heads, self.capacity, c.block_size, m.head_dim
-        self.kv = attnpred.host_memory(shape, dtype, device, self)
-        self.k, self.v = self.kv
-        self.staging = torch.empty_like(self.kv[:, 0], device=device)  # (2, Hk, capacity, b, D)
 
-    def attend_all(self, layer, q):
-        n_blocks = -(-self.n_tokens // self.block_size)
-        self.staging[:, :, :n_blocks].copy_(self.kv[:, layer, :, :n_blocks], non_blocking=True)
-        k, v = self.staging.flatten(2, 3)[:, None, :, : self.n_tokens]  # (1, Hk, T, D) each
-        return F.scaled_dot_product_attention(q.unflatten(0, (self.n_kv_heads, -1))[None], k, v)[0].flatten(0, 1)
+def paper(config):
+    """The paper's setting with the same blocks, history and budget."""
+    same = ("block_size", "history_len", "sink_tokens", "local_tokens", "budget")
+    return Config.paper(**{name: getattr(config, name) for name in same})
+
+
+CONTENDERS = {  # name: (what it makes of the Config, options of its SparseDecoder)
+    "dense": (dense, {}),
+    "sparse": (replace, {}),
+    "sparse --paper": (paper, {}),
+    "transformers": (dense, {}),
+    "sparse, no graph": (replace, dict(graph=False)),
+    "sparse, late": (roofline.offloaded, {}),  # a resident cache with an offloaded one's selections
+    "sparse, offloaded": (roofline.offloaded, dict(offload=True)),
+    "sparse, offloaded, no graph": (roofline.offloaded, dict(offload=True, graph=False)),
+}
+ON_CPU = list(CONTENDERS)[:4]
+ON_GPU = [name for name in CONTENDERS if name not in ("sparse --paper", "transformers")]
 
 
 class Ours:
-    """A SparseDecoder with a random cache; `step` decodes a token. `words` say how: see CONTENDERS."""
-
-    def __init__(self, words, model, predictor, config, n_tokens, n_steps, backend):
-        self.model = model
-        offload, graph = "offloaded" in words, not {"no graph", "streamed"} & set(words)
-        self.decoder = SparseDecoder(config, model, predictor, n_tokens + n_steps, backend, offload, graph)
-        if "streamed" in words:
-            self.decoder.cache = StreamedCache(self.decoder)
-        self.fill(n_tokens)
-        self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self.weight_bytes = roofline.weight_bytes(model.config, model.dtype.itemsize)
+    """A SparseDecoder; K, V and history are random, and blocks that attract attention go on attracting it."""
 
     @torch.inference_mode()
-    def fill(self, n_tokens):
-        """Random K, V and history in place of a prompt. Blocks that attract attention go on attracting it."""
-        decoder, m = self.decoder, self.model.config
+    def __init__(self, model, config, n_tokens, n_steps, backend, **options):
+        self.model, m = model, model.config
+        self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self.decoder = decoder = SparseDecoder(config, model, predictor(), n_tokens + n_steps, backend, **options)
         torch.manual_seed(0)
         decoder.begin_prompt(n_tokens)
+        kv = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.kv_dtype)
         for layer in range(m.n_layers):
-            k, v = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=self.model.device).to(self.model.kv_dtype)
-            decoder.cache.write_prompt(layer, k, v)  # (Hk, T, D) each
-        rows = decoder.history[..., : decoder.config.n_blocks(n_tokens)]  # (L', heads, H, N)
+            decoder.cache.write_prompt(layer, *kv)  # (Hk, T, D) each
+        rows = decoder.history[..., : config.n_blocks(n_tokens)]  # (L', heads, H, N)
         rows.uniform_(0.5, 1).mul_(torch.rand_like(rows[:, :, :1]) ** 8)
         decoder.queries.normal_()
-        decoder.fits = not decoder.sparse_layers or decoder.config.fits(n_tokens + 1)  # False: keep this history
+        decoder.fits = not decoder.sparse_layers or config.fits(n_tokens + 1)  # False: keep this history
         decoder.finish_token()
 
     def step(self):
-        """Returns the token that it follows: as in `generate`, the host reads it after launching the next step."""
+        """Decode a token; returns the one before it: as in `generate`, the host reads it after launching the step."""
         value = attnpred.read_later(self.token)
         self.token = attnpred.sample(decode_one_token(self.model, self.decoder, self.token))
         return value()
 
-    def bytes_per_token(self):
-        return self.weight_bytes + self.decoder.stats.read_bytes / self.decoder.step
+    def kv_bytes(self):
+        return self.decoder.stats.read_bytes / self.decoder.step
+
+
+def as_transformers(model):
+    """The same weights, not copied, in transformers' LlamaForCausalLM."""
+    import transformers
+
+    m = model.config
+    rope = (m.rope_scaling or {"rope_type": "default"}) | {"rope_theta": m.rope_theta}
+    config = transformers.LlamaConfig(
+        hidden_size=m.d_model, intermediate_size=m.d_ff, num_hidden_layers=m.n_layers, num_attention_heads=m.n_heads,
+        num_key_value_heads=m.n_kv_heads, head_dim=m.head_dim, vocab_size=m.vocab_size, rms_norm_eps=m.rms_eps,
+        max_position_embeddings=m.context_len, tie_word_embeddings=m.tie_embeddings, rope_parameters=rope,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(config)
+    weights = {name: part.data for name, part in checkpoint_targets(model).items()}
+    theirs.load_state_dict(weights, assign=True, strict=not m.tie_embeddings)
+    theirs.tie_weights()
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(model.device)
+    return theirs.eval()
 
 
 class Transformers:
-    """The same weights, not copied, in transformers' LlamaForCausalLM, with its default cache, random too."""
+    """transformers with its default cache, random too."""
 
     def __init__(self, model, n_tokens):
-        import transformers
+        from transformers import DynamicCache
 
-        m, device = model.config, model.device
-        config = transformers.LlamaConfig(
-            hidden_size=m.d_model,
-            intermediate_size=m.d_ff,
-            num_hidden_layers=m.n_layers,
-            num_attention_heads=m.n_heads,
-            num_key_value_heads=m.n_kv_heads,
-            head_dim=m.head_dim,
-            vocab_size=m.vocab_size,
-            max_position_embeddings=m.context_len,
-            rms_norm_eps=m.rms_eps,
-            rope_parameters=(m.rope_scaling or {"rope_type": "default"}) | {"rope_theta": m.rope_theta},
-            tie_word_embeddings=m.tie_embeddings,
-            attn_implementation="sdpa",
-        )
-        with torch.device("meta"):
-            self.model = transformers.LlamaForCausalLM(config)
-        weights = {name: part.data for name, part in checkpoint_targets(model).items()}
-        self.model.load_state_dict(weights, assign=True, strict=not m.tie_embeddings)
-        self.model.tie_weights()
-        self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config).to(device)
-        self.model.eval()
-        self.cache = transformers.DynamicCache(config=config)
+        self.model, m = as_transformers(model), model.config
+        self.cache = DynamicCache(config=self.model.config)
+        kv = torch.randn(2, 1, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.dtype)
         for layer in range(m.n_layers):
-            kv = torch.randn(2, 1, m.n_kv_heads, n_tokens, m.head_dim, device=device).to(model.dtype)
             self.cache.update(*kv, layer)  # (1, Hk, T, D) each
-        self.token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.m, self.itemsize = m, model.dtype.itemsize
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
 
     @torch.inference_mode()
     def step(self):
@@ -239,29 +247,18 @@ class Transformers:
         self.token = logits[:, -1].argmax(-1, keepdim=True)
         return self.token.item()
 
-    def bytes_per_token(self):
-        kv = 2 * self.m.n_layers * self.m.n_kv_heads * self.cache.get_seq_length() * self.m.head_dim
-        return roofline.weight_bytes(self.m, self.itemsize) + kv * self.itemsize
+    def kv_bytes(self):
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
 
-SETTINGS = {"dense": lambda c: replace(c, dense_layers=10**6), "sparse": lambda c: c, "sparse --paper": paper}
-HOW = ("offloaded", "late", "streamed", "no graph")  # late: selections as of an offloaded cache
-CONTENDERS = ("dense", "sparse", "sparse --paper", "transformers")
-ON_GPU = ("dense", "dense, streamed", "sparse", "sparse, no graph")
-ON_GPU += ("sparse, late", "sparse, offloaded", "sparse, offloaded, no graph")
-
-
-def contender_of(name, model, predictor, config, context, rounds, backend):
+def contender_of(name, model, config, context, rounds, backend):
     """(a function that makes the contender of that name, tokens that it decodes in a round).
 
     A round of sparse decoding is whole intervals of selection and calibration, so that its mean pays for both. The last
     of all rounds ends at the context.
     """
-    setting, *words = name.split(", ")
-    if name != "transformers" and (setting not in SETTINGS or set(words) - set(HOW)):
-        raise InputError(f"unknown contender {name}: use transformers, or {', '.join(SETTINGS)} with {', '.join(HOW)}")
-    c = SETTINGS.get(setting, SETTINGS["dense"])(config)
-    c = roofline.offloaded(c) if {"offloaded", "late"} & set(words) else c
+    setting, options = CONTENDERS[name]
+    c = setting(config)
     tokens = roofline.intervals(c, context)
     tokens = tokens if c.dense_layers < model.config.n_layers else min(8, tokens)
     n_steps = (rounds + 2) * tokens  # warming up, the rounds, and the stages or a trace
@@ -269,24 +266,24 @@ def contender_of(name, model, predictor, config, context, rounds, backend):
         raise InputError(f"{n_steps} tokens are decoded at {context}: use longer --contexts or fewer --rounds")
     if name == "transformers":
         return partial(Transformers, model, context - n_steps), tokens
-    return partial(Ours, words, model, predictor, c, context - n_steps, n_steps, backend), tokens
+    return partial(Ours, model, c, context - n_steps, n_steps, backend, **options), tokens
 
 
 def race(contenders, rounds, device):
-    """Decode in turns. contenders: {name: (make, tokens in each round)}, as from `contender_of`.
+    """Time contenders in turn. contenders: {name: (make, steps in each round)}; what `make` returns has a `step`.
 
-    Returns {name: {"rounds": [ms per token], "ms": their median, "memory": peak bytes, "answer": the first tokens,
-    "contender"}}.
+    Returns {name: {"rounds": [ms per step], "ms": their median, "memory": peak bytes, "answer": what the first steps
+    return, "contender"}}.
     """
 
-    def warmed_up(make, tokens):
+    def warmed_up(make, steps):
         contender = make()
-        return contender, [contender.step() for _ in range(tokens)]
+        return contender, [contender.step() for _ in range(steps)]
 
     rows = {}
-    for name, (make, tokens) in contenders.items():
+    for name, (make, steps) in contenders.items():
         try:
-            (contender, answer), memory = with_peak_memory(partial(warmed_up, make, tokens), device)
+            (contender, answer), memory = with_peak_memory(partial(warmed_up, make, steps), device)
             rows[name] = dict(contender=contender, answer=answer, memory=memory, rounds=[])
             continue
         except torch.OutOfMemoryError:
@@ -294,10 +291,10 @@ def race(contenders, rounds, device):
         torch.cuda.empty_cache()  # not above: the exception would keep the contender alive
     for _ in range(rounds):
         for name, row in rows.items():
-            begun, tokens = time.perf_counter(), contenders[name][1]
-            for _ in range(tokens):
+            begun, steps = time.perf_counter(), contenders[name][1]
+            for _ in range(steps):
                 row["contender"].step()
-            row["rounds"].append(1e3 * (time.perf_counter() - begun) / tokens)
+            row["rounds"].append(1e3 * (time.perf_counter() - begun) / steps)
     return {name: row | dict(ms=statistics.median(row["rounds"])) for name, row in rows.items()}
 
 
@@ -328,37 +325,38 @@ def stage_ms(contender, n_steps):
     return {stage: 1e3 * took / n_steps for stage, took in spent.items()}
 
 
-def speed_rows(names, models, predictor, config, contexts, rounds, backend, bandwidth):
-    """A row per context, dtype and contender, its "contender" included. models: {name of a dtype: model}."""
+def speed_rows(names, models, config, contexts, rounds, backend, bandwidth):
+    """A row per context, dtype and contender. models: {name of a dtype: model}."""
     device = next(iter(models.values())).device
     for name, model in ((name, model) for model in models.values() for name in names if backend == "torch"):
-        contender_of(name, model, predictor, config, 4 * 64, 1, backend)[0]().step()  # a library's first allocations
+        contender_of(name, model, config, 4 * 64, 1, backend)[0]().step()  # a library's first allocations
     for context in contexts:
         contenders = {
-            (dtype, name): contender_of(name, model, predictor, config, context, rounds, backend)
+            (dtype, name): contender_of(name, model, config, context, rounds, backend)
             for dtype, model in models.items()
             for name in names
         }
         # a CPU's speed drifts, so all take turns; a GPU's memory holds one of them at a time
         groups = [contenders] if device.type == "cpu" else [{key: value} for key, value in contenders.items()]
-        dense, answers = {}, {}
+        done = {}
         for group in groups:
-            rows = race(group, rounds, device)
-            dense |= {dtype: row["rounds"] for (dtype, name), row in rows.items() if name == "dense"}
-            for (dtype, name), row in rows.items():
-                contender = row["contender"]
-                row |= dict(context=context, dtype=dtype, name=name, bytes=contender.bytes_per_token())
-                row |= dict(tokens_s=1e3 / row["ms"], gb_s=1e-6 * row["bytes"] / row["ms"])
-                row |= dict(least_ms=1e3 * row["bytes"] / bandwidth, memory_mb=row["memory"] and 1e-6 * row["memory"])
-                row["of_copy"] = row["least_ms"] / row["ms"]
-                if dtype in dense:
-                    row["speedup"] = statistics.median(d / t for d, t in zip(dense[dtype], row["rounds"]))
-                answers[dtype, name] = row["answer"]
-                same = [n for (d, n), answer in answers.items() if (d, answer) == (dtype, row["answer"])]
-                row["same_as"] = same[0] if same[0] != name else None
+            for (dtype, name), row in race(group, rounds, device).items():
+                contender, model, done[dtype, name] = row.pop("contender"), models[dtype], row
+                row |= dict(context=context, dtype=dtype, name=name, tokens_s=1e3 / row["ms"])
+                row["bytes"] = roofline.weight_bytes(model.config, model.dtype.itemsize) + contender.kv_bytes()
+                row |= dict(gb_s=1e-6 * row["bytes"] / row["ms"], least_ms=1e3 * row["bytes"] / bandwidth)
+                row |= dict(of_copy=row["least_ms"] / row["ms"], memory_mb=row["memory"] and 1e-6 * row["memory"])
                 if name == "sparse" and backend == "torch":
                     row["stages"] = stage_ms(contender, group[dtype, name][1])
-                yield row
+                del contender
+        for (dtype, name), row in done.items():
+            if (dtype, "dense") in done:
+                pairs = zip(done[dtype, "dense"]["rounds"], row["rounds"])
+                row["speedup"] = statistics.median(theirs / ours for theirs, ours in pairs)
+            same = next(n for (d, n), other in done.items() if (d, other["answer"]) == (dtype, row["answer"]))
+            row["same_as"] = same if same != name else None
+            print(f"bench: {name}, {dtype}, {context} tokens: {row['ms']:.1f} ms", file=sys.stderr)
+            yield row
 
 
 SPEED_COLUMNS = {
@@ -374,46 +372,29 @@ SPEED_COLUMNS = {
 }
 
 
-def trace_of(contender, n_steps, path):
-    """Write a profiler's trace of some steps for Perfetto; {stream: [(start, seconds, "copy" or "kernel")]} of it."""
-    from torch.profiler import profile
-
-    with profile() as profiled:
-        for _ in range(n_steps):
+def write_trace(make, tokens, path):
+    """A profiler's trace of a contender's second round, for https://ui.perfetto.dev."""
+    contender = make()
+    for _ in range(tokens):
+        contender.step()
+    with torch.profiler.profile() as profiled:
+        for _ in range(tokens):
             contender.step()
-    profiled.export_chrome_trace(str(path))
-    return lanes_of_trace(json.loads(pathlib.Path(path).read_text()), contender.model.device)
-
-
-def lanes_of_trace(trace, device):
-    on_gpu = ("kernel", "gpu_memcpy", "gpu_memset") if device.type == "cuda" else ("cpu_op",)
-    events = [event for event in trace["traceEvents"] if event.get("cat") in on_gpu]
-    if not events:
+    if contender.model.device.type == "cuda" and not any(e.device_time_total for e in profiled.key_averages()):
         raise InputError("the profiler saw nothing on the GPU: it needs CUPTI and permission to use it")
-    origin, lanes = min(event["ts"] for event in events), {}
-    for event in events:
-        kind = "copy" if kernels._copy_kernel.__name__ in event["name"] or event["cat"] == "gpu_memcpy" else "kernel"
-        span = 1e-6 * (event["ts"] - origin), 1e-6 * event["dur"], kind
-        lanes.setdefault(f"stream {event['args'].get('stream', event.get('tid'))}", []).append(span)
-    return lanes
+    profiled.export_chrome_trace(path)
+
+
+def installed(name):
+    return name != "transformers" or importlib.util.find_spec("transformers")
 
 
 def bench_speed(args, config, device, backend):
     """ms per token of several ways to decode, and peak memory"""
-    models, results = {}, machine(device)
-    for dtype in args.dtypes:
-        models[dtype], results["weights"] = model_of(args.model_shape, getattr(torch, dtype), device)
-    predictor = attnpred.load_predictor(args.predictor)
+    models, results = models_of(args, device)
     bandwidth = ceilings(torch.float32, device, n=64)["copy"]
-    longest = models[dtype].config.context_len
-    if max(args.contexts) > longest:
-        raise InputError(f"the model's context is {longest:,} tokens: --contexts {max(args.contexts)} is too long")
-    names = [name for name in args.contenders if name != "transformers" or importlib.util.find_spec("transformers")]
-    rows = []
-    for row in speed_rows(names, models, predictor, config, args.contexts, args.rounds, backend, bandwidth):
-        contender = row.pop("contender")
-        print(f"bench: {row['name']}, {row['dtype']}, {row['context']} tokens: {row['ms']:.1f} ms", file=sys.stderr)
-        rows.append(row)
+    names = [*filter(installed, args.contenders)]
+    rows = list(speed_rows(names, models, config, args.contexts, args.rounds, backend, bandwidth))
     print(
         f"{results['device']}, {results['threads']} threads, {results['weights']}, budget {config.budget}; "
         f"a copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written\n"
@@ -424,8 +405,49 @@ def bench_speed(args, config, device, backend):
         columns = {name: SPEED_COLUMNS[name] for name in ("context", "weights")}
         show(timed, columns | {f"{stage}, ms": f"{{stages[{stage}]:,.2f}}" for stage in stages})
     if args.trace:
-        results["timeline"] = trace_of(contender, roofline.intervals(config, args.contexts[-1]), args.trace)
+        model, context = models[args.dtypes[-1]], args.contexts[-1]
+        write_trace(*contender_of(names[-1], model, config, context, args.rounds, backend), args.trace)
     return results
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# prefill
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def prefill_rows(models, config, contexts, rounds, backend):
+    """A row per context, dtype and contender: the fastest of the rounds, each a whole prompt of random tokens."""
+
+    def ours(model, tokens):
+        decoder = SparseDecoder(config, model, predictor(), len(tokens), backend)
+        return prefill(model, decoder, tokens).argmax().item()
+
+    @torch.inference_mode()
+    def theirs(model, tokens):
+        return model(tokens[None], use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()
+
+    readers = {(dtype, "ours"): partial(ours, model) for dtype, model in models.items()}
+    if installed("transformers"):
+        readers |= {(dtype, "transformers"): partial(theirs, as_transformers(m)) for dtype, m in models.items()}
+    model = next(iter(models.values()))
+    for context in contexts:
+        tokens = torch.randint(model.config.vocab_size, (context,), device=model.device)
+        for read in readers.values():
+            read(tokens[:128])  # a library's first allocations
+        steps = {key: (partial(SimpleNamespace, step=partial(read, tokens)), 1) for key, read in readers.items()}
+        for (dtype, name), row in race(steps, rounds, model.device).items():
+            row |= dict(context=context, dtype=dtype, name=name, tokens_s=1e3 * context / min(row["rounds"]))
+            del row["contender"]
+            yield row | dict(memory_mb=row["memory"] and 1e-6 * row["memory"])
+
+
+def bench_prefill(args, config, device, backend):
+    """tokens per second through a prompt, and peak memory"""
+    models, results = models_of(args, device)
+    print(f"Prefill: {results['device']}, {results['threads']} threads, {results['weights']}, budget {config.budget}\n")
+    columns = [*list(SPEED_COLUMNS)[:3], "tokens/s", "peak memory beside weights, MB"]
+    rows = prefill_rows(models, config, args.contexts, args.rounds, backend)
+    return results | dict(rows=show(rows, {name: SPEED_COLUMNS[name] for name in columns}))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -433,20 +455,16 @@ def bench_speed(args, config, device, backend):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def kernel_rows(m, c, contexts, dtype, device, backend, found):
-    for context in contexts:
-        for name, work, call, rivals in (path for f in PATHS for path in f(m, c, context, dtype, device, backend)):
-            print(f"bench: {name}, {context} tokens", file=sys.stderr)
-            took, others = (
-                seconds(call, device),
-                {rival: seconds(rival_call, device) for rival, rival_call in rivals.items()},
-            )
-            copy = found["host copy" if name.startswith("copy") else "copy"]
-            matmul = found["matmul tf32" if name.startswith("predict") else "matmul"]
-            row = dict(path=name, context=context, us=1e6 * took, rivals_us={n: 1e6 * t for n, t in others.items()})
-            row |= dict(gb_s=1e-9 * work.bytes / took, of_copy=work.bytes / took / copy)
-            row |= dict(tflop_s=2e-12 * work.multiply_adds / took, of_matmul=work.multiply_adds / took / matmul)
-            yield row | dict(rivals="; ".join(f"{n} {1e6 * t:,.1f} ({t / took:.1f}x)" for n, t in others.items()))
+def kernel_row(path, context, device, found):
+    name, work, call, rivals = path
+    print(f"bench: {name}, {context} tokens", file=sys.stderr)
+    took, others = seconds(call, device), {rival: seconds(other, device) for rival, other in rivals.items()}
+    copy = found["host copy" if name.startswith("copy") else "copy"]
+    matmul = found["matmul tf32" if name.startswith("predict") else "matmul"]
+    row = dict(path=name, context=context, us=1e6 * took, rivals_us={rival: 1e6 * t for rival, t in others.items()})
+    row |= dict(gb_s=1e-9 * work.bytes / took, of_copy=work.bytes / took / copy)
+    row |= dict(tflop_s=2e-12 * work.multiply_adds / took, of_matmul=work.multiply_adds / took / matmul)
+    return row | dict(rivals="; ".join(f"{rival} {1e6 * t:,.1f} ({t / took:.1f}x)" for rival, t in others.items()))
 
 
 KERNEL_COLUMNS = {
@@ -473,7 +491,9 @@ def bench_kernels(args, config, device, backend):
         f"product {2e-12 * found['matmul']:,.1f} TFLOP/s ({str(dtype)[6:]}), {2e-12 * found['matmul tf32']:,.1f} "
         f"({'tf32' if on_gpu else 'float32'})\n"
     )
-    rows = kernel_rows(shape_of(args.model_shape), config, args.contexts, dtype, device, backend, found)
+    m, rows = shape_of(args.model_shape), []
+    for context, paths in ((context, paths) for context in args.contexts for paths in PATHS):
+        rows += [kernel_row(p, context, device, found) for p in paths(m, config, context, dtype, device, backend)]
     return results | dict(ceilings=found, rows=show(rows, KERNEL_COLUMNS))
 
 
@@ -482,126 +502,87 @@ def bench_kernels(args, config, device, backend):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def count_link(model, tokenizer, predictor, config, n_prompt, n_steps):
-    """What crosses the link while real text is decoded: a row of exact counts, MB per token."""
-    tokens = torch.tensor(tokenizer.encode(TEXT.read_text())[: n_prompt + n_steps], device=model.device)
-    if len(tokens) < n_prompt + n_steps:
-        raise InputError(f"{TEXT.name} has only {len(tokens):,} tokens: lower --text-tokens")
-    decoder = SparseDecoder(roofline.offloaded(config), model, predictor, len(tokens), "torch", offload=True)
-    prefill(model, decoder, tokens[:n_prompt])
+def count_link(model, tokenizer, config):
+    """What crosses the link while TEXT is decoded, exactly: (a row of a table, the share of a selection fetched)."""
+    n_tokens = TEXT_TOKENS + TEXT_STEPS
+    tokens = torch.tensor(tokenizer.encode(TEXT.read_text())[:n_tokens], device=model.device)
+    assert len(tokens) == n_tokens, f"{TEXT.name} is too short"
+    decoder = SparseDecoder(roofline.offloaded(config), model, predictor(), n_tokens, "torch", offload=True)
+    prefill(model, decoder, tokens[:TEXT_TOKENS])
     cache, m = decoder.cache, model.config
     before = int(cache.fetched), cache.selected, cache.written_bytes
-    for token in tokens[n_prompt:].split(1):
+    for token in tokens[TEXT_TOKENS:].split(1):
         decode_one_token(model, decoder, token)
     fetched, selected = int(cache.fetched) - before[0], cache.selected - before[1]
-    whole = 2 * m.n_layers * m.n_kv_heads * len(tokens) * m.head_dim * model.kv_dtype.itemsize
-    return dict(
-        tokens=n_prompt,
-        fetched_fraction=fetched / max(1, selected),
-        fetched_mb=1e-6 * fetched * cache.block_bytes / n_steps,
-        selected_mb=1e-6 * selected * cache.block_bytes / n_steps,
-        written_mb=1e-6 * (cache.written_bytes - before[2]) / n_steps,
-        whole_mb=1e-6 * whole,
-        on_device_mb=1e-6 * cache.device_bytes,
-    )
-
-
-COUNT_COLUMNS = {
-    "prompt": "{tokens:,}",
-    "selected, MB per token": "{selected_mb:,.3f}",
-    "of it fetched": "{fetched_mb:,.3f} ({fetched_fraction:.1%})",
-    "written back": "{written_mb:,.3f}",
-    "whole cache, MB": "{whole_mb:,.1f}",
-    "on the device": "{on_device_mb:,.1f}",
-}
-
-
-def modelled_rows(m, config, contexts, fetched_fraction, **rates):
-    """roofline's model of time, by context and way to keep the cache."""
-    for context in contexts:
-        ways = roofline.strategies(m, config, context, fetched_fraction, **rates)
-        slowest, resident = (ways[name][0] for name in ("dense, everything streamed", "sparse, resident"))
-        for name, (took, link_bytes) in ways.items():
-            row = dict(context=context, name=name, ms=1e3 * took, link_mb=1e-6 * link_bytes)
-            yield row | dict(speedup=slowest / took, of_resident=took / resident)
-
-
-MODEL_COLUMNS = {
-    "context": "{context:,}",
-    "cache": "{name}",
-    "ms per token": "{ms:,.2f}",
-    "MB over the link per token": "{link_mb:,.1f}",
-    "against everything streamed": "{speedup:.1f}x",
-    "time of sparse, resident": "{of_resident:.2f}",
-}
+    fraction, block_mb = fetched / max(1, selected), 1e-6 * cache.block_bytes / TEXT_STEPS
+    whole = 2 * m.n_layers * m.n_kv_heads * n_tokens * m.head_dim * model.kv_dtype.itemsize
+    return {
+        "prompt": f"{TEXT_TOKENS:,}",
+        "selected, MB per token": f"{selected * block_mb:,.3f}",
+        "of it fetched": f"{fetched * block_mb:,.3f} ({fraction:.1%})",
+        "written back": f"{1e-6 * (cache.written_bytes - before[2]) / TEXT_STEPS:,.3f}",
+        "whole cache, MB": f"{1e-6 * whole:,.1f}",
+        "on the device": f"{1e-6 * cache.device_bytes:,.1f}",
+    }, fraction
 
 
 def bench_offload(args, config, device, backend):
     """bytes over the link, counted on a text, and a model of time"""
-    predictor, results, fraction = attnpred.load_predictor(args.predictor), machine(device), args.fetched_fraction
-    if fraction is None:
-        model, tokenizer = load_model(str(fetch_default_llm()), torch.bfloat16, device)
-        print(f"Counted: SmolLM2-135M-Instruct on {TEXT.name}, {args.text_steps} tokens decoded\n")
-        counted = [count_link(model, tokenizer, predictor, config, args.text_tokens, args.text_steps)]
-        results["counted"], fraction = show(counted, COUNT_COLUMNS), counted[0]["fetched_fraction"]
-    gb_s = dict(memory=args.memory_gb_s, link=args.link_gb_s, host=args.host_gb_s)
+    if config.fits(TEXT_TOKENS):
+        raise InputError(
+            f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens that are counted: use a smaller one"
+        )
+    model, tokenizer = load_model(str(fetch_default_llm()), torch.bfloat16, device)
+    print(f"Counted: SmolLM2-135M-Instruct on {TEXT.name}, {TEXT_STEPS} tokens decoded\n")
+    counted, fraction = count_link(model, tokenizer, config)
+    show([counted])
+    gb_s, rows = dict(zip(("memory", "link", "host"), args.gb_s)), []
     print(
         f"A model, not a measurement: {args.model_shape} in 16 bits, budget {config.budget}, {fraction:.1%} of a "
         f"selection fetched; GB/s: {', '.join(f'{name} {rate:g}' for name, rate in gb_s.items())}\n"
     )
     rates = {name: 1e9 * rate for name, rate in gb_s.items()}
-    rows = modelled_rows(shape_of(args.model_shape), config, args.contexts, fraction, **rates)
-    return results | dict(gb_s=gb_s, fetched_fraction=fraction, modelled=show(rows, MODEL_COLUMNS))
+    for context in args.contexts:
+        ways = roofline.strategies(shape_of(args.model_shape), config, context, fraction, **rates)
+        slowest, resident = (ways[name][0] for name in ("dense, everything streamed", "sparse, resident"))
+        for name, (took, link_bytes) in ways.items():
+            row = {"context": f"{context:,}", "cache": name, "ms per token": f"{1e3 * took:,.2f}"}
+            row |= {"MB over the link per token": f"{1e-6 * link_bytes:,.1f}"}
+            row |= {"against everything streamed": f"{slowest / took:.1f}x"}
+            rows.append(row | {"time of sparse, resident": f"{took / resident:.2f}"})
+    show(rows)
 
 
 def bench_bytes(args, config, device, backend):
     """bytes read per token"""
     print(f"Bytes read per token, {args.model_shape} in 16 bits, budget {config.budget}\n")
-    m, rows = shape_of(args.model_shape), []
+    rows = []
     for context in args.contexts:
         for name, c in {"default": config, "--paper": paper(config)}.items():
-            reads = roofline.bytes_per_token(m, c, context)
-            megabytes = {f"{kind}_mb": 1e-6 * amount for kind, amount in reads.items()}
-            rows.append(dict(context=context, name=name, less=reads["dense"] / reads["total"], **megabytes))
-    kinds = ("attention", "calibration", "choosing", "total", "dense")
-    columns = {"context": "{context:,}", "setting": "{name}"} | {f"{n}, MB": f"{{{n}_mb:,.1f}}" for n in kinds}
-    return dict(rows=show(rows, columns | {"dense / total": "{less:.1f}x"}))
-
-
-def launch_rows(m, config, contexts):
-    """Tokens of one interval of calibration and selection, by what they launch."""
-    model = Llama(m, torch.bfloat16, "meta")
-    for context in contexts:
-        steps = roofline.intervals(config, context)
-        for name in ("resident", "offloaded"):
-            offload = name == "offloaded"
-            c = roofline.offloaded(config) if offload else config
-            decoder, counts = roofline.decode(model, c, context, steps, offload)
-            kv = decoder.cache.device_bytes if offload else decoder.cache.kv.nbytes
-            kinds = Counter(
-                (len(token.launches), token.operations.total(), token.link_bytes) for token in counts[-steps:]
-            )
-            for (triton, operations, link), count in kinds.most_common():
-                row = dict(context=context, name=name, tokens=count, of=steps, triton=triton, pytorch=operations)
-                yield row | dict(total=triton + operations, link_mb=1e-6 * link, kv_mb=1e-6 * kv)
-
-
-LAUNCH_COLUMNS = {
-    "context": "{context:,}",
-    "cache": "{name}",
-    "tokens": "{tokens} of {of}",
-    "Triton": "{triton:,}",
-    "PyTorch": "{pytorch:,}",
-    "launches": "{total:,}",
-    "MB over the link, selected blocks apart": "{link_mb:,.2f}",
-    "KV on the device, MB": "{kv_mb:,.0f}",
-}
+            reads = roofline.bytes_per_token(shape_of(args.model_shape), c, context)
+            row = {"context": f"{context:,}", "setting": name}
+            kinds = ("attention", "calibration", "choosing", "total", "dense")
+            row |= {f"{kind}, MB": f"{1e-6 * reads[kind]:,.1f}" for kind in kinds}
+            rows.append(row | {"dense / total": f"{reads['dense'] / reads['total']:.1f}x"})
+    show(rows)
 
 
 def bench_launches(args, config, device, backend):
     """launches per token"""
     print(f"Launches per token, sampling included, without a CUDA graph: {args.model_shape}, budget {config.budget}\n")
-    return dict(rows=show(launch_rows(shape_of(args.model_shape), config, args.contexts), LAUNCH_COLUMNS))
+    model, rows = Llama(shape_of(args.model_shape), torch.bfloat16, "meta"), []
+    for context, name in ((context, name) for context in args.contexts for name in ("resident", "offloaded")):
+        steps, offload = roofline.intervals(config, context), name == "offloaded"
+        c = roofline.offloaded(config) if offload else config
+        decoder, counts = roofline.decode(model, c, context, steps, offload)
+        kv = decoder.cache.device_bytes if offload else decoder.cache.kv.nbytes
+        tokens = Counter((len(one.launches), one.operations.total(), one.link_bytes) for one in counts[-steps:])
+        for (triton, operations, link), count in tokens.most_common():
+            row = {"context": f"{context:,}", "cache": name, "tokens": f"{count} of {steps}", "Triton": f"{triton:,}"}
+            row |= {"PyTorch": f"{operations:,}", "launches": f"{triton + operations:,}"}
+            row |= {"MB over the link, selected blocks apart": f"{1e-6 * link:,.2f}"}
+            rows.append(row | {"KV on the device, MB": f"{1e-6 * kv:,.0f}"})
+    show(rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -611,72 +592,71 @@ def bench_launches(args, config, device, backend):
 LONG = (8192, 32768, 131072)
 
 
+def at_least(low):
+    """An argparse type: a number of that kind, not below low."""
+
+    def parse(text):
+        if not low <= (value := type(low)(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: use at least {low}")
+        return value
+
+    parse.__name__ = type(low).__name__
+    return parse
+
+
+def new_file(text):
+    if pathlib.Path(text).is_dir() or not os.access(pathlib.Path(text).parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {text}: give a file in a folder that exists")
+    return text
+
+
 def make_parser():
     parser = OneLineParser(prog="bench", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     gpu = torch.cuda.is_available()
+    measured = "llama-3.1-8b" if gpu else "smollm2-135m"
     for command, contexts, shape in (
-        (bench_speed, LONG if gpu else (128, 1024, 4096, 8192), "llama-3.1-8b" if gpu else "smollm2-135m"),
-        (bench_kernels, LONG if gpu else LONG[:1], "llama-3.1-8b" if gpu else "smollm2-135m"),
+        (bench_speed, LONG if gpu else (128, 1024, 4096, 8192), measured),
+        (bench_prefill, (2048, 8192), measured),
+        (bench_kernels, LONG if gpu else LONG[:1], measured),
         (bench_offload, LONG, "llama-3.1-8b"),
         (bench_bytes, LONG, "llama-3.1-8b"),
         (bench_launches, LONG[1:], "llama-3.1-8b"),
     ):
         name = command.__name__.removeprefix("bench_")
         sub = commands.add_parser(name, help=command.__doc__)
-        sub.set_defaults(bench=command)
-        sub.add_argument("--out", metavar="FILE.json", help="write all numbers there")
-        sub.add_argument("--contexts", type=int, nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
-        sub.add_argument("--model-shape", choices=SHAPES, default=shape, help="smollm2-135m, or random weights")
-        if name in ("speed", "kernels"):
-            backend = "triton" if gpu else "torch"
-            sub.add_argument("--backend", choices=("triton", "torch"), default=backend, help="of the kernels")
-        if name in ("speed", "offload"):
-            sub.add_argument("--predictor", default=attnpred.DEFAULT_PREDICTOR, help="the convolution")
+        sub.set_defaults(bench=command, backend="torch", out=None)
+        add = sub.add_argument
+        add("--contexts", type=at_least(128), nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
+        add("--model-shape", choices=SHAPES, default=shape, help="smollm2-135m, or random weights")
+        if name in ("speed", "prefill", "kernels"):
+            add("--out", type=new_file, metavar="FILE.json", help="write all numbers there")
+            add("--backend", choices=("triton", "torch"), default="triton" if gpu else "torch", help="of the kernels")
+        if name in ("speed", "prefill"):
+            dtypes = ["float32", "bfloat16"]
+            add("--dtypes", nargs="+", default=dtypes[gpu:], choices=dtypes, help="of weights")
+            add("--rounds", type=at_least(1), default=7, help="in which the contenders take turns")
         if name == "speed":
-            names, dtypes = ON_GPU if gpu else CONTENDERS, ["bfloat16"] if gpu else ["float32", "bfloat16"]
-            how = f"{', '.join(SETTINGS)}, each with any of: {', '.join(HOW)}; or transformers"
-            sub.add_argument("--contenders", nargs="+", default=names, metavar="NAME", help=how)
-            sub.add_argument("--dtypes", nargs="+", default=dtypes, choices=["float32", "bfloat16"], help="of weights")
-            sub.add_argument("--rounds", type=int, default=7, help="the contenders take turns; the median counts")
-            sub.add_argument("--trace", metavar="FILE.json", help="trace an interval of the last contender")
+            names, default = ", ".join(CONTENDERS), ON_GPU if gpu else ON_CPU
+            add("--contenders", nargs="+", default=default, choices=CONTENDERS, metavar="NAME", help=names)
+            add("--trace", type=new_file, metavar="FILE.json", help="trace an interval of the last contender")
         if name == "offload":
-            sub.add_argument("--link-gb-s", type=float, default=55.0, help="host to device; 55: PCIe 5 x16")
-            sub.add_argument("--memory-gb-s", type=float, default=3350.0, help="of the device; 3350: H100")
-            sub.add_argument("--host-gb-s", type=float, default=200.0, help="of host memory")
-            sub.add_argument("--fetched-fraction", type=float, help="of a selection (default: counted, default LLM)")
-            sub.add_argument("--text-tokens", type=int, default=4096, help="prompt of that count")
-            sub.add_argument("--text-steps", type=int, default=64, help="tokens decoded for that count")
+            add(
+                "--gb-s", type=at_least(1e-3), nargs=3, default=(3350, 55, 200), metavar=("MEMORY", "LINK", "HOST"),
+                help="rates; default: of an H100, of PCIe 5 x16, of host memory: 3350 55 200",
+            )  # fmt: skip
         attnpred.add_method_options(sub)
     return parser
 
 
-def check(args, config):
-    for path in filter(None, (args.out, getattr(args, "trace", None))):
-        if not os.access(pathlib.Path(path).parent, os.W_OK) or pathlib.Path(path).is_dir():
-            raise InputError(f"cannot write {path}: give a file in a folder that exists")
-    if min(args.contexts) < 128:
-        raise InputError(f"--contexts {min(args.contexts)} is too short: use at least 128 tokens")
-    if getattr(args, "rounds", 1) < 1:
-        raise InputError(f"--rounds {args.rounds}: use at least 1")
-    if args.command == "offload":
-        if not all(0 < rate < math.inf for rate in (args.link_gb_s, args.memory_gb_s, args.host_gb_s)):
-            raise InputError("--link-gb-s, --memory-gb-s and --host-gb-s must be above 0")
-        if args.fetched_fraction is not None and not 0 <= args.fetched_fraction <= 1:
-            raise InputError(f"--fetched-fraction {args.fetched_fraction} must lie in 0 ... 1")
-        if config.fits(args.text_tokens) or args.text_steps < 1:
-            raise InputError("--text-tokens must exceed the budget, and --text-steps be at least 1")
-
-
 def run(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, backend = attnpred.config_of(args), getattr(args, "backend", None)
-    check(args, config)
+    config = attnpred.config_of(args)
     try:
-        kernels.use_triton(backend or "torch", device)
+        kernels.use_triton(args.backend, device)
     except RuntimeError as error:
         raise InputError(str(error)) from None
-    results = args.bench(args, config, device, backend)
+    results = args.bench(args, config, device, args.backend)
     if args.out:
         results["config"] = dataclasses.asdict(config)
         attnpred.write_atomically(args.out, lambda path: path.write_text(json.dumps(results, indent=1)))

@@ -77,10 +77,8 @@ def signature(launch):
 def resources(compiled, backend):
     """Registers of a thread, bytes spilled by a thread, bytes of a program's shared memory."""
     if backend == "hip":
-        counts = (
-            re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"]) for name in ("vgpr_count", "vgpr_spill_count")
-        )
-        registers, spilled = (int(count[1]) for count in counts)
+        names = ("vgpr_count", "vgpr_spill_count")
+        registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"])[1]) for name in names)
         return registers, 4 * spilled, compiled.metadata.shared
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -107,8 +105,8 @@ def compile_all(targets, kernel_names, models):
             seen.add(key)
             compiled = kernels.triton.compile(source, target=GPUTarget(*target[:3]), options=launch.options)
             registers, spilled, shared = resources(compiled, target.backend)
-            cells = launch.kernel.__name__, "×".join(map(str, launch.grid)), model, name, registers, spilled, shared
-            rows.append(dict(zip(("kernel", "grid", "model", "target", "registers", "spilled", "shared"), cells)))
+            row = dict(kernel=launch.kernel.__name__, grid="×".join(map(str, launch.grid)), model=model, target=name)
+            rows.append(row | dict(registers=registers, spilled=spilled, shared=shared))
     return rows
 
 
@@ -118,12 +116,10 @@ def kernel_names():
 
 def run(arguments):
     parser = OneLineParser(prog="python -m experiments.compile", description=__doc__.split("\n")[0])
-    parser.add_argument("targets", nargs="*", help=f"of {', '.join(TARGETS)}; default: all")
+    parser.add_argument("targets", nargs="*", choices=TARGETS, help="default: all")
     parser.add_argument("--kernel", choices=kernel_names(), help="only this one")
     parser.add_argument("--model", choices=MODELS, help="only this one")
     options = parser.parse_args(arguments)
-    if unknown := [name for name in options.targets if name not in TARGETS]:
-        parser.error(f"unknown target {unknown[0]}: try {', '.join(TARGETS)}")
     if kernels.triton.knobs is None or kernels.interpreted():
         parser.error("compiling needs Triton, and TRITON_INTERPRET unset")
     names = [options.kernel] if options.kernel else kernel_names()
@@ -131,8 +127,8 @@ def run(arguments):
     print(markdown(pd.DataFrame(rows)))
     bad = [row for row in rows if row["spilled"] or row["shared"] > TARGETS[row["target"]].shared_bytes]
     if bad:
-        lines = (f"{row['kernel']} on {row['target']}: spilled {row['spilled']}, shared {row['shared']}" for row in bad)
-        sys.exit("\n".join(lines))  # status 1
+        form = "{kernel} on {target}: spilled {spilled}, shared {shared}".format
+        sys.exit("\n".join(form(**row) for row in bad))  # status 1
 
 
 def main(arguments=None):

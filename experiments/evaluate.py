@@ -15,9 +15,9 @@ lm-eval   Tasks of the `lm-eval` package, with their own prompts and metrics, th
 table     Prints the tables of earlier results and computes nothing.
 
 A grid is a method, or several with commas, and values for Config's fields: `M`, `P`, `dense`, `share`, `rows`, `heads`,
-`budget` or a field's whole name; lists with commas are multiplied out. `bytes=1/8` looks for the budget with which the
-setting reads an eighth of the bytes that dense attention reads. Methods: ours, paper (`Config.paper`), full, and the
-rivals by name; `decayed-mean:0.6` has a decay of .6.
+`delay`, `swap`, `budget` or a field's whole name; lists with commas are multiplied out. `bytes=1/8` finds the budget
+with which the setting reads an eighth of the bytes that dense attention reads. Methods: ours, paper (`Config.paper`),
+full, and the rivals by name; `decayed-mean:0.6` has a decay of .6.
 
 Results are lines of JSON, one per text and setting, appended as soon as they are known: a run that was stopped goes on
 where it was, and several runs may share a file. A row of `texts` has
@@ -60,7 +60,7 @@ from model import causal_attention, load_model
 from weights.fetch_llm import fetch_default_llm
 
 RIVAL_GRID = (
-    "ours,paper,decayed-mean:0.9,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle bytes=1/16,1/8,1/4,1/3"
+    "ours,paper,decayed-mean:0.6,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle bytes=1/16,1/8,1/4,1/3"
 )
 GRIDS = {  # what a task compares without --grid
     "texts": ["full", RIVAL_GRID, "paper heads=kv bytes=1/4,1/3"],
@@ -72,7 +72,7 @@ GRIDS = {  # what a task compares without --grid
     "lm-eval": ["full,ours"],
 }
 SHORT = dict(M="calibration_interval", P="selection_interval", dense="dense_layers", share="share_budget")
-SHORT |= dict(rows="history_rows", heads="select_heads")
+SHORT |= dict(rows="history_rows", heads="select_heads", delay="selection_delay", swap="swap_share")
 LONG = {field: short for short, field in SHORT.items()}
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 
@@ -140,7 +140,10 @@ def parse_value(name, value, text):
     try:
         if name == "bytes":
             return value if 0 < Fraction(value) <= 1 else int("")
-        return int(value) if Config.__dataclass_fields__[name].type in (int, int | None) or value.isdigit() else value
+        kind = Config.__dataclass_fields__[name].type
+        if kind is float:
+            return float(value)
+        return int(value) if kind in (int, int | None) or value.isdigit() else value
     except (ValueError, ZeroDivisionError):
         raise InputError(f"{name} = {value!r} in the grid {text!r} must be a number") from None
 
@@ -186,7 +189,9 @@ def counted_bytes(setting, llm, itemsize, n_prompt, n_new):
             attended = llm.n_kv_heads * n
         if step:
             attention += 2 * vector * (dense * llm.n_kv_heads * n + sparse * attended)
-        if step % selection_interval == 0 and sparse and not c.fits(n + 1):
+        if step % selection_interval == 0:
+            due = step + (c.delay(n) if step else 0)
+        if step == due and sparse and not c.fits(n + 1):
             start, end = c.middle(n + 1)
             if step and c.topk_blocks and not every_token:
                 block = rival.bytes_per_block(new_rows, vector) if rival else 2 * (c.history_len + 4)

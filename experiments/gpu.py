@@ -22,13 +22,13 @@ from dataclasses import dataclass
 import torch
 
 from attnpred import InputError, OneLineParser, exit_status, write_atomically
-from experiments import bench, plots
+from experiments import plots
+from experiments.bench import ON_GPU
 
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = ("test_kernels.py", "tests/test_offload.py", "tests/test_streams.py")
 CONTEXTS = {8192: 40, 32768: 50, 131072: 100}  # seconds that decoding may take
 TOY = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 8 --budget 40 --history-len 5 --backend triton"
-TRACED = "sparse, offloaded"
 
 
 @dataclass
@@ -42,25 +42,24 @@ class Step:
 def steps_of(out, rehearse) -> list[Step]:
     """In the order in which they run. The limits sum up to less than ten minutes; a rehearsal has its time."""
 
-    def measure(name, limit, picture, command, contexts, *options):
-        toy = shlex.split(TOY) + ["--calibration-interval", "2"] * (command == "speed") if rehearse else []
-        contexts = ["128"] if rehearse else list(map(str, contexts))
-        written = ["--out", str(out / f"{name}.json")]
-        options = ["experiments.bench", command, *toy, "--contexts", *contexts, *options, *written]
-        return Step(name, 600 if rehearse else limit, options, picture)
+    def bench(name, limit, command, contexts, *options):
+        options = ["experiments.bench", command, "--out", str(out / f"{name}.json"), *options, "--contexts"]
+        options += ["128", *shlex.split(TOY)] if rehearse else map(str, contexts)
+        return Step(name, 600 if rehearse else limit, options, command)
 
-    def speed(name, limit, picture, context, contenders, *options):
-        options = "--dtypes", "bfloat16", "--rounds", "1" if rehearse else "3", "--contenders", *contenders, *options
-        return measure(name, limit, picture, "speed", [context], *options)
+    def speed(name, limit, context, contenders, *options):
+        options = ["--dtypes", "bfloat16", "--contenders", *contenders, *options]
+        options += ["--rounds", "1", "--calibration-interval", "2"] if rehearse else ["--rounds", "3"]
+        return bench(name, limit, "speed", [context], *options)
 
-    trace = "--trace", str(out / "trace.perfetto.json")
+    tests = ["pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    tests += ["-k", "real_chunks or test_attend_lists"] if rehearse else []
     contexts = {8192: 40} if rehearse else CONTEXTS
-    some = ["-k", "real_chunks or test_attend_lists"] if rehearse else []
     return [
-        Step("tests", 600 if rehearse else 240, ["pytest", "-q", "-p", "no:cacheprovider", *TESTS, *some]),
-        measure("kernels", 100, "kernels", "kernels", CONTEXTS),
-        *(speed(f"speed-{n // 1024}K", limit, "speed", n, bench.ON_GPU) for n, limit in contexts.items()),
-        speed("trace", 40, "trace", 32768, [TRACED], *trace),
+        Step("tests", 600 if rehearse else 240, tests),
+        bench("kernels", 100, "kernels", CONTEXTS),
+        *(speed(f"speed-{n // 1024}K", limit, n, ON_GPU) for n, limit in contexts.items()),
+        speed("trace", 40, 32768, ["sparse, offloaded"], "--trace", str(out / "trace.perfetto.json")),
     ]
 
 
@@ -82,7 +81,7 @@ def run_step(step, out, rehearse) -> dict:
             result = f"failed, status {done.returncode}: {last[0]}"
         elif step.picture:
             numbers = json.loads((out / f"{step.name}.json").read_text())
-            plots.FROM_FILE[step.picture][0](numbers, out / f"{step.name}.png")
+            plots.FROM_FILE[step.picture](numbers, out / f"{step.name}.png")
     except subprocess.TimeoutExpired as late:
         output, result = (late.stdout or b"").decode(), f"stopped after {step.limit} s"
     except Exception as error:  # whatever a picture or a file went wrong with, the next step is tried

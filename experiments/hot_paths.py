@@ -113,10 +113,8 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
         call = partial(lambda lists: kernels.sparse_decode(q, *pool, *lists, backend)[0], lists)
         rivals = {"SDPA over gathered blocks": partial(lambda address: sdpa(pool[:, address]), address)}
         rivals |= {"SDPA over all blocks": lambda: sdpa(pool)}
-        listed_kv = 2 * len(table) * pool[0, 0].nbytes
-        work = Work(
-            listed_kv + 2 * q.nbytes + table.nbytes + block_max.nbytes, group * listed_kv // pool.element_size()
-        )
+        work = 2 * len(table) * pool[0, 0].nbytes  # of the K and V listed
+        work = Work(work + 2 * q.nbytes + table.nbytes + block_max.nbytes, group * work // pool.element_size())
         yield f"sparse_decode, {name}, one layer", work, call, rivals if counts is not uneven else {}
     rows = torch.zeros(m.n_kv_heads, n_blocks, device=device, dtype=attnpred.HISTORY_DTYPE)
     columns, lse = table % n_blocks, torch.zeros(m.n_heads, device=device)

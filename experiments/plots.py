@@ -6,6 +6,7 @@
 Reading order: `Recorder`, `find_patterns` and `draw_run` show a run from inside; then one function per result file.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -171,8 +172,11 @@ def find_patterns(rows, block_size):
 
 
 def draw_run(recorder, path):
-    """History, prediction, truth and selection of three heads; recovery and bytes of all. Needs one decoded token."""
+    """History, prediction, truth and selection of three heads; recovery and bytes of all."""
     r, c = recorder, recorder.config
+    if not r.prediction:
+        why = "the text fits the budget (use a smaller --budget), or the answer ended before a second token was decoded"
+        raise InputError(f"nothing was predicted: {why}")
     n = r.true_rows[-1].shape[-1]
     rows = torch.stack([F.pad(row, (0, n - row.shape[-1])) for row in r.true_rows]).flatten(1, 2)  # (R, L' * heads, N)
     start, end = c.middle(r.n_tokens)
@@ -205,37 +209,25 @@ def draw_run(recorder, path):
 def draw_head(axes, recorder, layer, head, labelled):
     """A column: the history, the row predicted from it, the true row of the next step, the blocks of every step."""
     r, (top, *strips, bottom) = recorder, axes
-    n = r.true_rows[-1].shape[-1]
-    if r.prediction:
-        image, start, scores = r.prediction[0][layer, head], r.prediction[1], r.prediction[2][layer, head]
-    else:  # everything fits the budget: show the true rows
-        image = torch.stack([F.pad(row[layer, head], (0, n - row.shape[-1])) for row in r.true_rows])
-        start, scores = 0, torch.zeros(0)
-    end = start + len(scores)
-    brightest = image[:, start:end].max() if len(scores) else image.max()
-    norm = PowerNorm(0.4, 0, max(1e-3, float(brightest)))
+    history, start, scores = r.prediction
+    image, scores, n = history[layer, head], scores[layer, head], r.true_rows[-1].shape[-1]
+    middle = slice(start, start + len(scores))
+    norm = PowerNorm(0.4, 0, max(1e-3, float(image[:, middle].max())))
     cells = dict(cmap=ATTENTION, aspect="auto", interpolation="nearest")
     top.imshow(image, norm=norm, extent=(-0.5, image.shape[1] - 0.5, -0.5, -len(image) - 0.5), **cells)
-    predicted, actual = torch.full((2, n), torch.nan)
-    predicted[start:end] = scores - scores.min() if len(scores) else torch.nan
-    if r.served is not None:
-        inside = slice(start, end) if len(scores) else slice(0, r.served.shape[-1])
-        actual[inside] = r.served[layer, head][inside]
-    for strip, row, name in zip(strips, (predicted, actual), ("predicted", "actual")):
+    for strip, row, name in zip(
+        strips, (scores - scores.min(), r.served[layer, head][middle]), ("predicted", "actual")
+    ):
         strip.set_facecolor("#dddddd")
-        row = row / row.nan_to_num().max().clamp_min(1e-12)
-        strip.imshow(row[None], norm=PowerNorm(0.5, 0, 1), extent=(-0.5, n - 0.5, 0, 1), **cells)
-        strip.set_yticks([])
+        row = row / row.max().clamp_min(1e-12)  # (n,)
+        strip.imshow(row[None], norm=PowerNorm(0.5, 0, 1), extent=(start - 0.5, middle.stop - 0.5, 0, 1), **cells)
+        strip.set(yticks=[], ylim=(0, 1))
         if labelled:
             strip.set_ylabel(name, rotation=0, ha="right", va="center")
-    if not len(scores):
-        middle = dict(ha="center", va="center", transform=strips[0].transAxes, fontsize=8)
-        strips[0].text(0.5, 0.45, "everything fits the budget", **middle)
     chosen = torch.stack([F.pad(mask[layer, head], (0, n - mask.shape[-1])) for mask in r.chosen])  # (steps, N)
     cells["cmap"] = ListedColormap(["#f3eef0", OURS])
     bottom.imshow(chosen, extent=(-0.5, n - 0.5, len(chosen) + 0.5, 0.5), vmin=0, vmax=1, **cells)
-    bottom.set_xlim(-0.5, n - 0.5)
-    bottom.set_xlabel(f"block of {r.config.block_size} tokens")
+    bottom.set(xlim=(-0.5, n - 0.5), xlabel=f"block of {r.config.block_size} tokens")
     for upper in (top, *strips):
         upper.tick_params(labelbottom=False)
     if labelled:
@@ -367,7 +359,6 @@ def draw_training(rows, path):
 
 CONTENDERS = {
     "dense": GREY,
-    "dense, streamed": "black",
     "sparse": OURS,
     "sparse, no graph": PAPER,
     "sparse --paper": PAPER,
@@ -379,7 +370,7 @@ CONTENDERS = {
 
 
 def draw_speed(results, path):
-    """Tokens/s of each dtype with what the bandwidth allows, memory, and the parts of a sparse token's time."""
+    """Of `bench speed`: tokens/s with what the bandwidth allows, memory, and the parts of a sparse token's time."""
     rows = pd.DataFrame(results["rows"])
     rows["limit"] = 1e3 / rows["least_ms"]
     dtypes, contexts = rows["dtype"].unique(), sorted(rows["context"].unique())
@@ -410,7 +401,7 @@ def draw_speed(results, path):
 
 
 def draw_kernels(results, path):
-    """Each kernel's share of its ceiling, by context length."""
+    """Of `bench kernels`: each kernel's share of its ceiling, by context length."""
     rows = pd.DataFrame(results["rows"])
     rows["share"] = 100 * rows[["of_copy", "of_matmul"]].max(axis=1)
     table = rows.pivot_table("share", "path", "context", sort=False).rename(columns=lambda n: f"{thousands(n)} tokens")
@@ -423,34 +414,12 @@ def draw_kernels(results, path):
     save(figure, path)
 
 
-def draw_trace(results, path):
-    """What ran when, stream by stream, in one interval of selection and calibration."""
-    lanes = results["timeline"]
-    figure, axes = plt.subplots(figsize=(11, 1.5 + 0.5 * len(lanes)), layout="constrained")
-    for lane, spans in enumerate(lanes.values()):
-        for kind, colour in dict(kernel=GREY, copy=OURS).items():
-            bars = [(1e3 * begin, 1e3 * took) for begin, took, k in spans if k == kind]
-            axes.broken_barh(bars, (lane - 0.35, 0.7), color=colour, label=kind if lane == 0 else None)
-    axes.set_yticks(range(len(lanes)), list(lanes))
-    axes.invert_yaxis()
-    axes.set(xlabel="ms", title=f"{results['rows'][-1]['name']}, traced on {results['device']}")
-    axes.legend(fontsize=8)
-    bare(axes)
-    save(figure, path)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
 
-FROM_FILE = {
-    "speed": (draw_speed, "tokens/s, memory and stages; from `experiments.bench speed --out`"),
-    "kernels": (draw_kernels, "shares of the ceilings; from `experiments.bench kernels --out`"),
-    "trace": (draw_trace, "what ran when; from `experiments.bench speed --trace --out`"),
-    "pareto": (draw_pareto, "KL against bytes read; from experiments.evaluate"),
-    "needles": (draw_needles, "keys found by depth and length; from experiments.evaluate"),
-    "training": (draw_training, "loss and validation recovery; from train_predictor.py"),
-}
+FROM_FILE = {"speed": draw_speed, "kernels": draw_kernels}
+FROM_FILE |= {"pareto": draw_pareto, "needles": draw_needles, "training": draw_training}
 
 
 def read_numbers(path):
@@ -465,12 +434,12 @@ def read_numbers(path):
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
 
 
-def check(args):
-    out = pathlib.Path(args.out)
+def png(text):
+    out = pathlib.Path(text)
     if out.suffix != ".png" or out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise InputError(f"cannot write {out}: give a file name ending in .png, in a folder that exists")
-    if not importlib.util.find_spec("matplotlib"):
-        raise InputError("plots need matplotlib: pip install matplotlib")
+        error = f"cannot write {out}: give a file name ending in .png, in a folder that exists"
+        raise argparse.ArgumentTypeError(error)
+    return out
 
 
 def record(out, options):
@@ -478,32 +447,28 @@ def record(out, options):
     args = attnpred.make_parser().parse_args(options)
     if args.dense or args.offload or args.max_new_tokens < 2:
         raise InputError("the picture shows sparse decoding: leave out --dense and --offload, decode 2 tokens or more")
-    recorder = attnpred.run(args, Recorder)
-    if not recorder.recovery:
-        raise InputError("nothing to draw: the answer ended before a second token was decoded")
-    draw_run(recorder, out)
+    draw_run(attnpred.run(args, Recorder), out)
 
 
 def run(argv):
     parser = OneLineParser(prog="plots", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="PICTURE")
-    of_run = commands.add_parser(
-        "run", help="a run from inside; takes all options of attnpred.py", allow_abbrev=False,
-        epilog="All other options are those of attnpred.py: python attnpred.py --help",
-    )  # fmt: skip
-    of_run.add_argument("--out", required=True, metavar="FILE.png")
-    for name, (_, text) in FROM_FILE.items():
-        of_file = commands.add_parser(name, help=text)
-        of_file.add_argument("numbers", metavar="FILE.json")
-        of_file.add_argument("--out", required=True, metavar="FILE.png")
+    more = "a run from inside; takes all options of attnpred.py (python attnpred.py --help)"
+    pictures = {"run": commands.add_parser("run", help=more, epilog=more, allow_abbrev=False)}
+    for name, draw in FROM_FILE.items():
+        pictures[name] = commands.add_parser(name, help=draw.__doc__)
+        pictures[name].add_argument("numbers", metavar="FILE.json")
+    for picture in pictures.values():
+        picture.add_argument("--out", required=True, type=png, metavar="FILE.png")
     args, rest = parser.parse_known_args(argv)
-    check(args)
+    if not importlib.util.find_spec("matplotlib"):
+        raise InputError("plots need matplotlib: pip install matplotlib")
     if args.command == "run":
         return record(args.out, rest)
     if rest:
         raise InputError(f"unknown option {rest[0]} (--help lists the options)")
     try:
-        FROM_FILE[args.command][0](read_numbers(args.numbers), args.out)
+        FROM_FILE[args.command](read_numbers(args.numbers), args.out)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise InputError(f"{args.numbers} does not hold the numbers of {args.command} ({error!r})") from None
 

@@ -21,28 +21,11 @@ from attnpred import Config, Predictor, SparseDecoder, decode_one_token
 from model import LlamaConfig
 
 LLAMA_31_8B = LlamaConfig(
-    n_layers=32,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=128,
-    d_model=4096,
-    d_ff=14336,
-    vocab_size=128256,
-    context_len=131072,
-    rope_theta=500000.0,
-    rope_scaling=dict(
-        rope_type="llama3",
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192.0,
-    ),
-    rms_eps=1e-5,
-    tie_embeddings=False,
-    attention_bias=False,
-    mlp_bias=False,
-    eos_token_ids=(),
-)
+    n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, d_model=4096, d_ff=14336, vocab_size=128256,
+    context_len=131072, rope_theta=5e5, rms_eps=1e-5, tie_embeddings=False, attention_bias=False, mlp_bias=False,
+    rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    | dict(original_max_position_embeddings=8192.0), eos_token_ids=(),
+)  # fmt: skip
 META, DTYPE = torch.device("meta"), torch.bfloat16
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -83,7 +66,7 @@ class Counting(TorchDispatchMode):
             return None
         if operation not in ONE_KERNEL:
             with self:
-                if operation is aten.to and on_host != self.on_host(inputs[0]):
+                if operation is aten.to and on_host != self.on_host(inputs[0]):  # PyTorch sees one device, and no copy
                     return aten._to_copy(inputs[0], device=device, dtype=kwargs.get("dtype"))
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:

@@ -42,7 +42,7 @@ class NaiveMethod:
     def intervals(self, n_tokens):
         m = self.c.calibration_interval
         if m == "auto":
-            m = next(2**i for i in range(3, 30) if n_tokens / 2**i <= 2 * self.c.budget)
+            m = next(2**i for i in range(3, 30) if n_tokens / 2**i <= self.c.budget)
         return m, self.c.selection_interval or m
 
     def delay(self, n_tokens):
@@ -144,7 +144,7 @@ def configurations(draw):
     )
 
 
-GROWS = Config(block_size=8, sink_tokens=0, local_tokens=8, budget=16, history_len=6)  # auto M goes from 8 to 16 at 257
+GROWS = Config(block_size=8, sink_tokens=0, local_tokens=8, budget=32, history_len=6)  # auto M goes from 8 to 16 at 257
 OUTGROWS = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_len=7, calibration_interval=2)
 LATE = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, calibration_interval=8, selection_delay=7,
               swap_share=0.3, history_rows="every", history_len=6)  # fmt: skip
@@ -244,8 +244,8 @@ def test_sink_middle_and_local_tile_the_cache(config, n_tokens):
 
 def test_intervals_grow_with_the_text():
     config = Config()
-    lengths = [1, 16384, 16385, 32768, 32769, 131072]
-    assert [config.intervals(n)[0] for n in lengths] == [8, 8, 16, 16, 32, 64]
+    lengths = [1, 8192, 8193, 16384, 16385, 131072]
+    assert [config.intervals(n)[0] for n in lengths] == [8, 8, 16, 16, 32, 128]
     assert all(config.intervals(n)[0] == config.intervals(n)[1] for n in lengths)
     assert Config(selection_interval=3).intervals(20000) == (16, 3)
     assert Config.paper().intervals(20000) == (5, 1) and Config.paper(dense_layers=0).dense_layers == 0

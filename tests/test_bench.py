@@ -1,10 +1,11 @@
 """The counts against counts by hand; every benchmark at a tiny size; bad input."""
 
-import dataclasses
 import gc
 import json
 import math
+import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,9 +35,8 @@ def test_work_by_hand():
     assert attended.multiply_adds == 2 * 32 * 1024 * 128
     assert work["select_blocks, 448 per layer, all layers"].bytes == 4 * 32 * (8 * (2044 - 4) + 448)
     assert work["copy_blocks, a tenth of 448"].bytes == 44 * 8192
-    assert (
-        work["predict, whole image, all layers"].multiply_adds > work["predict, 1 new rows, all layers"].multiply_adds
-    )
+    whole, new = (work[f"predict, {what}, all layers"].multiply_adds for what in ("whole image", "1 new rows"))
+    assert whole > new
 
 
 def test_prediction_reads_what_its_rows_need():
@@ -53,7 +53,7 @@ def test_prediction_reads_what_its_rows_need():
 
 
 def test_launches_by_hand():
-    with roofline.counting() as counts:
+    with torch.inference_mode(), roofline.counting() as counts:
         x = torch.zeros(4, 6, device="meta")  # one launch, as every line that says nothing else
         y = x.to(torch.float16)
         x[1:].copy_(x[:-1])
@@ -64,13 +64,14 @@ def test_launches_by_hand():
         y[0].copy_(host)  # 12 bytes over the link
         host.copy_(y[1])  # and 12
         x.cpu()  # and 96
+        host.to("meta")  # and 12
         torch.cat([x, x])
         assert x.sum().item() == 0  # the sum; the value is anything
         kernels.pool_history(x[:, None, :], torch.empty(4, 2, 8, 6), 13)  # none: on the host
         kernels.select_blocks(x, 2, "triton")  # a kernel
-    operations = dict(zeros=1, _to_copy=2, copy_=3, clone=1, cat=1, sum=1)
+    operations = dict(zeros=1, _to_copy=3, copy_=3, clone=1, cat=1, sum=1)
     assert counts.operations == {f"aten.{name}": count for name, count in operations.items()}
-    assert counts.link_bytes == 12 + 12 + 96
+    assert counts.link_bytes == 12 + 12 + 96 + 12
     ((kernel, grid, arguments, options),) = counts.launches
     assert kernel is kernels._select_kernel and grid == (4,) and options == dict(num_warps=4)
     assert arguments["n"] == 6 and arguments["k"] == 2 and arguments["TILE"] == 256
@@ -104,11 +105,11 @@ def test_bytes_do_not_grow_with_the_text():
         [roofline.bytes_per_token(LLAMA, c, n) for n in (32768, 131072)] for c in (Config(), Config.paper())
     )
     assert abs(default[1]["total"] / default[0]["total"] - 1) < 0.1 and paper[1]["total"] > 2 * paper[0]["total"]
-    assert default[0]["calibration"] == 32 * 8 * 32768 * 128 * 2 / 16  # M = 16: the keys of 32 layers
+    assert default[0]["calibration"] == 32 * 8 * 32768 * 128 * 2 / 32  # M = 32: the keys of 32 layers
 
 
 def test_model_of_time(monkeypatch):
-    """By hand: Llama-3.1-8B, 32K, M = P = 16; a quarter of 32 * 8 * 56 blocks of 8 KB is fetched for 16 tokens."""
+    """By hand: Llama-3.1-8B, 32K, M = P = 32; a quarter of 32 * 8 * 56 blocks of 8 KB is fetched for 32 tokens."""
     reads = dict(attention=1e9, choosing=1e9, calibration=2e9, dense=9e9, link=1e6)
     monkeypatch.setattr(roofline, "bytes_per_token", lambda *args, **kwargs: reads)
     monkeypatch.setattr(roofline, "weight_bytes", lambda m: 8e9)
@@ -119,9 +120,9 @@ def test_model_of_time(monkeypatch):
     assert ways["dense, everything streamed"] == (90, 9e9)
     assert ways["sparse, resident"] == (pytest.approx(1.2), 0)
     took, crossing = ways["sparse, offloaded, awaited"]
-    assert took == pytest.approx(device + 3.2 / 16 + fetched / 1e8 / 16) and crossing == 1e6 + fetched / 16
+    assert took == pytest.approx(device + 6.4 / 32 + fetched / 1e8 / 32) and crossing == 1e6 + fetched / 32
     (late,) = [name for name in ways if "late" in name]
-    assert late.endswith(" 2") and ways[late][0] == pytest.approx(device + (3.2 - 2 * device) / 16)
+    assert late.endswith(" 4") and ways[late][0] == pytest.approx(device + (6.4 - 4 * device) / 32)
 
 
 def test_rivals_compute_the_same():
@@ -139,9 +140,9 @@ def test_rivals_compute_the_same():
     assert compared >= 6
 
 
-def ours(words=(), model=None, n_tokens=100, n_steps=8, **changes):
+def ours(model=None, n_tokens=100, n_steps=8, **changes):
     config = Config(**SHAPE | changes)
-    return bench.Ours(words, model or tiny_llama(), random_predictor(), config, n_tokens, n_steps, "torch")
+    return bench.Ours(model or tiny_llama(), config, n_tokens, n_steps, "torch")
 
 
 def test_transformers_computes_the_same():
@@ -162,36 +163,55 @@ def test_transformers_computes_the_same():
 
 def test_speed_pays_for_whole_intervals(capsys):
     model, config, rounds = tiny_llama(), Config(**SHAPE), 2
-    names = "dense", "sparse", "sparse, offloaded", "dense, streamed"
-    found = bench.speed_rows(names, {"float32": model}, random_predictor(), config, [300], rounds, "torch", 1e9)
-    rows = bench.show(({**row, "contender": None} for row in found), bench.SPEED_COLUMNS)
+    names = "dense", "sparse", "sparse, no graph", "sparse, offloaded"
+    found = bench.speed_rows(names, {"float32": model}, config, [300], rounds, "torch", 1e9)
+    rows = bench.show(found, bench.SPEED_COLUMNS)
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith("| context | weights |  | ms per token |") and len(rows) == len(names)
     for row, line in zip(rows, lines):
         assert line.startswith(f"| {row['context']:,} | float32 | {row['name']} | {row['ms']:,.1f} |")
         assert len(row["rounds"]) == rounds and row["ms"] > 0
-    by_name = {row["name"]: row for row in rows}
-    assert by_name["dense"]["speedup"] == 1 and by_name["dense, streamed"]["same_as"] == "dense"
-    sparse = by_name["sparse"]
+    dense, sparse, again, offloaded = rows
+    assert dense["speedup"] == 1 and again["same_as"] == "sparse" and offloaded["memory"] != sparse["memory"]
     assert sparse["same_as"] is None and len(sparse["answer"]) == config.intervals(300)[0]
     assert min(sparse["stages"][s] for s in ("attention", "calibration", "prediction", "selection", "gathering")) > 0
+    weights = 4 * (3 * (32 * 16 * (4 + 2 + 2 + 4) + 3 * 32 * 48) + 61 * 32)  # q, k, v, out; gate, up, down; the head
+    assert roofline.weight_bytes(model.config, 4) == weights
+    kv = 2 * 3 * 2 * 16 * 4  # bytes of a token's K and V
+    assert dense["bytes"] == weights + kv * (300 - 8 * (rounds + 2) + sum(range(1, 25)) / 24)
+    assert 0 < sparse["bytes"] - weights < dense["bytes"] - weights
     json.dumps(rows)
 
 
-def test_bytes_of_a_token():
-    """Weights, and what the decoder counted: calibrations included."""
-    sparse = ours(n_tokens=250, n_steps=16)
-    for _ in range(16):
-        sparse.step()
-    m, stats = sparse.model.config, sparse.decoder.stats
-    per_layer = 32 * 16 * (4 + 2 + 2 + 4) + 3 * 32 * 48  # q, k, v, out; gate, up, down
-    assert sparse.bytes_per_token() == 4 * (3 * per_layer + 61 * 32) + stats.read_bytes / 16 and stats.calibration_bytes
-    assert roofline.weight_bytes(m, 4) == 4 * (3 * per_layer + 61 * 32)
+def test_prefill_is_read_by_both(monkeypatch):
+    """Both predict the same token; tokens per second are of the fastest round."""
+    pytest.importorskip("transformers")
+    clock, prompts, read = [0.0], [], bench.prefill
+
+    def now():
+        clock[0] += 0.125
+        return clock[0]
+
+    def timed(model, decoder, tokens):
+        prompts.append(len(tokens))
+        clock[0] += 0.5 if len(prompts) == 5 else 0.25  # seconds; the first round takes longer
+        return read(model, decoder, tokens)
+
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=now))
+    monkeypatch.setattr(bench, "prefill", timed)
+    models = {"float32": tiny_llama(), "bfloat16": tiny_llama().bfloat16()}
+    rows = list(bench.prefill_rows(models, Config(**SHAPE), [300], 2, "torch"))
+    ours, _, theirs, _ = rows
+    assert prompts == [128] * 2 + [300] * 6 and ours["rounds"] == [625, 375] and ours["tokens_s"] == 800
+    assert ours["name"] == "ours" and theirs["name"] == "transformers" and ours["answer"] == theirs["answer"]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"] * 2
+    assert theirs["rounds"] == [125, 125] and theirs["tokens_s"] == 300 / 0.125
 
 
-def test_what_does_not_fit_is_left_out(capsys):
+def test_what_does_not_fit_is_left_out(capsys, monkeypatch):
     """Memory runs out when it is made, or in its first step: the others are timed, and nothing keeps it alive."""
-    alive = []
+    alive, clock = [], [0.0]
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     class Contender:
         def __init__(self, fails=None):
@@ -202,11 +222,12 @@ def test_what_does_not_fit_is_left_out(capsys):
         def step(self):
             if self.fails:
                 raise torch.OutOfMemoryError("too little")
+            clock[0] += 0.25  # seconds a token
             return 0
 
     makers = {name: (lambda name=name: Contender(name), 2) for name in ("made", "stepped")} | {"fine": (Contender, 2)}
     rows = bench.race(makers, 2, CPU)
-    assert list(rows) == ["fine"] and len(rows["fine"]["rounds"]) == 2 and rows["fine"]["answer"] == [0, 0]
+    assert list(rows) == ["fine"] and rows["fine"] | dict(rounds=[250, 250], ms=250, answer=[0, 0]) == rows["fine"]
     gc.collect()
     assert [contender() is None for contender in alive] == [True, True, False]
     assert capsys.readouterr().err.count("out of memory, left out") == 2
@@ -219,61 +240,85 @@ def test_stages_leave_the_decoder_as_it_was():
     assert not {"attend", "select", "pool"} & set(vars(sparse.decoder.cache)) and "choose" not in vars(sparse.decoder)
 
 
-def test_streaming_everything_is_dense_attention():
-    model = tiny_llama()
-    answers = [[c.step() for _ in range(8)] for c in (ours(w, model, dense_layers=9) for w in ([], ["streamed"]))]
-    assert answers[0] == answers[1]
-
-
 def test_link_is_counted(monkeypatch, tmp_path):
     """What the offloaded cache counts, per token, in one row."""
-    monkeypatch.setattr(bench, "TEXT", tmp_path / "text")
+    for name, value in dict(TEXT=tmp_path / "text", TEXT_TOKENS=200, TEXT_STEPS=17).items():
+        monkeypatch.setattr(bench, name, value)
     bench.TEXT.write_text("7 " * 400)
-
-    class Numbers:
-        encode = staticmethod(lambda text: [(i * i) % 61 for i, _ in enumerate(text.split())])
-
-    row = bench.count_link(tiny_llama(), Numbers, random_predictor(), Config(**SHAPE), 200, 17)
-    selected = 2 * 3 * 2 * 2 * 2 * 8 * 16 * 4 / 17  # 2 selections, a token late; 3 layers, 2 heads, 2 blocks of K and V
-    assert row["selected_mb"] == pytest.approx(1e-6 * selected)
-    assert row["fetched_mb"] == pytest.approx(row["fetched_fraction"] * row["selected_mb"]) and row["on_device_mb"] > 0
-    assert row["whole_mb"] == pytest.approx(1e-6 * 3 * 2 * 2 * 217 * 16 * 4) and json.dumps(row)
+    encode = SimpleNamespace(encode=lambda text: [(i * i) % 61 for i, _ in enumerate(text.split())])
+    row, fraction = bench.count_link(tiny_llama(d_model=512, head_dim=512), encode, Config(**SHAPE))
+    selected = 2 * 3 * 2 * 2 * 2 * 8 * 512 * 4 / 17  # 2 selections; 3 layers, 2 heads, 2 blocks of K and V
+    assert row["selected, MB per token"] == f"{1e-6 * selected:.3f}" and 0 < fraction <= 1
+    assert row["of it fetched"] == f"{1e-6 * selected * fraction:.3f} ({fraction:.1%})"
+    assert row["whole cache, MB"] == f"{1e-6 * 2 * 3 * 2 * 217 * 512 * 4:.1f}" and float(row["on the device"]) > 0
 
 
-def test_lanes_of_a_trace():
-    events = [
-        {"cat": "kernel", "name": "_decode_kernel", "ts": 100.0, "dur": 5.0, "args": {"stream": 7}},
-        {"cat": "kernel", "name": kernels._copy_kernel.__name__, "ts": 102.0, "dur": 8.0, "args": {"stream": 13}},
-        {"cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 500.0},
-        {"name": "process_name", "ph": "M"},
-    ]
-    gpu = torch.device("cuda")
-    lanes = bench.lanes_of_trace({"traceEvents": events}, gpu)
-    assert lanes == {
-        "stream 7": [(0, pytest.approx(5e-6), "kernel")],
-        "stream 13": [(pytest.approx(2e-6), pytest.approx(8e-6), "copy")],
-    }
+def test_a_trace_without_the_gpu_is_an_error(tmp_path):
+    contender, path = ours(n_steps=4), str(tmp_path / "trace.json")
+    bench.write_trace(lambda: contender, 2, path)
+    assert contender.decoder.step == 4 and "aten::" in (tmp_path / "trace.json").read_text()
+    elsewhere = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), step=lambda: None)
     with pytest.raises(InputError, match="nothing on the GPU"):
-        bench.lanes_of_trace({"traceEvents": events[2:]}, gpu)
+        bench.write_trace(lambda: elsewhere, 1, path)
 
 
-def test_commands_write_their_numbers(tmp_path, capsys):
-    out = str(tmp_path / "numbers.json")
-    assert bench.main(["bytes", "--contexts", "32768", "131072", "--out", out]) == 0
-    rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
-    for row, line in zip(rows, capsys.readouterr().out.splitlines()[4:]):
-        assert line.startswith(f"| {row['context']:,} | {row['name']} | {row['attention_mb']:,.1f} |")
-        assert line.endswith(f"| {row['dense_mb'] / row['total_mb']:.1f}x |")
-    assert bench.main(["offload", "--fetched-fraction", "0.1", "--contexts", "32768", "--out", out]) == 0
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
-    assert numbers["config"] == dataclasses.asdict(Config()) and len(numbers["modelled"]) == 5
-    small = ["--block-size", "8", "--sink-tokens", "8", "--local-tokens", "16", "--budget", "40"]
-    assert bench.main(["launches", "--model-shape", "toy", *small, "--contexts", "256", "--out", out]) == 0
-    rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
+def table(text):
+    """The rows of the last table printed, as dicts of text."""
+    head, _, *rows = [line.strip("| ").split(" | ") for line in text.split("\n\n")[-2].splitlines()]
+    return [dict(zip(head, row)) for row in rows]
+
+
+SMALL = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 16 --budget 40 --contexts 256".split()
+
+
+def test_counting_commands(capsys, monkeypatch):
+    assert bench.main(["launches", *SMALL]) == 0
+    rows = table(capsys.readouterr().out)
     for name in ("resident", "offloaded"):
-        mine = [row for row in rows if row["name"] == name]
-        assert sum(row["tokens"] for row in mine) == mine[0]["of"] == 8 and mine[0]["tokens"] > 4
-        assert mine[0]["total"] == min(row["total"] for row in mine) > 20  # most tokens launch the least
+        mine = [row for row in rows if row["cache"] == name]
+        counts = [int(row["tokens"].removesuffix(" of 8")) for row in mine]
+        launches = [int(row["launches"]) for row in mine]
+        assert sum(counts) == 8 and counts[0] > 4 and launches[0] == min(launches) > 20  # most tokens launch the least
+    kinds = ("attention", "calibration", "choosing", "total", "dense")
+    amounts = dict(true=(1, 2, 3, 6, 15), every=range(5))  # GB of each kind, by history_rows
+
+    def counted(m, c, n_tokens):
+        return {kind: 1e9 * amount for kind, amount in zip(kinds, amounts[c.history_rows])}
+
+    monkeypatch.setattr(roofline, "bytes_per_token", counted)
+    assert bench.main(["bytes", "--contexts", "32768"]) == 0
+    default, paper = table(capsys.readouterr().out)
+    assert [*default.values()] == ["32,768", "default", *(f"{x},000.0" for x in (1, 2, 3, 6, 15)), "2.5x"]
+    assert [*paper.values()] == ["32,768", "--paper", "0.0", *(f"{x},000.0" for x in (1, 2, 3, 4)), "1.3x"]
+    ways = {"dense, everything streamed": (8e-3, 2e6), "sparse, resident": (2e-3, 0.0)}
+    given = []
+    monkeypatch.setattr(roofline, "strategies", lambda *args, **rates: given.append((args[3], rates)) or ways)
+    monkeypatch.setattr(bench, "load_model", lambda *args: (None, None))
+    monkeypatch.setattr(bench, "count_link", lambda *args: ({}, 0.1))
+    assert bench.main(["offload", "--contexts", "32768", "--gb-s", "1000", "10", "100"]) == 0
+    streamed, resident = (list(row.values()) for row in table(capsys.readouterr().out))
+    assert given == [(0.1, dict(memory=1e12, link=1e10, host=1e11))]
+    assert streamed == ["32,768", "dense, everything streamed", "8.00", "2.0", "1.0x", "4.00"]
+    assert resident == ["32,768", "sparse, resident", "2.00", "0.0", "4.0x", "1.00"]
+
+
+def test_numbers_are_written(tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    assert bench.main(["prefill", *SMALL, "--dtypes", "float32", "--rounds", "1", "--out", str(out)]) == 0
+    numbers = json.loads(out.read_text())
+    assert numbers["config"]["budget"] == 40 and numbers["weights"] == "random weights in the shape of toy"
+    for row, cells in zip(numbers["rows"], table(capsys.readouterr().out), strict=True):
+        assert [cells["weights"], cells["tokens/s"]] == ["float32", f"{row['tokens_s']:,.1f}"]
+        assert cells["peak memory beside weights, MB"] == f"{row['memory_mb']:,.0f}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of memory")
+def test_peak_memory_is_what_is_allocated():
+    """Whatever was freed before: 8 tensors of 8 MB at a time, and 512 of 128 KB."""
+    for n, size in ((8, 1 << 23), (512, 1 << 17)):
+        for _ in range(3):
+            total = bench.with_peak_memory(lambda n=n, size=size: [torch.ones(size // 4) for _ in range(n)], CPU)[1]
+            assert abs(total - 2**26) < 2**23
 
 
 @pytest.mark.parametrize(
@@ -282,22 +327,21 @@ def test_commands_write_their_numbers(tmp_path, capsys):
         ([], "required"),
         (["everything"], "invalid choice"),
         (["bytes", "--contexts", "16"], "use at least 128"),
-        (["bytes", "--out", "nowhere/x.json"], "in a folder that exists"),
+        (["speed", "--out", "nowhere/x.json"], "in a folder that exists"),
         (["speed", "--trace", "nowhere/x.json"], "in a folder that exists"),
         (["bytes", "--budget", "1000"], "multiple of the block size"),
         (["speed", "--rounds", "0"], "use at least 1"),
         (["speed", "--contexts", "128", "--rounds", "20"], "fewer --rounds"),
         (["speed", "--contexts", "9000"], "too long"),
-        (["speed", "--contexts", "512", "--contenders", "sparse, fast"], "unknown contender sparse, fast"),
+        (["speed", "--contexts", "512", "--contenders", "sparse, fast"], "invalid choice: 'sparse, fast'"),
         (["kernels", "--contexts", "1000"], "multiples of 16"),
-        (["offload", "--link-gb-s", "0"], "above 0"),
-        (["offload", "--fetched-fraction", "1.5"], "0 ... 1"),
-        (["offload", "--text-tokens", "512"], "exceed the budget"),
-        (["offload", "--predictor", "nowhere"], "does not exist"),
+        (["offload", "--gb-s", "1", "nan", "1"], "use at least 0.001"),
+        (["offload", "--gb-s", "1", "x", "1"], "invalid float value"),
+        (["offload", "--budget", "8192"], "covers the 4,096 tokens"),
     ],
 )
 def test_bad_input_is_one_line(options, message, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "model_of", lambda *args: (tiny_llama(), "tiny"))
+    monkeypatch.setattr(bench, "load_model", lambda *args: (tiny_llama(), None))
     assert bench.main(options) == 2
     error = capsys.readouterr().err
     assert error.startswith("bench: ") and error.count("\n") == 1 and message in error

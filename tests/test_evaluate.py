@@ -24,6 +24,7 @@ GRIDS = [  # every way to count bytes
     "ours rows=true M=4 P=1,M dense=0,1 heads=q,kv",
     "full,paper,quest,snapkv,ada-snapkv,h2o,streaming-llm,oracle,random",
     "decayed-mean:0.5,last-row M=3 P=2 dense=1",
+    "ours M=4 P=4,8 delay=1,3 swap=0.3",
     "ours,mean-std budget=24,176",  # nothing selected, and outgrown while decoding
 ]
 
@@ -264,6 +265,14 @@ def test_needles_and_recovery(tiny, capsys):
     assert 1 > means["oracle"] > max(means["ours"], means["random"])
 
 
+MADE_TEXTS = """
+import datasets
+
+def texts(tokenizer, max_seq_lengths, **_):
+    return {"test": datasets.Dataset.from_list([{"question": n * "a"} for n in max_seq_lengths])}
+"""  # as RULER's tasks make theirs
+
+
 def test_lm_eval_on_a_local_task(tiny, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -272,11 +281,13 @@ def test_lm_eval_on_a_local_task(tiny, capsys, monkeypatch):
     text = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tiny / 'data.jsonl'}}}}}\ntest_split: test\n"
     text += "doc_to_text: '{{question}}'\n"
     choice = "task: choose\noutput_type: multiple_choice\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\n"
+    (tiny / "made.py").write_text(MADE_TEXTS)
     write = "task: write\noutput_type: generate_until\ndoc_to_target: d\n"
     write += "generation_kwargs: {until: ['!'], max_gen_toks: 4}\n"
     (tiny / "choose.yaml").write_text(text + choice + "metric_list: [{metric: acc}]\n")
-    (tiny / "write.yaml").write_text(text + write + "metric_list: [{metric: exact_match}]\n")
-    command = ["lm-eval", "--quiet", "--grid", "full,ours", "--include-path", str(tiny)]
+    made = "custom_dataset: !function made.texts\ntest_split: test\ndoc_to_text: '{{question}}'\n"
+    (tiny / "write.yaml").write_text(made + write + "metric_list: [{metric: exact_match}]\n")
+    command = ["lm-eval", "--quiet", "--grid", "full,ours", "--include-path", str(tiny), "--lengths", "30", "20"]
     assert main([*command, "--lm-tasks", "choose", "write"]) == 0
     rows = [json.loads(line) for line in (tiny / "results" / "evaluate.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["choose", "choose", "write", "write"]

@@ -1,6 +1,7 @@
 """The pictures: watching changes nothing, what is drawn is what happened, every kind of file can be drawn."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -83,21 +84,32 @@ def test_blocks_change_every_few_steps_and_heads_differ():
     assert (lengths[:6].sum(-1) == recorder.heads * recorder.config.topk_blocks).all() and lengths.unique().numel() > 1
 
 
-@pytest.mark.parametrize("n_prompt", [4, 30, 120])
+@pytest.mark.parametrize("n_prompt", [60, 120])
 def test_draws_prompts_of_any_length(n_prompt, tmp_path, monkeypatch):
     *_, recorder = recorded(n_prompt)
-    figures = []
-    monkeypatch.setattr(
-        plots, "save", lambda figure, path, save=plots.save: (figures.append(figure), save(figure, path))
-    )
+    figures, save = [], plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
     plots.draw_run(recorder, tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 1
     recovery, megabytes = figures[0].axes[-2:]
     assert recovery.lines[0].get_ydata() == pytest.approx(recorder.recovery)
     assert megabytes.lines[0].get_ydata() == pytest.approx([dense / 1e6 for *_, dense in recorder.bytes])
-    blocks = [axes for axes in figures[0].axes if axes.get_xlabel() == "block of 8 tokens"]
-    drawn = blocks[0].images[0].get_array()  # (steps, N)
+    history, predicted, actual, blocks = (axes.images[0] for axes in figures[0].axes[:4])
+    layer, head = re.match(r".*: layer (\d), KV head (\d)", figures[0].axes[0].get_title()).groups()
+    seen, start, scores = (x if isinstance(x, int) else x[int(layer), int(head)] for x in recorder.prediction)
+    middle = slice(start, start + len(scores))
+    assert torch.equal(torch.tensor(history.get_array().data), seen.float())
+    for strip, row in ((predicted, scores - scores.min()), (actual, recorder.served[int(layer), int(head), middle])):
+        torch.testing.assert_close(torch.tensor(strip.get_array().data[0]), row / row.max())
+        assert strip.get_extent()[:2] == [start - 0.5, middle.stop - 0.5]
+    drawn = blocks.get_array()  # (steps, N)
     assert drawn.shape == (9, recorder.true_rows[-1].shape[-1]) and drawn[-1].sum() > 0
+
+
+@pytest.mark.parametrize("n_prompt, n_new", [(30, 10), (120, 1)])
+def test_without_a_prediction_there_is_nothing_to_draw(n_prompt, n_new, tmp_path):
+    with pytest.raises(InputError, match="nothing was predicted: the text fits the budget"):
+        plots.draw_run(recorded(n_prompt, n_new)[-1], tmp_path / "run.png")
 
 
 def test_a_failed_drawing_keeps_the_old_picture(tmp_path, monkeypatch):
@@ -131,9 +143,6 @@ FILES = {
     "speed": dict(rows=SPEED, device="CPU", threads=2, weights="tiny"),
     "kernels": dict(
         rows=[dict(path="predict", context=n, of_copy=0.4, of_matmul=0.1) for n in (8192, 32768)], device="a GPU"
-    ),
-    "trace": dict(
-        rows=SPEED, device="a GPU", timeline={"stream 7": [(0.0, 1e-3, "kernel"), (1e-3, 1e-3, "copy")], "stream 9": []}
     ),
 }
 
@@ -170,9 +179,10 @@ def test_pareto_points_are_means_over_texts():
     assert x == (2.56, 5.12) and y == pytest.approx((2 / 256, 2 / 512))
 
 
-def test_a_run_from_the_command_line(tmp_path, capsys, monkeypatch):
+def test_a_run_from_the_command_line(tmp_path, capsys):
     """It answers as attnpred.py does, and draws."""
-    command = ["--prompt", "Name three colours.", "--max-new-tokens", "8", "--budget", "128"]
+    command = ["--prompt", "Name three colours.", "--max-new-tokens", "8", "--budget", "24"]
+    command += ["--block-size", "8", "--sink-tokens", "8", "--local-tokens", "8"]
     assert attnpred.main(command) == 0
     answer = capsys.readouterr().out
     assert plots.main(["run", *command, "--out", str(tmp_path / "run.png")]) == 0

@@ -98,9 +98,12 @@ def test_no_text_is_in_two_splits():
     assert all(numbers.values()) and len(set.union(*numbers.values())) == sum(map(len, numbers.values()))
 
 
-def test_installed_documents_fill_every_split():
-    documents = [d for members in train_predictor.installed_documents().values() for d in members]
-    assert {d.split for d in documents} == {"train", "validation", "test"}
+def test_installed_documents_are_of_many_kinds_and_none_is_torch():
+    documents = train_predictor.installed_documents()
+    assert set(documents) == {"reference", "source", "documentation", "license", "data", "header"}
+    for members in documents.values():
+        assert {d.split for d in members} == {"train", "validation", "test"}
+        assert not any(d.name.startswith("torch") for d in members)
 
 
 def test_contexts_have_the_length_asked_for_and_are_drawn_from_the_seed():
@@ -146,14 +149,15 @@ def test_starting_point_scores_with_mean_and_last_rows():
 
 
 def test_the_shipped_predictor_is_better_than_mean_and_last_row():
-    """On made-up rows of steady blocks and noise: a check that the file is whole."""
+    """On made-up rows of blocks that drift, with noise: a check that the file is whole."""
     generator = torch.Generator().manual_seed(0)
-    level, noise = torch.rand(1, 200, generator=generator).pow(8), torch.rand(96, 200, generator=generator).pow(3)
-    rows, targets = (level * 6 + noise * 3).softmax(-1)[None], torch.arange(64, 96)
+    level = 4 * torch.rand(1, 200, generator=generator).pow(4)
+    drift, noise = torch.randn(2, 96, 200, generator=generator)
+    rows, targets = (level + 0.15 * drift.cumsum(0) + 0.6 * noise).softmax(-1)[None], torch.arange(64, 96)
     ours = train_predictor.scores_of_rows(rows, targets, load_predictor(DEFAULT_PREDICTOR).state_dict(), 64)[0]
     mean, last = torch.stack([rows[0, t - 64 : t].mean(0) for t in targets]), rows[0, targets - 1]
     found = [rows[0, targets].gather(1, s.topk(24).indices).sum(1).mean().item() for s in (ours, mean, last)]
-    assert found[0] > found[2] and found[0] > found[1] - 0.01
+    assert found[0] > max(found[1:])
 
 
 def test_losses_by_hand():
