@@ -169,10 +169,17 @@ class Llama(nn.Module):
             self.norm = RMSNorm(config.d_model, config.rms_eps)
             self.head = Linear(config.d_model, config.vocab_size, False)
         self.to_empty(device=device).to(dtype).requires_grad_(False)
-        self.device, self.dtype = self.embed.device, self.embed.dtype
         if config.tie_embeddings:
             self.head.weight = self.embed
         self.register_buffer("rope_table", rope_table(config, device), persistent=False)
+
+    @property
+    def device(self):
+        return self.embed.device
+
+    @property
+    def dtype(self):
+        return self.embed.dtype
 
     @torch.inference_mode()
     def hidden(self, tokens, positions, attend):

@@ -329,11 +329,12 @@ def test_the_triton_backend_decodes_the_same(history_rows, dense_layers, monkeyp
     monkeypatch.setattr(attnpred, "PREFILL_CHUNK", 16)
     config = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=32, history_len=6, calibration_interval=2,
                     dense_layers=dense_layers, history_rows=history_rows)  # fmt: skip
-    model, logits = tiny_llama(n_layers=2), []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, logits, tokens = tiny_llama(n_layers=2).to(device), [], torch.arange(46, device=device) % 61
     for backend in ("torch", "triton"):
         decoder = SparseDecoder(config, model, random_predictor(), 100, backend)
-        steps = [prefill(model, decoder, torch.arange(36) % 61)]  # fits the budget; outgrows it while decoding
-        steps += [decode_one_token(model, decoder, torch.tensor([step])) for step in range(10)]
+        steps = [prefill(model, decoder, tokens[:36])]  # fits the budget; outgrows it while decoding
+        steps += [decode_one_token(model, decoder, token).clone() for token in tokens[36:].split(1)]
         logits.append(torch.stack(steps))
     assert not decoder.fits
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
