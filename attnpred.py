@@ -86,10 +86,10 @@ class Config:
         1.0,
         "",
         1.0,
-        "share of the selected blocks that one selection may exchange; the worst wait (with --offload: 0.2)",
+        "share of the selected blocks that one selection may exchange; the worst wait (with --offload: 0.15)",
     )
 
-    OFFLOADED = dict(selection_delay="auto", swap_share=0.2)  # what --offload changes
+    OFFLOADED = dict(selection_delay="auto", swap_share=0.15)  # what --offload changes
 
     @classmethod
     def paper(cls, **changes) -> "Config":

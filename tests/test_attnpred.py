@@ -515,7 +515,7 @@ def test_options_change_the_setting():
     assert config("--selection-interval", "4", "--history-rows", "every") == Config(
         selection_interval=4, history_rows="every"
     )
-    assert config("--offload", "--budget", "512") == Config(selection_delay="auto", swap_share=0.2, budget=512)
+    assert config("--offload", "--budget", "512") == Config(selection_delay="auto", swap_share=0.15, budget=512)
     assert config("--swap-share", "1", "--offload", "--selection-delay", "3") == Config(selection_delay=3)
 
 
