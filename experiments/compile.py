@@ -116,10 +116,12 @@ def kernel_names():
 
 def run(arguments):
     parser = OneLineParser(prog="python -m experiments.compile", description=__doc__.split("\n")[0])
-    parser.add_argument("targets", nargs="*", choices=TARGETS, help="default: all")
+    parser.add_argument("targets", nargs="*", help=f"of {', '.join(TARGETS)}; default: all")
     parser.add_argument("--kernel", choices=kernel_names(), help="only this one")
     parser.add_argument("--model", choices=MODELS, help="only this one")
     options = parser.parse_args(arguments)
+    if unknown := [name for name in options.targets if name not in TARGETS]:
+        parser.error(f"unknown target {unknown[0]}: try {', '.join(TARGETS)}")
     if kernels.triton.knobs is None or kernels.interpreted():
         parser.error("compiling needs Triton, and TRITON_INTERPRET unset")
     names = [options.kernel] if options.kernel else kernel_names()
