@@ -550,10 +550,12 @@ class SparseDecoder:
         self.cache.select(self.next_lists)
         self.predicted_end, self.new_rows = end, 0
 
-    def scores(self, start, end, layers=slice(None)):
-        """Predicted scores of the middle blocks [start, end): (layers, heads, end - start) float32."""
-        history = self.history[layers].flatten(0, 1)  # (layers * heads, H, capacity)
-        contributions = self.contributions[layers].flatten(0, 1)  # (layers * heads, H, capacity)
+    def scores(self, start, end):
+        """Predicted scores of the middle blocks [start, end): (L', heads, end - start) float32."""
+        history, contributions = (
+            self.history.flatten(0, 1),
+            self.contributions.flatten(0, 1),
+        )  # (L' * heads, H, capacity)
         valid_end = max(start, self.predicted_end)
         if self.step:  # the first prediction belongs to prefill
             shape = *history.shape[:2], self.new_rows, start, end, valid_end
@@ -562,7 +564,7 @@ class SparseDecoder:
             self.stats.choosing_bytes += len(history) * rows * (end - start) * history.element_size()
         scores = kernels.predict(
             history, contributions, self.newest, self.new_rows, start, end, valid_end, self.weights, self.backend
-        )  # (layers * heads, n)
+        )  # (L' * heads, n)
         return scores.unflatten(0, (-1, self.heads))
 
     def choose(self, scores, start, end) -> BlockLists:
@@ -607,15 +609,13 @@ class SparseDecoder:
     def store_rows(self, rows):
         """Make rows (L', heads, rows, N) the last ones of the history."""
         count, n_blocks = rows.shape[2:]
-        slots = (
-            self.newest - count + 1 + torch.arange(count, device=rows.device)
-        ) % self.config.history_len  # (count,)
+        slots = kernels.window_slots(self.newest, self.config.history_len, rows.device)[-count:]  # (count,)
         self.history[:, :, slots, :n_blocks] = rows.to(self.history.dtype)
 
     def window(self):
         """The history, oldest row first: (L', heads, H, capacity) float32."""
-        order = (self.newest + 1 + torch.arange(self.config.history_len)) % self.config.history_len  # (H,)
-        return self.history[:, :, order.to(self.history.device)].float()
+        slots = kernels.window_slots(self.newest, self.config.history_len, self.history.device)  # (H,)
+        return self.history[:, :, slots].float()
 
     def attended(self, layer, n_blocks):
         """Which blocks (heads, n_blocks) bool a sparse layer attends to: in this step or, after it, in the next."""
@@ -859,7 +859,6 @@ class OffloadedCache:
 
     def write_prompt(self, layer, k, v, first=0):
         """As KVCache.write_prompt, `first` the start of a block. Earlier K and V are copied back from the host."""
-        self.n_tokens = first + k.shape[1]
         if layer < self.dense_layers:
             return self.dense.write_prompt(layer, k, v, first)
         blocks = torch.stack((k, v), 1)  # (Hk, 2, T, D)
@@ -957,8 +956,7 @@ class OffloadedCache:
     def begin_pooling(self, q, n_tokens):
         """As KVCache.begin_pooling. Beside a GPU a thread pools, as soon as queries and keys are in host memory."""
         if not self.worker:
-            pooled = self.pool(q, n_tokens)
-            return lambda: pooled
+            return KVCache.begin_pooling(self, q, n_tokens)
         self.host_q.copy_(q.contiguous(), non_blocking=True)  # (L', Hq, 1, D)
         pooled = self.worker.submit(self.pool_after, torch.cuda.current_stream().record_event(), n_tokens)
         return lambda: [x.to(self.device, non_blocking=True) for x in pooled.result()]
@@ -1257,7 +1255,7 @@ def prefill_memory(c: Config, m: LlamaConfig, n_tokens, dtype, offload) -> int:
     return max(chunk + earlier, pooled)
 
 
-def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, backend, offload) -> tuple[int, int]:
+def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, offload) -> tuple[int, int]:
     """Bytes that prefill and decoding allocate on the device and in host memory, beside the weights."""
     heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
     dense = min(c.dense_layers, m.n_layers)
@@ -1274,9 +1272,9 @@ def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, backend, of
     return device, (m.n_layers - resident) * every_block
 
 
-def check_memory(c: Config, m: LlamaConfig, capacity_tokens, dtype, device, backend, offload):
+def check_memory(c: Config, m: LlamaConfig, capacity_tokens, dtype, device, offload):
     """Raise InputError, before anything is computed, where decoding would not fit into memory; say what to do."""
-    needs = zip(memory_needed(c, m, capacity_tokens, dtype, backend, offload), (device, torch.device("cpu")))
+    needs = zip(memory_needed(c, m, capacity_tokens, dtype, offload), (device, torch.device("cpu")))
     for need, place in needs:
         free = free_memory(place)
         if free is not None and need > free:
@@ -1310,7 +1308,7 @@ def run(args, make_decoder=SparseDecoder) -> SparseDecoder:
     if room < 1:
         raise InputError(f"the prompt has {len(tokens):,} tokens, the model's context {m.context_len:,}: shorten it")
     max_new_tokens = min(args.max_new_tokens, room)
-    check_memory(config, m, len(tokens) + max_new_tokens, model.kv_dtype, device, backend, args.offload)
+    check_memory(config, m, len(tokens) + max_new_tokens, model.kv_dtype, device, args.offload)
     decoder = make_decoder(
         config, model, predictor, len(tokens) + max_new_tokens, backend, args.offload, not args.no_graph
     )

@@ -92,8 +92,8 @@ class Recorder(SparseDecoder):
         self.served = None  # (L', heads, N): the true row of the first step that it served
         self.pending = None
 
-    def scores(self, start, end, layers=slice(None)):
-        scores = super().scores(start, end, layers)  # (L', heads, n)
+    def scores(self, start, end):
+        scores = super().scores(start, end)  # (L', heads, n)
         history = self.window()[..., : self.config.n_blocks(self.n_tokens)].cpu()  # (L', heads, H, N)
         self.pending = history, start, scores.cpu()
         if not self.step and self.config.history_rows == "every":  # the prompt's last rows are consecutive, and true

@@ -256,16 +256,15 @@ class RivalDecoder(SparseDecoder):
         self.notes = [dict(note) for note in notes or [{}] * self.sparse_layers]
         self.recovery = []
 
-    def scores(self, start, end, layers=slice(None)):
+    def scores(self, start, end):
         if self.rival is None:
-            return super().scores(start, end, layers)
-        indices = range(self.sparse_layers)[layers]
+            return super().scores(start, end)
         if self.rival.needs_query:  # `decode_attention` replaces this choice
-            return torch.zeros(len(indices), self.heads, end - start, device=self.history.device)
+            return torch.zeros(self.sparse_layers, self.heads, end - start, device=self.history.device)
         if self.step:
-            self.count_choosing(len(indices), start, end)
-        scores = [self.rival.score(Seen(self, i, start, end)).expand(self.heads, -1) for i in indices]
-        return torch.stack(scores)  # (layers, heads, n)
+            self.count_choosing(self.sparse_layers, start, end)
+        seen = (Seen(self, layer, start, end) for layer in range(self.sparse_layers))
+        return torch.stack([self.rival.score(one).expand(self.heads, -1) for one in seen])  # (L', heads, n)
 
     def count_choosing(self, n_layers, start, end):
         vector_bytes = self.model_config.head_dim * self.queries.element_size()

@@ -91,7 +91,7 @@ def test_counters_are_exact():
     assert cache.written_bytes == wrote * 2 * 2 * block and cache.block_bytes == block
     megabytes = [f"{blocks * block / 21 / 1e6:,.3f}" for blocks in (fetched, cache.selected)]
     assert "{} MB a token fetched, of {} MB selected".format(*megabytes) in cache.format_stats(171, 21)[1]
-    need = attnpred.memory_needed(config, model.config, 180, torch.float32, "torch", True)
+    need = attnpred.memory_needed(config, model.config, 180, torch.float32, True)
     activations = attnpred.prefill_memory(config, model.config, 180, torch.float32, True)
     rings = sum(t.numel() * t.element_size() for t in (decoder.history, decoder.contributions, decoder.queries))
     assert need[0] == cache.device_bytes + rings + activations and need[1] == cache.host.numel() * 4
@@ -103,7 +103,7 @@ def test_resident_memory_is_counted():
     prefill(model, decoder, torch.arange(150) % 61)
     tensors = decoder.history, decoder.contributions, decoder.queries, decoder.cache.kv
     activations = attnpred.prefill_memory(config, model.config, 180, torch.float32, False)
-    assert attnpred.memory_needed(config, model.config, 180, torch.float32, "torch", False) == (
+    assert attnpred.memory_needed(config, model.config, 180, torch.float32, False) == (
         sum(t.numel() * t.element_size() for t in tensors) + activations,
         0,
     )
@@ -127,11 +127,11 @@ def test_memory_of_prefill_is_counted(monkeypatch):
 def test_memory_is_checked_before_anything_is_computed(monkeypatch):
     m, cpu = tiny_llama().config, torch.device("cpu")
     for offload in (False, True):
-        needs = attnpred.memory_needed(CONFIG, m, 1000, torch.float32, "torch", offload)
+        needs = attnpred.memory_needed(CONFIG, m, 1000, torch.float32, offload)
         monkeypatch.setattr(attnpred, "free_memory", lambda device, needs=needs: max(needs))
-        attnpred.check_memory(CONFIG, m, 1000, torch.float32, cpu, "torch", offload)
+        attnpred.check_memory(CONFIG, m, 1000, torch.float32, cpu, offload)
         monkeypatch.setattr(attnpred, "free_memory", lambda device, needs=needs: max(needs) - 1)
         with pytest.raises(InputError, match="a shorter prompt"):
-            attnpred.check_memory(CONFIG, m, 1000, torch.float32, cpu, "torch", offload)
+            attnpred.check_memory(CONFIG, m, 1000, torch.float32, cpu, offload)
     monkeypatch.setattr(attnpred, "free_memory", lambda device: None)
-    attnpred.check_memory(CONFIG, m, 1000, torch.float32, cpu, "torch", False)
+    attnpred.check_memory(CONFIG, m, 1000, torch.float32, cpu, False)
