@@ -43,6 +43,11 @@ class InputError(Exception):
     """The user gave something that cannot be used; the message says in one line what is wrong and what to do."""
 
 
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Parameters and predictor
 # --------------------------------------------------------------------------------------------------------------------
@@ -56,7 +61,7 @@ def parameter(default, symbol, paper, help, choices=None):
 class Config:
     """The method's parameters. Raises InputError where they contradict each other."""
 
-    block_size: int = parameter(16, "b", 16, "tokens per block")
+    block_size: int = parameter(16, "b", 16, "tokens per block", (8, 16, 32, 64))
     history_len: int = parameter(64, "H", 64, "rows of pooled attention kept")
     sink_tokens: int = parameter(64, "S", 64, "first tokens, always attended")
     local_tokens: int = parameter(64, "R", 64, "last tokens, always attended")
@@ -97,40 +102,29 @@ class Config:
         return cls(**({f.name: f.metadata["paper"] for f in dataclasses.fields(cls)} | changes))
 
     def __post_init__(self):
-        b = self.block_size
-        if not (8 <= b <= 64 and b & (b - 1) == 0):
-            raise InputError(f"block_size = {b} is not supported: use 8, 16, 32 or 64")
+        b, least = self.block_size, self.sink_tokens + self.local_tokens
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            require(not choices or value in choices, f"{f.name} = {value!r} is unknown: use one of {choices}")
         for name in ("sink_tokens", "local_tokens", "budget"):
             value = getattr(self, name)
-            if value < 0 or value % b:
-                raise InputError(
-                    f"{name} = {value} is not a multiple of the block size: try {max(0, value) // b * b + b}"
-                )
-        if self.local_tokens < b:
-            raise InputError(f"local_tokens = {self.local_tokens} must hold at least one block: try {b}")
-        if self.budget < self.sink_tokens + self.local_tokens:
-            least = self.sink_tokens + self.local_tokens
-            raise InputError(f"budget = {self.budget} is below sink_tokens + local_tokens: use at least {least}")
-        if self.history_len < 5:
-            raise InputError(f"history_len = {self.history_len} is too short for the convolution: use at least 5")
-        if self.calibration_interval != "auto" and self.calibration_interval < 1:
-            raise InputError(f"calibration_interval = {self.calibration_interval} must be auto or at least 1")
-        if self.selection_interval is not None and self.selection_interval < 1:
-            raise InputError(f"selection_interval = {self.selection_interval} must be at least 1")
-        if self.dense_layers < 0:
-            raise InputError(f"dense_layers = {self.dense_layers} must not be negative")
-        if self.selection_delay != "auto" and not 0 <= self.selection_delay < self.longest_delay(0):
-            raise InputError(
-                f"selection_delay = {self.selection_delay} must be auto or lie in 0 ... {self.longest_delay(0) - 1}, "
-                "below both intervals and the local window"
-            )
-        if not 0 < self.swap_share <= 1:
-            raise InputError(f"swap_share = {self.swap_share} must be above 0 and at most 1")
-        for f in dataclasses.fields(self):
-            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
-                raise InputError(
-                    f"{f.name} = {getattr(self, f.name)!r} is unknown: use {' or '.join(f.metadata['choices'])}"
-                )
+            rounded = max(0, value) // b * b + b
+            require(value >= 0 and value % b == 0, f"{name} = {value} is not a multiple of block_size: try {rounded}")
+        require(self.local_tokens >= b, f"local_tokens = {self.local_tokens} must hold at least one block: try {b}")
+        require(
+            self.budget >= least, f"budget = {self.budget} is below sink_tokens + local_tokens: use at least {least}"
+        )
+        require(self.history_len >= 5, f"history_len = {self.history_len} is too short for the convolution: try 5")
+        require(self.dense_layers >= 0, f"dense_layers = {self.dense_layers} must not be negative")
+        for name in ("calibration_interval", "selection_interval"):
+            value = getattr(self, name)
+            require(value in ("auto", None) or value >= 1, f"{name} = {value} must be at least 1")
+        delay, longest = self.selection_delay, self.longest_delay(0)
+        require(
+            delay == "auto" or 0 <= delay < longest,
+            f"selection_delay = {delay} must be auto or 0 ... {longest - 1}, below both intervals and the local window",
+        )
+        require(0 < self.swap_share <= 1, f"swap_share = {self.swap_share} must be above 0 and at most 1")
 
     @property
     def topk_blocks(self) -> int:
@@ -670,6 +664,15 @@ def group_mean(pooled, heads):
     return pooled.unflatten(1, (heads, -1)).mean(2)
 
 
+def pool_rows(q, keys, heads, n_tokens, stride, backend):
+    """Pool rows of all sparse layers, as the history has them.
+
+    q (L', Hq, rows, D), keys (L' * Hk, capacity, b, D) -> (L', heads, rows, N), and log-sum-exps (L', Hq, rows)
+    """
+    pooled, lse = kernels.pool_history(q.flatten(0, 1), keys, n_tokens, stride, backend)  # (L' * Hq, rows, N)
+    return group_mean(pooled.unflatten(0, q.shape[:2]), heads), lse.unflatten(0, q.shape[:2])
+
+
 def host_memory(shape, dtype, device, owner) -> torch.Tensor:
     """Zeros in host memory, which a GPU reads and writes until `owner` is gone. PyTorch's own pinned memory would be
     rounded up to a power of two."""
@@ -778,11 +781,8 @@ class KVCache:
         return F.scaled_dot_product_attention(q.unflatten(0, (self.n_kv_heads, -1))[None], k, v)[0].flatten(0, 1)
 
     def pool(self, q, n_tokens, stride=1):
-        """Pool rows of all sparse layers: q (L', Hq, rows, D) -> (L', heads, rows, N), as in the history, and the rows'
-        log-sum-exps (L', Hq, rows)."""
-        keys = self.kv[0, self.dense_layers :].flatten(0, 1)  # (L' * Hk, capacity, b, D)
-        pooled, lse = kernels.pool_history(q.flatten(0, 1), keys, n_tokens, stride, self.backend)
-        return group_mean(pooled.unflatten(0, q.shape[:2]), self.heads), lse.unflatten(0, q.shape[:2])
+        """See pool_rows."""
+        return pool_rows(q, self.kv[0, self.dense_layers :].flatten(0, 1), self.heads, n_tokens, stride, self.backend)
 
     def begin_pooling(self, q, n_tokens):
         """Pool one row per layer; returns a function that gives it."""
@@ -852,9 +852,7 @@ class OffloadedCache:
         return sum(t.numel() * t.element_size() for t in (self.slots, self.dense.kv))
 
     def home_of(self, block):
-        """The place in `home` of a block, an int or a tensor, of the sink or the tail."""
-        if isinstance(block, int):
-            return block if block < self.sink else self.sink + block % self.ring
+        """The places in `home` of blocks of the sink or the tail."""
         return torch.where(block < self.sink, block, self.sink + block % self.ring)
 
     def write_prompt(self, layer, k, v, first=0):
@@ -868,9 +866,10 @@ class OffloadedCache:
         end = start + blocks.shape[1]
         earlier = self.host[layer, :, :start].to(self.device)  # (Hk, start, 2, b, D)
         self.host[layer, :, start:end].copy_(blocks)
-        for block in {*range(start, min(self.sink, end)), *range(max(start, end - self.ring), end)}:
-            each = blocks[:, block - start].repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, 2, b, D)
-            self.home[layer, :, self.home_of(block)] = each
+        block = torch.arange(start, end, device=self.device)
+        block = block[(block < self.sink) | (block >= end - self.ring)]  # of the sink, or of the tail
+        each = blocks[:, block - start].repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, n, 2, b, D)
+        self.home[layer, :, self.home_of(block)] = each
         self.written = first + k.shape[1]
         return [torch.cat((old.flatten(1, 2), new), 1) for old, new in zip(earlier.unbind(2), (k, v))]
 
@@ -949,9 +948,7 @@ class OffloadedCache:
     @torch.inference_mode()
     def pool_on_host(self, q, n_tokens, stride=1):
         """`pool` with q and results in host memory; the keys must be there already."""
-        keys = self.host.flatten(0, 1)[:, :, 0]  # (L' * Hk, capacity, b, D)
-        pooled, lse = kernels.pool_history(q.flatten(0, 1), keys, n_tokens, stride, "torch")
-        return group_mean(pooled.unflatten(0, q.shape[:2]), self.heads), lse.unflatten(0, q.shape[:2])
+        return pool_rows(q, self.host.flatten(0, 1)[:, :, 0], self.heads, n_tokens, stride, "torch")
 
     def begin_pooling(self, q, n_tokens):
         """As KVCache.begin_pooling. Beside a GPU a thread pools, as soon as queries and keys are in host memory."""
@@ -1133,16 +1130,9 @@ def add_method_options(parser):
     for f in dataclasses.fields(Config):
         paper = "" if f.metadata["paper"] == f.default else f"; paper: {f.metadata['paper']}"
         default = "" if f.default is None else f" (default: {f.default}{paper})"
-        number = float if f.type is float else int
-        kind = str if f.metadata["choices"] else auto_or_int if f.type == int | str else number
-        option = "--" + f.name.replace("_", "-")
-        group.add_argument(
-            option,
-            type=kind,
-            choices=f.metadata["choices"],
-            default=argparse.SUPPRESS,
-            help=f.metadata["help"] + default,
-        )
+        kind = auto_or_int if f.type == int | str else int if f.type == int | None else f.type
+        shown = dict(choices=f.metadata["choices"], help=f.metadata["help"] + default)
+        group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, **shown)
 
 
 def config_of(args) -> Config:
@@ -1223,14 +1213,10 @@ def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
 
 
 def check_limits(args):
-    if args.max_new_tokens < 1:
-        raise InputError(f"max-new-tokens {args.max_new_tokens} must be at least 1")
-    if not (0 <= args.temperature < float("inf")):
-        raise InputError(f"temperature {args.temperature} must be at least 0")
-    if not 0 < args.top_p <= 1:
-        raise InputError(f"top-p {args.top_p} must be above 0 and at most 1")
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"seed {args.seed} must lie in 0 ... 2^63 - 1")
+    require(args.max_new_tokens >= 1, f"max-new-tokens {args.max_new_tokens} must be at least 1")
+    require(0 <= args.temperature < math.inf, f"temperature {args.temperature} must be at least 0")
+    require(0 < args.top_p <= 1, f"top-p {args.top_p} must be above 0 and at most 1")
+    require(0 <= args.seed < 2**63, f"seed {args.seed} must lie in 0 ... 2^63 - 1")
 
 
 def free_memory(device) -> int | None:

@@ -475,7 +475,7 @@ def attnpred_main(capsys, *args):
         (["--prompt", "a", "--budget", "1000"], "try 1008"),
         (["--prompt", "a", "--sink-tokens", "-16"], "multiple"),
         (["--prompt", "a", "--local-tokens", "0"], "at least one block"),
-        (["--prompt", "a", "--block-size", "12"], "8, 16, 32 or 64"),
+        (["--prompt", "a", "--block-size", "12"], "8, 16, 32, 64"),
         (["--prompt", "a", "--history-len", "4"], "at least 5"),
         (["--prompt", "a", "--calibration-interval", "0"], "at least 1"),
         (["--prompt", "a", "--calibration-interval", "often"], "invalid"),
