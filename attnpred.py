@@ -114,7 +114,9 @@ class Config:
         require(
             self.budget >= least, f"budget = {self.budget} is below sink_tokens + local_tokens: use at least {least}"
         )
-        require(self.history_len >= 5, f"history_len = {self.history_len} is too short for the convolution: try 5")
+        require(
+            self.history_len >= 5, f"history_len = {self.history_len} is too short for the convolution: use at least 5"
+        )
         require(self.dense_layers >= 0, f"dense_layers = {self.dense_layers} must not be negative")
         for name in ("calibration_interval", "selection_interval"):
             value = getattr(self, name)
