@@ -63,7 +63,7 @@ class Config:
 
     block_size: int = parameter(16, "b", 16, "tokens per block", (8, 16, 32, 64))
     history_len: int = parameter(64, "H", 64, "rows of pooled attention kept")
-    sink_tokens: int = parameter(64, "S", 64, "first tokens, always attended")
+    sink_tokens: int | None = parameter(None, "S", 64, "first tokens, always attended; default: one block")
     local_tokens: int = parameter(64, "R", 64, "last tokens, always attended")
     budget: int = parameter(1024, "B", 1024, "tokens attended per head, sink and local tokens included")
     calibration_interval: int | str = parameter(
@@ -102,6 +102,8 @@ class Config:
         return cls(**({f.name: f.metadata["paper"] for f in dataclasses.fields(cls)} | changes))
 
     def __post_init__(self):
+        if self.sink_tokens is None:
+            object.__setattr__(self, "sink_tokens", self.block_size)
         b, least = self.block_size, self.sink_tokens + self.local_tokens
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
@@ -661,9 +663,12 @@ def uses_streams(device) -> bool:
     return device.type == "cuda"
 
 
-def group_mean(pooled, heads):
-    """(L', Hq, ...) -> (L', heads, ...): with "kv" selection a group's queries share their mean row."""
-    return pooled.unflatten(1, (heads, -1)).mean(2)
+def group_rms(pooled, heads):
+    """(L', Hq, ...) -> (L', heads, ...): with "kv" selection a group's queries share one row, their root mean square.
+
+    The error of a query's output grows with the probability that it misses, and what counts is the sum of squares.
+    """
+    return pooled.unflatten(1, (heads, -1)).square().mean(2).sqrt()
 
 
 def pool_rows(q, keys, heads, n_tokens, stride, backend):
@@ -672,7 +677,7 @@ def pool_rows(q, keys, heads, n_tokens, stride, backend):
     q (L', Hq, rows, D), keys (L' * Hk, capacity, b, D) -> (L', heads, rows, N), and log-sum-exps (L', Hq, rows)
     """
     pooled, lse = kernels.pool_history(q.flatten(0, 1), keys, n_tokens, stride, backend)  # (L' * Hq, rows, N)
-    return group_mean(pooled.unflatten(0, q.shape[:2]), heads), lse.unflatten(0, q.shape[:2])
+    return group_rms(pooled.unflatten(0, q.shape[:2]), heads), lse.unflatten(0, q.shape[:2])
 
 
 def host_memory(shape, dtype, device, owner) -> torch.Tensor:

@@ -174,16 +174,13 @@ def record(model, config: Config, tokens, ends, rows, stride):
     """One dense pass over tokens -> for each end a window: pooled and mass, both (L', heads, rows, N) float16.
 
     Row r belongs to position p = end - 1 - (rows - 1 - r) * stride. Its pooled row is what a true row of the history
-    is there; its mass is the mean of the block masses of the `stride` positions up to p. Each layer is pooled as soon
-    as its q and k are known, so no attention matrix is kept.
+    is there; its mass is the root mean square of the block masses, over the `stride` positions up to p and the queries
+    that select together. Each layer is pooled as soon as its q and k are known, so no attention matrix is kept.
     """
     m, device = model.config, model.device
     heads = m.n_kv_heads if config.select_heads == "kv" else m.n_heads
     shape = m.n_layers - config.dense_layers, heads, rows
     windows = [torch.zeros(2, *shape, config.n_blocks(end), dtype=attnpred.HISTORY_DTYPE) for end in ends]
-
-    def group_mean(x):  # (Hq, ...) -> (heads, ...)
-        return x.unflatten(0, (heads, -1)).mean(1)
 
     def attend(layer, q, k, v):
         if layer >= config.dense_layers:
@@ -192,14 +189,14 @@ def record(model, config: Config, tokens, ends, rows, stride):
             for end, (pooled, mass) in zip(ends, windows):
                 last = q[:, end - 1 - (rows - 1) * stride : end : stride]  # (Hq, rows, D)
                 maxima, _ = kernels.pool_history(last, k_cache, end, stride)  # (Hq, rows, N)
-                pooled[layer - config.dense_layers] = group_mean(maxima)
+                pooled[layer - config.dense_layers] = attnpred.group_rms(maxima[None], heads)[0]
                 chunk = max(1, MAX_LOGITS // (len(q) * end * stride))  # rows at a time
                 for first in range(0, rows, chunk):
                     stop = min(first + chunk, rows)
                     length = end - (rows - stop) * stride  # of the text up to the chunk's last row
                     sums = block_mass(q[:, length - (stop - first) * stride : length], k, length, config.block_size)
-                    sums = group_mean(sums).unflatten(1, (-1, stride)).mean(2)  # (heads, chunk, up to N)
-                    mass[layer - config.dense_layers, :, first:stop, : sums.shape[-1]] = sums
+                    squares = sums.square().view(heads, -1, stop - first, stride, sums.shape[-1]).mean((1, 3))
+                    mass[layer - config.dense_layers, :, first:stop, : sums.shape[-1]] = squares.sqrt()
         return causal_attention(layer, q, k, v)
 
     model(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device), attend)
@@ -297,7 +294,7 @@ class Window:
             raise InputError(f"{path} is not a window of `collect` ({error}): remove it, and collect again") from None
         self.path = path
         self.layers, _, self.rows, _ = self.pooled.get_shape()
-        first = n_tokens - self.rows * self.stride  # tokens before those whose mean mass is row 0
+        first = n_tokens - self.rows * self.stride  # tokens before those of row 0
         self.middle = [self.config.middle(first + row * self.stride + 1) for row in range(self.rows)]
 
     def load(self, layers):
@@ -364,37 +361,22 @@ def scaled(state, factor):
 
 
 def mse_loss(scores, mass, valid):
-    """Squared error of the scores against the mean block masses, as the paper trains."""
+    """Squared error of the scores, as the paper trains."""
     return (scores - mass).square()[valid.expand_as(mass)].mean() * 1e3
 
 
-def intensity(scores):
-    """Scores as positive intensities: FLOOR * softplus(score / FLOOR), and its logarithm.
+def relative_loss(scores, mass, valid):
+    """Squared error of positive scores s over the scores themselves (Pearson's chi-squared), per row: (mass - s)^2 / s.
 
-    Far above FLOOR an intensity is the score itself; far below it the score acts as a logit and still learns.
+    The best score is the root of the expected squared mass, s = sqrt(E[mass^2]). So a block that seldom gets much
+    attention scores higher than one that always gets as much in the mean: leaving it out would cost more.
     """
-    u = scores / FLOOR
-    return F.softplus(u) * FLOOR, torch.where(u < -15, u, torch.log(F.softplus(u) + 1e-9)) + math.log(FLOOR)
+    s = F.softplus(scores / FLOOR) * FLOOR + FLOOR / 10  # (B, T, n): far above FLOOR the score itself
+    return ((mass - s).square() / s * valid).sum(-1).mean()
 
 
-def poisson_loss(scores, mass, valid):
-    """Poisson deviance of the intensities from the masses, per row: sum of i - m - m log(i / m), 0 where all are equal.
-
-    On the absolute scale, which compares between heads: a head with little mass in its middle weighs little.
-    """
-    value, log = intensity(scores)
-    return ((value - mass - mass * log + torch.xlogy(mass, mass)) * valid).sum(-1).mean()
-
-
-def share_loss(scores, mass, valid):
-    """Cross-entropy of the intensities over their sum against the masses over theirs: all heads weigh the same."""
-    log_p = F.log_softmax(intensity(scores)[1].masked_fill(~valid, -1e4), -1)  # (B, T, n)
-    share = F.normalize(mass * valid, p=1, dim=-1, eps=1e-9)  # (B, T, n)
-    return -(log_p * share).sum(-1).mean()
-
-
-FLOOR = 3e-4
-LOSSES = {"poisson": poisson_loss, "share": share_loss, "mse": mse_loss}
+FLOOR = 1e-3
+LOSSES = {"relative": relative_loss, "mse": mse_loss}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -409,13 +391,13 @@ MIN_MIDDLE_BLOCKS = 32  # a window with fewer teaches no choice
 
 
 def targets_of(window, mass, rows, selection):
-    """What selections serve: the mean of the mass rows t ... t + selection - 1, for each t in rows (T,) int64.
+    """What selections serve: the root mean square of mass rows t ... t + selection - 1, for each t in rows (T,) int64.
 
     mass (layers, heads, window.rows, N) -> (layers, heads, T, N), and which blocks are in the middle then (T, N).
     """
     start, end = torch.tensor([window.middle[t] for t in rows.tolist()]).T[..., None]  # (T, 1) each
     block = torch.arange(mass.shape[-1])
-    return mass.unfold(2, selection, 1)[:, :, rows].mean(-1), (block >= start) & (block < end)
+    return mass.unfold(2, selection, 1)[:, :, rows].square().mean(-1).sqrt(), (block >= start) & (block < end)
 
 
 def draw_batch(windows, rng, layers, history_len, selection):
@@ -448,8 +430,8 @@ def select(scores, config):
 
 
 @torch.no_grad()
-def recovery(window, weights, config, selection, rows, device="cpu"):
-    """What decoding attends to after selections before `rows` (T,), as shares of the true attention.
+def left_out(window, weights, config, selection, rows, device="cpu"):
+    """The squared mass of the blocks that selections before `rows` (T,) leave out, summed over the blocks of a head.
 
     Returns {budget: (L', heads, T)}. The image ends where the middle does at the last of the rows.
     """
@@ -457,25 +439,24 @@ def recovery(window, weights, config, selection, rows, device="cpu"):
     for layer in range(window.layers):
         pooled, mass = window.load([layer])  # (1, heads, window.rows, N) each
         mass, valid = targets_of(window, mass, rows, selection)  # (1, heads, T, N), (T, N)
-        always = (mass[0] * ~valid).sum(-1)  # (heads, T)
         middle = slice(*window.middle[rows[-1]])
         mass, valid, image = mass[0, ..., middle], valid[:, middle], pooled[0, ..., middle].to(device)
         scores = scores_of_rows(image, rows.to(device), weights, config.history_len).cpu()  # (heads, T, n)
         scores = scores.masked_fill(~valid, -torch.inf).transpose(0, 1)  # (T, heads, n)
-        for budget, shares in found.items():
-            selected = select(scores, replace(config, budget=budget)).transpose(0, 1) & valid  # (heads, T, n)
-            shares.append(always + (mass * selected).sum(-1))
-    return {budget: torch.stack(shares) for budget, shares in found.items()}
+        for budget, sums in found.items():
+            selected = select(scores, replace(config, budget=budget)).transpose(0, 1)  # (heads, T, n)
+            sums.append((mass.square() * (valid & ~selected)).sum(-1))
+    return {budget: torch.stack(sums) for budget, sums in found.items()}
 
 
 def validate(windows, weights, config, selection, device="cpu"):
-    """Mean recovery at each of BUDGETS."""
+    """The root mean square of the mass that selections leave out, at each of BUDGETS."""
     weights, found = kernels.prepare_weights(weights, device), {budget: [] for budget in BUDGETS}
     for window in windows:
         rows = torch.arange(config.history_len, window.rows - selection + 1, 4)
-        for budget, shares in recovery(window, weights, config, selection, rows, device).items():
-            found[budget].append(shares.mean().item())
-    return {f"recovery, {budget}": statistics.fmean(means) for budget, means in found.items()}
+        for budget, sums in left_out(window, weights, config, selection, rows, device).items():
+            found[budget].append(sums.mean().item())
+    return {f"left out, {budget}": math.sqrt(statistics.fmean(means)) for budget, means in found.items()}
 
 
 def open_data(args):
@@ -502,7 +483,7 @@ def open_data(args):
 
 
 def train(args):
-    """Fit the predictor to the windows in --data; --out gets the weights with the best validation recovery."""
+    """Fit the predictor to the windows in --data; --out gets the weights that leave out least in validation."""
     out = pathlib.Path(args.out)
     checkpoint = out.with_suffix(".checkpoint")
     make_folder(out.parent)
@@ -524,11 +505,12 @@ def train(args):
         raise InputError(f"{out} exists, without a checkpoint to continue from: give another --out, or --restart")
 
     def assess(loss, step):
-        """Add a row to the curve, and keep the weights if their mean recovery is the best so far."""
+        """Add a row to the curve, and keep the weights if they leave out the least so far."""
         weights = {name: w.cpu() for name, w in scaled(average, 1 / INPUT_SCALE).items()}
         measured = validate(validation, weights, config, selection, device)
         curve.append({"step": step, "loss": loss} | measured)
-        if sum(measured.values()) == max(sum(row[name] for name in measured) for row in curve):
+        errors = [sum(row[name] for name in measured) for row in curve]
+        if errors[-1] == min(errors):
             about = {name: training[0].about[name] for name in ("llm", "corpus", "block_size", "select_heads")}
             about |= {name: getattr(config, name) for name in METHOD_SETTINGS} | {"seed": args.seed, "loss": args.loss}
             about |= {"steps": step, "validation": json.dumps({name: round(r, 4) for name, r in measured.items()})}
@@ -611,7 +593,7 @@ def parse_args(argv):
     add("--text", nargs="+", metavar="FILE", help="own texts, instead of what is installed")
     add("--model", help=f"Hugging Face folder or hub id of a Llama (default: {DEFAULT_LLM}, fetched once)")
     add("--lengths", nargs="+", type=positive, default=[4096], help="tokens of a context; the lengths alternate")
-    add("--contexts", type=positive, default=12, help="for training")
+    add("--contexts", type=positive, default=24, help="for training")
     add("--validation-contexts", type=positive, default=6, help="for validation")
     add("--windows", type=positive, default=2, help="windows of rows recorded of each context")
     add("--rows", type=positive, default=192, help="rows in a window")
@@ -623,13 +605,17 @@ def parse_args(argv):
     add("--out", default="predictor.safetensors", help="the best weights; beside them: checkpoint and curve (.json)")
     add("--init-from", help="start from this predictor: safetensors, or a state dict such as the authors publish")
     add("--restart", action="store_true", help="ignore a checkpoint, overwrite the weights")
-    add("--loss", default="poisson", choices=LOSSES, help="absolute scale; share: per head; mse: as the paper")
-    add("--selection-interval", type=positive, help="P: the target is the mean mass of P tokens (default: the stride)")
+    add("--loss", default="relative", choices=LOSSES, help="relative: over the score; mse: as the paper")
+    add(
+        "--selection-interval",
+        type=positive,
+        help="P: the target is the mass of the next P tokens (default: the stride)",
+    )
     add("--share-budget", default=Config.share_budget, choices=["layer", "head"], help="how heads share the budget")
-    add("--steps", type=positive, default=4000, help="training steps")
+    add("--steps", type=positive, default=12000, help="training steps")
     add("--layers", type=positive, default=1, help="layers in a step, all heads of each")
     add("--lr", type=float, default=1e-3, help="highest learning rate; rises over 50 steps and falls as a cosine")
-    add("--validate-every", type=positive, default=1000, help="steps from one validation and checkpoint to the next")
+    add("--validate-every", type=positive, default=2000, help="steps from one validation and checkpoint to the next")
     return parser.parse_args(argv)
 
 
