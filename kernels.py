@@ -142,7 +142,8 @@ def pool_history_reference(q, k_cache, n_tokens, stride):
 
 # Grid: (row tiles, splits, Hk). The G * rows queries of a KV head are one matrix, cut into tiles of TILE_ROWS; the keys
 # are cut into `splits` runs of tiles of TILE_BLOCKS blocks, so that even a single query occupies the whole GPU.
-# Traffic: K once per row tile (row tiles run side by side and share it in L2); block maxima and partial lse written.
+# Traffic: K once per row tile (row tiles run side by side and share it in L2); block maxima and partial lse written. The
+# launcher then combines the splits' lse and makes probabilities of the maxima, which it reads and writes twice.
 @triton.jit(do_not_specialize=["n_tokens", "n_blocks", "splits"])
 def _pool_kernel(
     q_ptr, k_ptr, block_max_ptr, partial_lse_ptr,
@@ -342,23 +343,6 @@ def _contributions_kernel(
         above, here = here, below
 
 
-def update_contributions(history, contributions, newest, strips, start, end, weights):
-    """As the reference, with one launch for each strip."""
-    heads, history_len, _ = history.shape
-    assert history.stride(2) == contributions.stride(2) == 1
-    tile = 128 if heads * triton.cdiv(end - start, 128) >= n_multiprocessors(history.device) else 64
-    precision = "ieee" if interpreted() or is_amd() else "tf32x3"  # float32's accuracy, on tensor cores where possible
-    for top, bottom, first in strips:
-        grid = heads, triton.cdiv(end - first, tile), triton.cdiv(bottom - top, ROWS_PER_PROGRAM)
-        _contributions_kernel[grid](
-            history, contributions, weights["conv1.taps"], weights["conv1.bias"],
-            weights["conv2.taps"], weights["conv2.bias"], weights["conv3.weight"],
-            history.stride(0), history.stride(1), contributions.stride(0), contributions.stride(1),
-            newest, start, first, end, top, bottom, history_len,
-            ROWS=ROWS_PER_PROGRAM, TILE=tile, PRECISION=precision, num_warps=tile // 16,
-        )  # fmt: skip
-
-
 def predict(history, contributions, newest, new_rows, start, end, valid_end, weights, backend="torch"):
     """Scores of the middle blocks (README: predict).
 
@@ -375,7 +359,18 @@ def predict(history, contributions, newest, new_rows, start, end, valid_end, wei
     assert 0 <= start < end <= capacity and start <= valid_end <= end and new_rows >= 0
     strips = stale_strips(history_len, new_rows, start, end, valid_end)
     if use_triton(backend, history.device):
-        update_contributions(history, contributions, newest, strips, start, end, weights)
+        assert history.stride(2) == contributions.stride(2) == 1
+        tile = 128 if heads * triton.cdiv(end - start, 128) >= n_multiprocessors(history.device) else 64
+        precision = "ieee" if interpreted() or is_amd() else "tf32x3"  # float32's accuracy, on tensor cores if possible
+        for top, bottom, first in strips:
+            grid = heads, triton.cdiv(end - first, tile), triton.cdiv(bottom - top, ROWS_PER_PROGRAM)
+            _contributions_kernel[grid](
+                history, contributions, weights["conv1.taps"], weights["conv1.bias"],
+                weights["conv2.taps"], weights["conv2.bias"], weights["conv3.weight"],
+                history.stride(0), history.stride(1), contributions.stride(0), contributions.stride(1),
+                newest, start, first, end, top, bottom, history_len,
+                ROWS=ROWS_PER_PROGRAM, TILE=tile, PRECISION=precision, num_warps=tile // 16,
+            )  # fmt: skip
     else:
         update_contributions_reference(history, contributions, newest, strips, start, end, weights)
     return contributions[:, :, start:end].mean(1, dtype=torch.float32) + weights["conv3.bias"]
@@ -781,6 +776,8 @@ def assign_slots(wanted, held, backend="torch"):
              that no slot holds
     returns  slots (rows, k) int32, -1 where nothing is wanted; the blocks to copy (rows, k) int32, -1 where there is
              nothing to do; and what each slot holds afterwards (rows, s) int32, -1 for blocks that nobody wants
+
+    It runs once per selection, and its operations are the same for both backends.
     """
     assert len(wanted) == len(held) and wanted.dtype == held.dtype == torch.int32
     held_blocks, slot = held.sort(dim=1, stable=True)  # (rows, s): the empty slots first, in ascending order
