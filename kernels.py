@@ -142,8 +142,8 @@ def pool_history_reference(q, k_cache, n_tokens, stride):
 
 # Grid: (row tiles, splits, Hk). The G * rows queries of a KV head are one matrix, cut into tiles of TILE_ROWS; the keys
 # are cut into `splits` runs of tiles of TILE_BLOCKS blocks, so that even a single query occupies the whole GPU.
-# Traffic: K once per row tile (row tiles run side by side and share it in L2); block maxima and partial lse written. The
-# launcher then combines the splits' lse and makes probabilities of the maxima, which it reads and writes twice.
+# Traffic: K once per row tile (row tiles run side by side and share it in L2); block maxima and partial lse written.
+# The launcher combines the splits' lse, and reads and writes the maxima twice to make probabilities of them.
 @triton.jit(do_not_specialize=["n_tokens", "n_blocks", "splits"])
 def _pool_kernel(
     q_ptr, k_ptr, block_max_ptr, partial_lse_ptr,

@@ -21,7 +21,6 @@ if not NATIVE:
 
 import hypothesis.strategies as st  # noqa: E402
 from hypothesis import HealthCheck, example, given, settings  # noqa: E402
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule  # noqa: E402
 
 import kernels  # noqa: E402
 
@@ -58,6 +57,10 @@ MARGIN = 3  # elements around an embedded tensor, in every dimension
 
 def int32(values):
     return torch.as_tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def poisoned(shape, dtype=torch.float32):
@@ -130,7 +133,7 @@ def assert_close(actual, expected, allowed, context=""):
 
 
 def normal(seed, *shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+    return torch.randn(shape, generator=rng(seed)).to(dtype).to(DEVICE)
 
 
 def rounding(*tensors, head_dim):
@@ -212,51 +215,6 @@ def naive_contributions(image, weights):
     return torch.einsum("c,hcrn->hrn", w3, x), torch.einsum("c,hcrn->hrn", w3.abs(), x)
 
 
-class Decoding:
-    """A ring of history into which rows are pushed and whose image grows by columns; p and scores are compared."""
-
-    def __init__(self, backend, dtype, heads, history_len, start, n, seed):
-        self.backend, self.heads, self.start, self.end = backend, heads, start, start + n
-        self.generator = torch.Generator().manual_seed(seed)
-        self.newest, self.valid_end = seed % history_len, start
-        capacity = self.end + 12
-        self.window = self.draw_rows(history_len, capacity)  # (heads, H, capacity), oldest row first
-        self.history = Embedded(poisoned((heads, history_len, capacity), dtype))
-        self.p = Embedded(poisoned((heads, history_len, capacity), dtype), margin=2)  # strides unlike the history's
-        self.state_dict = draw_weights(seed)
-        self.weights = kernels.prepare_weights(self.state_dict, DEVICE)
-
-    def draw_rows(self, rows, capacity):
-        """Some rows are sparse, as sparse attention leaves them, some dense."""
-        values = torch.rand(self.heads, rows, capacity, generator=self.generator)
-        share = torch.tensor([0.2, 1.0])[torch.arange(rows) % 2, None]  # (rows, 1)
-        return (values * (torch.rand(values.shape, generator=self.generator) < share)).to(DEVICE)
-
-    def step(self, new_rows, growth, **constants):
-        _, history_len, capacity = self.window.shape
-        self.window = torch.cat([self.window, self.draw_rows(new_rows, capacity)], 1)[:, new_rows:]
-        self.newest = (self.newest + new_rows) % history_len
-        self.end = min(self.end + growth, capacity - 1)
-        image = self.window[:, :, self.start : self.end].to(self.history.view.dtype)
-        slots = (torch.arange(history_len) + self.newest + 1) % history_len
-        self.history.view.fill_(NAN)
-        self.history.view[:, slots, self.start : self.end] = image
-        window = self.newest, new_rows, self.start, self.end, self.valid_end
-        with guarded(self.history.whole, *self.weights.values(), **constants):
-            scores = kernels.predict(self.history.view, self.p.view, *window, self.weights, self.backend)
-        self.valid_end = self.end
-
-        p, without_cancelling = naive_contributions(image, self.state_dict)
-        largest = without_cancelling.max()
-        allowed = (2e-6 if self.p.view.dtype == torch.float32 else 6e-4) * (1 + largest)
-        self.p.assert_intact()
-        columns = self.p.view[:, :, : self.start], self.p.view[:, :, self.end :]
-        assert all(outside.isnan().all() for outside in columns), "p written outside of the image"
-        assert_close(self.p.view[:, slots, self.start : self.end], p, allowed, "p")
-        assert scores.dtype == torch.float32
-        assert_close(scores, p.mean(1) + self.state_dict["conv3.bias"], allowed, "scores")
-
-
 @BACKENDS
 @settings(max_examples=12)
 @given(
@@ -268,17 +226,43 @@ class Decoding:
 @example(torch.float32, 1, 8, 0, 126, 1, [(3, 5), (4, 0)])  # grows past a tile; new_rows = H - 5 and H - 4
 @example(torch.float16, 3, 6, 2, 9, 2, [(0, 0), (0, 3), (1, 1), (6, 1), (1, 0)])  # nothing new; a whole window
 def test_predict_over_many_steps(backend, dtype, heads, history_len, start, n, seed, steps):
-    decoding = Decoding(backend, dtype, heads, history_len, start, n, seed)
+    """Rows enter a ring of history, and its image grows by columns; p and scores are compared after each step."""
+    generator, newest, end, valid_end, capacity = rng(seed), seed % history_len, start + n, start, start + n + 12
+    state_dict = draw_weights(seed)
+    weights = kernels.prepare_weights(state_dict, DEVICE)
+
+    def draw_rows(rows):
+        """Some rows are sparse, as sparse attention leaves them, some dense."""
+        values = torch.rand(heads, rows, capacity, generator=generator)
+        share = torch.tensor([0.2, 1.0])[torch.arange(rows) % 2, None]  # (rows, 1)
+        return (values * (torch.rand(values.shape, generator=generator) < share)).to(DEVICE)
+
+    window = draw_rows(history_len)  # (heads, H, capacity), oldest row first
+    history = Embedded(poisoned((heads, history_len, capacity), dtype))
+    p = Embedded(poisoned((heads, history_len, capacity), dtype), margin=2)  # strides unlike the history's
     constants = dict(ROWS_PER_PROGRAM=3, PREDICT_CELLS=90, n_multiprocessors=lambda device: 1 + seed % 4)
-    decoding.step(0, 0, **constants)
-    for new_rows, growth in steps:
-        decoding.step(new_rows, growth, **constants)
-    assert_close(  # the reference to learn from is the same network
-        kernels.predict_reference(decoding.history.view, decoding.newest, start, decoding.end, decoding.weights),
-        naive_contributions(decoding.window[:, :, start : decoding.end].to(dtype), decoding.state_dict)[0].mean(1)
-        + decoding.state_dict["conv3.bias"],
-        1e-5,
-    )
+    for new_rows, growth in [(0, 0), *steps]:
+        window = torch.cat([window, draw_rows(new_rows)], 1)[:, new_rows:]
+        newest, end = (newest + new_rows) % history_len, min(end + growth, capacity - 1)
+        image = window[:, :, start:end].to(dtype)
+        slots = (torch.arange(history_len) + newest + 1) % history_len
+        history.view.fill_(NAN)
+        history.view[:, slots, start:end] = image
+        with guarded(history.whole, *weights.values(), **constants):
+            scores = kernels.predict(history.view, p.view, newest, new_rows, start, end, valid_end, weights, backend)
+        valid_end = end
+
+        expected_p, without_cancelling = naive_contributions(image, state_dict)
+        expected = expected_p.mean(1) + state_dict["conv3.bias"]
+        allowed = (2e-6 if dtype == torch.float32 else 6e-4) * (1 + without_cancelling.max())
+        p.assert_intact()
+        outside = p.view[:, :, :start], p.view[:, :, end:]
+        assert all(columns.isnan().all() for columns in outside), "p written outside of the image"
+        assert_close(p.view[:, slots, start:end], expected_p, allowed, "p")
+        assert scores.dtype == torch.float32
+        assert_close(scores, expected, allowed, "scores")
+        whole = kernels.predict_reference(history.view, newest, start, end, weights)  # which is used for training
+        assert_close(whole, expected, 1e-5, "the whole network")
 
 
 def test_predict_multiply_adds():
@@ -342,7 +326,7 @@ def naive_selection(scores, k):
 @example("one value", 2, 600, 0.7, 5)  # all -0.0
 @example("ties", 1, 2 * kernels.SELECT_TILE + 77, 0.4, 3)  # tiles of the real size
 def test_select_blocks(backend, kind, rows, n, share, seed):
-    values = SCORES[kind]((rows, n), torch.Generator().manual_seed(seed)).to(DEVICE)
+    values = SCORES[kind]((rows, n), rng(seed)).to(DEVICE)
     scores = Embedded(values)
     scores.whole.nan_to_num_(INF)  # the guards would be chosen first
     scores.view.copy_(values)
@@ -361,7 +345,7 @@ class Lists:
     """Ragged lists in a larger table: between them lie entries of no list, which must not be looked at."""
 
     def __init__(self, lengths, n_pool, block_size, seed):
-        generator = torch.Generator().manual_seed(seed)
+        generator = rng(seed)
         blocks = [-(-length // block_size) for length in lengths]
         gaps = [int(torch.randint(0, 4, (), generator=generator)) for _ in lengths]
         order = torch.randperm(len(lengths), generator=generator).tolist()  # lists may lie in any order in the table
@@ -455,7 +439,7 @@ def test_append_token(backend, combination, lengths, shared, seed):
     lengths, n_kv_heads = [n for n in lengths for _ in range(shared)], len(lengths)
     n_blocks = sum(-(-length // block_size) for length in lengths)
     lists = Lists(lengths, n_blocks, block_size, seed)
-    order = int32(torch.randperm(n_blocks, generator=torch.Generator().manual_seed(seed)))
+    order = int32(torch.randperm(n_blocks, generator=rng(seed)))
     lists.table[lists.listed.any(0)] = order  # no block is in two lists
     pool = Embedded(normal(seed, n_blocks, 2, block_size, head_dim, dtype=dtype))
     k, v = (Embedded(normal(seed + 1 + i, n_kv_heads, head_dim, dtype=dtype), margin=MARGIN + i) for i in range(2))
@@ -505,60 +489,33 @@ def test_write_rows(backend, lengths, group, dtype, seed):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Slots(RuleBasedStateMachine):
-    """Blocks wanted again and again, against a dictionary from slots to blocks for each row."""
-
-    @initialize(rows=st.integers(1, 3), k=st.sampled_from([0, 1, 2, 3, 17, 40]), spare=st.integers(0, 9), seed=SEEDS)
-    def empty_slots(self, rows, k, spare, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.k, self.spare = k, spare
-        self.held = [{slot: -1 for slot in range(k + spare)} for _ in range(rows)]
-        if seed % 2:  # the slots as some earlier selection left them, in any order
-            for held in self.held:
-                blocks = torch.randperm(3 * k, generator=self.generator)[:k].tolist() + [-1] * spare
-                held.update(enumerate(blocks[i] for i in torch.randperm(k + spare, generator=self.generator)))
-
-    @rule(share=st.sampled_from([0.0, 0.3, 0.9, 1.0]), spread=st.sampled_from([1, 2, 5]))
-    def want(self, share, spread):
-        """Any blocks, no more of them new than there are empty slots."""
-        wanted = torch.full((len(self.held), self.k), -1)
-        for row, held in zip(wanted, self.held):
-            blocks = torch.randperm(self.k * spread, generator=self.generator)[: int(share * self.k)]
-            new = [block for block in blocks.tolist() if block not in held.values()]
-            refused = new[list(held.values()).count(-1) :]
-            row[: len(blocks)] = torch.where(torch.isin(blocks, torch.tensor(refused, dtype=torch.int64)), -1, blocks)
-            row.copy_(row[torch.randperm(self.k, generator=self.generator)])
-        self.check(int32(wanted))
-
-    @rule()
-    def want_the_same_in_another_order(self):
-        wanted = [[block for block in held.values() if block >= 0] for held in self.held]
-        wanted = [blocks + [-1] * (self.k - len(blocks)) for blocks in wanted]
-        order = torch.randperm(self.k, generator=self.generator).tolist()
-        self.check(int32([[blocks[i] for i in order] for blocks in wanted]))
-
-    def check(self, wanted):
-        before = int32([list(held.values()) for held in self.held])
-        expected_slots, expected_fetch = torch.full_like(wanted, -1), torch.full_like(wanted, -1)
-        for row, (held, blocks) in enumerate(zip(self.held, wanted.tolist())):
-            slot_of = {block: slot for slot, block in held.items() if block >= 0}
-            empty = [slot for slot, block in held.items() if block < 0]
-            for i, block in enumerate(blocks):
-                if block >= 0:
-                    if block not in slot_of:
-                        slot_of[block], expected_fetch[row, i] = empty.pop(0), block
-                        held[slot_of[block]] = block
-                    expected_slots[row, i] = slot_of[block]
-            held.update({slot: -1 for slot, block in held.items() if block not in blocks})
-        after = int32([list(held.values()) for held in self.held])
-        with guarded(wanted, before):
-            results = kernels.assign_slots(wanted, before)
-        assert all(x.dtype == torch.int32 for x in results)
-        assert all(map(torch.equal, results, (expected_slots, expected_fetch, after)))
-
-
-test_assign_slots = Slots.TestCase
-test_assign_slots.settings = settings(settings.get_profile("kernels"), max_examples=25, stateful_step_count=8)
+@given(
+    st.integers(1, 3), st.sampled_from([0, 1, 2, 3, 17, 40]), st.integers(0, 9), st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.sampled_from([1, 2, 5]), SEEDS,
+)  # fmt: skip
+@example(2, 40, 3, 1.0, 1.0, 1, 0)  # the same blocks in another order
+def test_assign_slots(rows, k, spare, filled, share, spread, seed):
+    """Random blocks in random slots, and random blocks wanted, against a dictionary from blocks to slots."""
+    generator = rng(seed)
+    wanted, held = torch.full((rows, k), -1), torch.full((rows, k + spare), -1)
+    slots, fetch, new_held = torch.full_like(wanted, -1), torch.full_like(wanted, -1), torch.full_like(held, -1)
+    for r in range(rows):
+        blocks = torch.randperm(spread * k, generator=generator)[: round(filled * k)]
+        held[r, torch.randperm(k + spare, generator=generator)[: len(blocks)]] = blocks
+        slot_of = {block: slot for slot, block in enumerate(held[r].tolist()) if block >= 0}
+        empty = [slot for slot, block in enumerate(held[r].tolist()) if block < 0]
+        blocks = torch.randperm(spread * k, generator=generator)[: round(share * k)].tolist()
+        places = torch.randperm(k, generator=generator)[: len(blocks)].sort().values.tolist()
+        for i, block in zip(places, blocks):
+            if block not in slot_of:
+                if not empty:
+                    continue  # no more new blocks are wanted than there are empty slots
+                slot_of[block], fetch[r, i] = empty.pop(0), block
+            wanted[r, i], slots[r, i], new_held[r, slot_of[block]] = block, slot_of[block], block
+    wanted, held, *expected = map(int32, (wanted, held, slots, fetch, new_held))
+    with guarded(wanted, held):
+        results = kernels.assign_slots(wanted, held)
+    assert all(x.dtype == torch.int32 for x in results) and all(map(torch.equal, results, expected))
 
 
 @BACKENDS
@@ -573,7 +530,7 @@ test_assign_slots.settings = settings(settings.get_profile("kernels"), max_examp
 @example(torch.float32, 7, 100, 0.1, 3, 3, 3)  # several chunks, few of them to be copied; rows of 28 bytes
 def test_copy_blocks(backend, dtype, lanes, n, share, left, right, seed):
     """Rows of `lanes` times 4 bytes, in wider ones. The bits are random: every kind of NaN is among them."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = rng(seed)
 
     def random_rows(rows):
         bits = torch.randint(0, 256, (rows, 4 * (left + lanes + right)), generator=generator).to(torch.uint8)
@@ -681,7 +638,6 @@ def test_launchers_refuse_what_they_cannot_do():
     q, k = torch.zeros(4, 2, 64, device=DEVICE), torch.zeros(2, 3, 16, 64, device=DEVICE)
     pool, lists, block_max = k[0], (int32([0, 1, 2]), int32([0]), int32([40])), torch.zeros(4, 3, device=DEVICE)
     history = torch.zeros(2, 6, 9, device=DEVICE)
-    weights = kernels.prepare_weights(draw_weights(0), DEVICE)
     with pytest.raises(ValueError, match="backend"):
         kernels.pool_history(q, k, 40, backend="cuda")
     refused = [
@@ -691,12 +647,13 @@ def test_launchers_refuse_what_they_cannot_do():
         lambda: kernels.pool_history(q, k[:, :, :12], 30, backend="triton"),  # neither is b
         lambda: kernels.pool_history(q.double(), k.double(), 40, backend="triton"),
         lambda: kernels.pool_history(q, k.mT.contiguous().mT, 40, backend="triton"),
-        lambda: kernels.predict(history, history.clone(), 6, 0, 0, 9, 0, weights),  # newest is no slot
-        lambda: kernels.predict(history, history.clone(), 0, 0, 3, 3, 3, weights),  # no columns
-        lambda: kernels.predict(history, history.clone(), 0, 0, 2, 9, 1, weights),  # valid_end before start
-        lambda: kernels.predict(history[:, :4], history[:, :4], 0, 0, 0, 9, 0, weights),  # H < 5
+        lambda: kernels.predict(history, history.clone(), 6, 0, 0, 9, 0, WEIGHTS),  # newest is no slot
+        lambda: kernels.predict(history, history.clone(), 0, 0, 3, 3, 3, WEIGHTS),  # no columns
+        lambda: kernels.predict(history, history.clone(), 0, 0, 2, 9, 1, WEIGHTS),  # valid_end before start
+        lambda: kernels.predict(history[:, :4], history[:, :4], 0, 0, 0, 9, 0, WEIGHTS),  # H < 5
         lambda: kernels.select_blocks(history[0], 10),  # k > n
         lambda: kernels.sparse_decode(q[:, 0].half(), pool, pool, *lists, block_max, backend="triton"),
+        lambda: kernels.sparse_decode(q[:, 0], pool, pool, lists[0].long(), *lists[1:], block_max, backend="triton"),
         lambda: kernels.write_rows(block_max, block_max[0], *lists, history[0, :2], 16),  # two rows of one list
         lambda: kernels.copy_blocks(q[:, 0], pool[:, 0].half(), lists[0], lists[0]),
     ]
