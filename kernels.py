@@ -20,7 +20,6 @@ when such a number becomes 1 or a multiple of 16.
 Source: Yang et al., AttentionPredictor, NeurIPS 2025, arXiv 2502.04077. The incremental prediction is this project's.
 """
 
-import math
 import os
 from functools import cache
 from types import SimpleNamespace
@@ -37,7 +36,6 @@ except ImportError:  # the torch backend works without Triton
     tl = SimpleNamespace(constexpr=lambda value: value)
     triton = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda function: function), knobs=None)
 
-LOG2_E = tl.constexpr(math.log2(math.e))  # kernels use exp2 and log2, as the hardware does
 LOWEST = tl.constexpr(-3.0e38)  # a running maximum starts here: finite, so that LOWEST - LOWEST is not NaN
 PROGRAMS_PER_MULTIPROCESSOR = 2  # how many programs a split pass over K aims at
 TILE_BYTES = 16384  # of K or of V that a program loads at once; several such loads are in flight
@@ -94,15 +92,19 @@ def supports(head_dim, block_size, element_size):
     return powers_of_two and tile_bytes <= (16384 if is_amd() else 32768)
 
 
-def check_kernel_layout(q, *caches):
+def check_caches(q, *caches):
     """What the attention kernels assume of q (..., D) and of caches (..., b, D)."""
     block_size, head_dim = caches[0].shape[-2:]
-    assert supports(head_dim, block_size, q.element_size()), (
-        f"no kernel for D = {head_dim}, b = {block_size}, {q.dtype}"
-    )
-    for tensor in (q, *caches):
-        assert tensor.dtype == q.dtype and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        assert tensor.stride(-1) == 1 and tensor.shape[-1] == head_dim, "a head's elements must be contiguous"
+    assert supports(head_dim, block_size, q.element_size()), f"no kernel for D = {head_dim}, b = {block_size}"
+    assert q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"no kernel for {q.dtype}"
+    for x in (q, *caches):
+        assert x.dtype == q.dtype and x.shape[-1] == head_dim and x.stride(-1) == 1, "a head must be contiguous"
+    assert all(cache.stride() == caches[0].stride() for cache in caches)
+
+
+def check_lists(*lists):
+    """What the kernels assume of lists of blocks, and of indices."""
+    assert all(x.dtype == torch.int32 and x.stride(-1) == 1 for x in lists), "lists must be contiguous int32"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -141,6 +143,7 @@ def pool_history_reference(q, k_cache, n_tokens, stride):
 # Grid: (row tiles, splits, Hk). The G * rows queries of a KV head are one matrix, cut into tiles of TILE_ROWS; the keys
 # are cut into `splits` runs of tiles of TILE_BLOCKS blocks, so that even a single query occupies the whole GPU.
 # Traffic: K once per row tile (row tiles run side by side and share it in L2); block maxima and partial lse written.
+# The launcher combines the splits' lse, and reads and writes the maxima twice to make probabilities of them.
 @triton.jit(do_not_specialize=["n_tokens", "n_blocks", "splits"])
 def _pool_kernel(
     q_ptr, k_ptr, block_max_ptr, partial_lse_ptr,
@@ -162,9 +165,7 @@ def _pool_kernel(
     l = tl.zeros((TILE_ROWS,), tl.float32)
 
     n_tiles = tl.cdiv(n_blocks, TILE_BLOCKS)
-    first_tile = (split.to(tl.int64) * n_tiles // splits).to(tl.int32)
-    last_tile = ((split + 1).to(tl.int64) * n_tiles // splits).to(tl.int32)
-    for tile in range(first_tile, last_tile):
+    for tile in range(split * n_tiles // splits, (split + 1) * n_tiles // splits):
         block = tile * TILE_BLOCKS + token // BLOCK_SIZE  # (TILE,)
         key = block * BLOCK_SIZE + token % BLOCK_SIZE  # (TILE,)
         k_row = kv_head * stride_kh + block.to(tl.int64) * stride_kn + token % BLOCK_SIZE * stride_kt  # (TILE,)
@@ -176,29 +177,9 @@ def _pool_kernel(
         inside = in_group[:, None] & (column < n_blocks)[None, :]
         tl.store(block_max_ptr + out_row[:, None] * n_blocks + column[None, :], block_max, mask=inside)
         m_new = tl.maximum(m, tl.max(block_max, 1))
-        l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(logits - m_new[:, None]), 1)
+        l = l * tl.exp(m - m_new) + tl.sum(tl.exp(logits - m_new[:, None]), 1)
         m = m_new
-    tl.store(partial_lse_ptr + out_row * splits + split, m + tl.log2(l), mask=in_group)
-
-
-# Grid: (row tiles, column tiles). Turns block maxima into probabilities in place. Traffic: one read, one write.
-@triton.jit(do_not_specialize=["n_rows", "n_blocks", "splits"])
-def _pool_normalize_kernel(
-    block_max_ptr, partial_lse_ptr, lse_ptr, n_rows, n_blocks, splits,
-    MAX_SPLITS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    split = tl.arange(0, MAX_SPLITS)
-    partial_mask = (row < n_rows)[:, None] & (split < splits)[None, :]
-    partial = tl.load(partial_lse_ptr + row[:, None] * splits + split[None, :], mask=partial_mask, other=LOWEST)
-    m = tl.max(partial, 1)  # (TILE_ROWS,)
-    lse = m + tl.log2(tl.sum(tl.exp2(partial - m[:, None]), 1))  # (TILE_ROWS,) to base 2
-    if tl.program_id(1) == 0:
-        tl.store(lse_ptr + row, lse / LOG2_E, mask=row < n_rows)
-    cell = block_max_ptr + row[:, None] * n_blocks + column[None, :]  # (TILE_ROWS, TILE_COLUMNS)
-    inside = (row < n_rows)[:, None] & (column < n_blocks)[None, :]
-    tl.store(cell, tl.exp2(tl.load(cell, mask=inside, other=float("-inf")) - lse[:, None]), mask=inside)
+    tl.store(partial_lse_ptr + out_row * splits + split, m + tl.log(l), mask=in_group)
 
 
 def pool_history(q, k_cache, n_tokens, stride=1, backend="torch"):
@@ -215,28 +196,24 @@ def pool_history(q, k_cache, n_tokens, stride=1, backend="torch"):
     assert rows >= 1 and (rows - 1) * stride < n_tokens, f"{rows} rows, {stride} apart, in {n_tokens} tokens"
     if not use_triton(backend, q.device):
         return pool_history_reference(q, k_cache, n_tokens, stride)
-    check_kernel_layout(q, k_cache)
+    check_caches(q, k_cache)
     group, n_blocks = n_heads // n_kv_heads, -(-n_tokens // block_size)
     tile_blocks, stages = kv_tile(head_dim, block_size, q.element_size())
     tile_rows = max(16, min(64 if q.element_size() == 2 else 16, triton.next_power_of_2(group * rows)))
     row_tiles = triton.cdiv(group * rows, tile_rows)
-    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors(q.device), row_tiles * n_kv_heads)
-    splits = min(wanted, triton.cdiv(n_blocks, tile_blocks))
-    pooled = q.new_empty((n_heads, rows, n_blocks), dtype=torch.float32)  # block maxima first, then probabilities
-    lse = q.new_empty((n_heads, rows), dtype=torch.float32)
+    splits = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors(q.device), row_tiles * n_kv_heads)
+    splits = min(splits, triton.cdiv(n_blocks, tile_blocks))
+    pooled = q.new_empty((n_heads, rows, n_blocks), dtype=torch.float32)  # the block maxima first
     partial_lse = q.new_empty((n_heads, rows, splits), dtype=torch.float32)
     _pool_kernel[(row_tiles, splits, n_kv_heads)](
         q, k_cache, pooled, partial_lse,
-        n_tokens, n_blocks, splits, rows, stride, head_dim**-0.5 * math.log2(math.e),
+        n_tokens, n_blocks, splits, rows, stride, head_dim**-0.5,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_BLOCKS=tile_blocks, TILE_ROWS=tile_rows,
         OPERAND=dot_operand(q.dtype), num_warps=4, num_stages=stages,
     )  # fmt: skip
-    _pool_normalize_kernel[(triton.cdiv(n_heads * rows, 16), triton.cdiv(n_blocks, 128))](
-        pooled, partial_lse, lse, n_heads * rows, n_blocks, splits,
-        MAX_SPLITS=triton.next_power_of_2(wanted), TILE_ROWS=16, TILE_COLUMNS=128, num_warps=4,
-    )  # fmt: skip
-    return pooled, lse
+    lse = partial_lse.logsumexp(-1)  # (Hq, rows)
+    return pooled.sub_(lse[..., None]).exp_(), lse
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -310,18 +287,15 @@ def contributions_reference(image, strip, weights):
     return x.permute(0, 2, 3, 1) @ weights["conv3.weight"][0, :, 0]  # (heads, rows, columns)
 
 
-def predict_incremental_reference(history, contributions, newest, strips, start, end, weights):
-    """See `predict`; a few heads at a time, to bound the memory."""
+def update_contributions_reference(history, contributions, newest, strips, start, end, weights):
+    """Compute the strips of p anew, a few heads at a time, to bound the memory."""
     slots = window_slots(newest, history.shape[1], history.device)  # (H,)
     chunk = max(1, PREDICT_CELLS // max((bottom - top + 4) * (end - first) for top, bottom, first in strips))
-    scores = []
     for some_history, some_p in zip(history.split(chunk), contributions.split(chunk)):
-        image = some_history.roll(-newest - 1, 1)[..., start:end]  # (chunk, H, n), the oldest row first
+        image = some_history[:, slots, start:end]  # (chunk, H, n), the oldest row first
         for top, bottom, first in strips:
             p = contributions_reference(image, (top, bottom, first - start), weights)  # (chunk, rows, columns)
             some_p[:, slots[top:bottom], first:end] = p.to(some_p.dtype)
-        scores.append(some_p[:, :, start:end].mean(1, dtype=torch.float32))  # (chunk, n)
-    return torch.cat(scores) + weights["conv3.bias"]  # (heads, n)
 
 
 # Grid: (heads, tiles of TILE columns, chunks of ROWS rows). A program walks down its columns. Both convolutions are
@@ -369,22 +343,6 @@ def _contributions_kernel(
         above, here = here, below
 
 
-# Grid: (heads, tiles of TILE columns). The mean does not depend on the order of the rows. Traffic: p, read once.
-@triton.jit(do_not_specialize=["start", "end"])
-def _score_kernel(
-    contributions_ptr, b3_ptr, scores_ptr, stride_ph, stride_pr, start, end, H, ROWS: tl.constexpr, TILE: tl.constexpr
-):
-    head = tl.program_id(0).to(tl.int64)
-    column = start + tl.program_id(1) * TILE + tl.arange(0, TILE)  # (TILE,)
-    total = tl.zeros([TILE], tl.float32)
-    for first in range(0, H, ROWS):
-        row = first + tl.arange(0, ROWS)  # (ROWS,)
-        cell = contributions_ptr + head * stride_ph + row[:, None] * stride_pr + column[None, :]
-        p = tl.load(cell, mask=(row < H)[:, None] & (column < end)[None, :], other=0.0)  # (ROWS, TILE)
-        total += tl.sum(p.to(tl.float32), 0)
-    tl.store(scores_ptr + head * (end - start) + column - start, total / H + tl.load(b3_ptr), mask=column < end)
-
-
 def predict(history, contributions, newest, new_rows, start, end, valid_end, weights, backend="torch"):
     """Scores of the middle blocks (README: predict).
 
@@ -400,26 +358,22 @@ def predict(history, contributions, newest, new_rows, start, end, valid_end, wei
     assert contributions.shape == history.shape and history_len >= 5 and 0 <= newest < history_len
     assert 0 <= start < end <= capacity and start <= valid_end <= end and new_rows >= 0
     strips = stale_strips(history_len, new_rows, start, end, valid_end)
-    if not use_triton(backend, history.device):
-        return predict_incremental_reference(history, contributions, newest, strips, start, end, weights)
-    assert history.stride(2) == contributions.stride(2) == 1
-    tile = 128 if heads * triton.cdiv(end - start, 128) >= n_multiprocessors(history.device) else 64
-    precision = "ieee" if interpreted() or is_amd() else "tf32x3"  # float32's accuracy, on tensor cores where possible
-    for top, bottom, first in strips:
-        grid = heads, triton.cdiv(end - first, tile), triton.cdiv(bottom - top, ROWS_PER_PROGRAM)
-        _contributions_kernel[grid](
-            history, contributions, weights["conv1.taps"], weights["conv1.bias"],
-            weights["conv2.taps"], weights["conv2.bias"], weights["conv3.weight"],
-            history.stride(0), history.stride(1), contributions.stride(0), contributions.stride(1),
-            newest, start, first, end, top, bottom, history_len,
-            ROWS=ROWS_PER_PROGRAM, TILE=tile, PRECISION=precision, num_warps=tile // 16,
-        )  # fmt: skip
-    scores = history.new_empty((heads, end - start), dtype=torch.float32)
-    _score_kernel[(heads, triton.cdiv(end - start, 128))](
-        contributions, weights["conv3.bias"], scores, contributions.stride(0), contributions.stride(1),
-        start, end, history_len, ROWS=16, TILE=128, num_warps=4,
-    )  # fmt: skip
-    return scores
+    if use_triton(backend, history.device):
+        assert history.stride(2) == contributions.stride(2) == 1
+        tile = 128 if heads * triton.cdiv(end - start, 128) >= n_multiprocessors(history.device) else 64
+        precision = "ieee" if interpreted() or is_amd() else "tf32x3"  # float32's accuracy, on tensor cores if possible
+        for top, bottom, first in strips:
+            grid = heads, triton.cdiv(end - first, tile), triton.cdiv(bottom - top, ROWS_PER_PROGRAM)
+            _contributions_kernel[grid](
+                history, contributions, weights["conv1.taps"], weights["conv1.bias"],
+                weights["conv2.taps"], weights["conv2.bias"], weights["conv3.weight"],
+                history.stride(0), history.stride(1), contributions.stride(0), contributions.stride(1),
+                newest, start, first, end, top, bottom, history_len,
+                ROWS=ROWS_PER_PROGRAM, TILE=tile, PRECISION=precision, num_warps=tile // 16,
+            )  # fmt: skip
+    else:
+        update_contributions_reference(history, contributions, newest, strips, start, end, weights)
+    return contributions[:, :, start:end].mean(1, dtype=torch.float32) + weights["conv3.bias"]
 
 
 def predict_multiply_adds(heads, history_len, new_rows, start, end, valid_end):
@@ -448,11 +402,12 @@ def select_blocks_reference(scores, k):
 
 @triton.jit
 def _sortable(scores_ptr, index, n):
-    """Unsigned integers that sort like the scores: NaN as -inf, -0 as +0."""
+    """Unsigned integers that sort like the scores: NaN as -inf, -0 as +0, and what is not a score below all of them."""
     bits = tl.load(scores_ptr + index, mask=index < n, other=0.0).to(tl.int32, bitcast=True)  # (TILE,)
     bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, -0x800000, bits)  # any NaN becomes -inf
     bits = tl.where(bits == -0x80000000, 0, bits)
-    return (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)  # (TILE,)
+    key = bits ^ ((bits >> 31) | -0x80000000)
+    return tl.where(index < n, key, 0).to(tl.uint32, bitcast=True)  # (TILE,)
 
 
 # The k-th largest key is the largest threshold that at least k keys reach. It is found bit by bit, the highest first; a
@@ -464,25 +419,22 @@ def _select_kernel(scores_ptr, blocks_ptr, stride_row, n, k, TILE: tl.constexpr)
     row_ptr = scores_ptr + row * stride_row
     threshold = tl.full([], 0, tl.uint32)
     bit = tl.full([], 0x80000000, tl.uint32)
+    larger = 0  # keys above the threshold: those that reach the last refused candidate, which is threshold + 1
     for _ in range(32):
-        candidate = threshold | bit
-        reached = 0
+        reached = 0  # keys that reach threshold + bit
         for first in range(0, n, TILE):
-            index = first + tl.arange(0, TILE)  # (TILE,)
-            reached += tl.sum(((_sortable(row_ptr, index, n) >= candidate) & (index < n)).to(tl.int32), 0)
-        threshold = tl.where(reached >= k, candidate, threshold)
+            key = _sortable(row_ptr, first + tl.arange(0, TILE), n)  # (TILE,)
+            reached += tl.sum((key >= (threshold | bit)).to(tl.int32), 0)
+        larger = tl.where(reached >= k, larger, reached)
+        threshold = tl.where(reached >= k, threshold | bit, threshold)
         bit = bit >> 1
-    larger = 0
-    for first in range(0, n, TILE):
-        index = first + tl.arange(0, TILE)  # (TILE,)
-        larger += tl.sum(((_sortable(row_ptr, index, n) > threshold) & (index < n)).to(tl.int32), 0)
     ties = k - larger  # how many keys that equal the threshold belong to the best k
     written = 0
     for first in range(0, n, TILE):
         index = first + tl.arange(0, TILE)  # (TILE,)
         key = _sortable(row_ptr, index, n)
-        equal = ((key == threshold) & (index < n)).to(tl.int32)
-        taken = ((key > threshold) & (index < n)) | ((equal > 0) & (tl.cumsum(equal, 0) <= ties))
+        equal = (key == threshold).to(tl.int32)
+        taken = (key > threshold) | ((equal > 0) & (tl.cumsum(equal, 0) <= ties))
         rank = written + tl.cumsum(taken.to(tl.int32), 0) - 1  # (TILE,)
         tl.store(blocks_ptr + row * k + rank, index, mask=taken)
         ties -= tl.sum(equal, 0)
@@ -514,13 +466,13 @@ def select_blocks(scores, k, backend="torch"):
 # each block that is read.
 # --------------------------------------------------------------------------------------------------------------------
 
-DECODE_PROGRAMS_PER_MULTIPROCESSOR = 2
 MERGE_TILE = 32  # partial results that the merge holds at once
 
 
 def pad_lists(lists):
-    """Lists of blocks (n,) int32, one at least not empty, as a rectangle (lists, longest): a listed block fills it."""
-    return pad_sequence(lists, batch_first=True, padding_value=next(int(blocks[0]) for blocks in lists if len(blocks)))
+    """Lists of blocks (n,) int32, as a rectangle (lists, longest): a listed block fills it."""
+    padding = next((int(blocks[0]) for blocks in lists if len(blocks)), 0)
+    return pad_sequence(lists, batch_first=True, padding_value=padding)
 
 
 def length_mask(lengths, n_tokens):
@@ -550,8 +502,6 @@ def sparse_decode_reference(q, k_pool, v_pool, table, starts, lengths, block_max
     """See `sparse_decode`. What follows a list in its last block must be finite."""
     block_size, head_dim = k_pool.shape[1:]
     starts, blocks = starts.tolist(), (-(-lengths // block_size)).tolist()
-    if not any(blocks):
-        return torch.zeros_like(q), torch.full_like(q[:, 0], float("-inf"), dtype=torch.float32)
     address = pad_lists([table[start : start + n] for start, n in zip(starts, blocks)])  # (heads, longest)
     mask = length_mask(lengths, address.shape[1] * block_size)  # (heads, tokens)
     if block_max is None and q.is_cpu and all(blocks):
@@ -626,16 +576,16 @@ def _decode_kernel(
         block_max = tl.max(tl.reshape(logits, (GROUP_PAD, TILE_BLOCKS, BLOCK_SIZE)), 2)  # (GROUP_PAD, TILE_BLOCKS)
         place = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)  # (TILE_BLOCKS,) in the list
         max_mask = in_group[:, None] & (place * BLOCK_SIZE < length)[None, :]
-        tl.store(block_max_ptr + g[:, None] * stride_mg + start + place[None, :], block_max / LOG2_E, mask=max_mask)
+        tl.store(block_max_ptr + g[:, None] * stride_mg + start + place[None, :], block_max, mask=max_mask)
         m_new = tl.maximum(m, tl.max(block_max, 1))  # (GROUP_PAD,)
-        p = tl.exp2(logits - m_new[:, None])  # (GROUP_PAD, TILE)
-        rescale = tl.exp2(m - m_new)
+        p = tl.exp(logits - m_new[:, None])  # (GROUP_PAD, TILE)
+        rescale = tl.exp(m - m_new)
         l = l * rescale + tl.sum(p, 1)
         v = tl.load(v_ptr + row[:, None] + d[None, :], mask=listed[:, None], other=0.0)  # (TILE, D)
         acc = tl.dot(p.to(v.dtype).to(OPERAND), v.to(OPERAND), acc * rescale[:, None], input_precision="ieee")
         m = m_new
     partial = program * GROUP + g  # (GROUP_PAD,)
-    tl.store(partial_lse_ptr + partial, m + tl.log2(l), mask=in_group)
+    tl.store(partial_lse_ptr + partial, m + tl.log(l), mask=in_group)
     tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + d[None, :], acc / l[:, None], mask=in_group[:, None])
 
 
@@ -659,15 +609,15 @@ def _merge_kernel(
         partial = (first + split) * GROUP + tl.program_id(1)  # (SPLITS,)
         lse = tl.load(partial_lse_ptr + partial, mask=split < splits, other=float("-inf"))  # (SPLITS,)
         m_new = tl.maximum(m, tl.max(lse, 0))
-        p = tl.exp2(lse - m_new)  # (SPLITS,)
+        p = tl.exp(lse - m_new)  # (SPLITS,)
         out_cell = partial[:, None] * HEAD_DIM + d[None, :]
         out = tl.load(partial_out_ptr + out_cell, mask=(split < splits)[:, None], other=0.0)  # (SPLITS, D)
-        acc = acc * tl.exp2(m - m_new) + tl.sum(out * p[:, None], 0)
-        l = l * tl.exp2(m - m_new) + tl.sum(p, 0)
+        acc = acc * tl.exp(m - m_new) + tl.sum(out * p[:, None], 0)
+        l = l * tl.exp(m - m_new) + tl.sum(p, 0)
         m = m_new
-    merged = tl.where(l > 0, acc / tl.where(l > 0, l, 1.0), 0.0)  # (D,)
-    tl.store(out_ptr + query * HEAD_DIM + d, merged.to(out_ptr.dtype.element_ty))
-    tl.store(lse_ptr + query, tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) / LOG2_E, float("-inf")))
+    out = acc / tl.maximum(l, 1.0)  # (D,): l is 0 for an empty list, else 1 at least
+    tl.store(out_ptr + query * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty))
+    tl.store(lse_ptr + query, m + tl.log(l))
 
 
 def sparse_decode(q, k_pool, v_pool, table, starts, lengths, block_max, backend="torch"):
@@ -687,23 +637,19 @@ def sparse_decode(q, k_pool, v_pool, table, starts, lengths, block_max, backend=
     assert block_max is None or block_max.shape == (n_heads // heads, len(table))
     if not use_triton(backend, q.device):
         return sparse_decode_reference(q, k_pool, v_pool, table, starts, lengths, block_max)
-    check_kernel_layout(q, k_pool, v_pool)
-    assert (
-        block_max is not None
-        and k_pool.stride() == v_pool.stride()
-        and table.dtype == starts.dtype == lengths.dtype == torch.int32
-    )
-    assert table.stride(0) == starts.stride(0) == lengths.stride(0) == block_max.stride(1) == 1
+    check_caches(q, k_pool, v_pool)
+    check_lists(table, starts, lengths)
+    assert block_max is not None and block_max.stride(1) == 1
     group, block_size = n_heads // heads, k_pool.shape[1]
     tile_blocks, stages = kv_tile(head_dim, block_size, q.element_size())
-    n_programs = DECODE_PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors(q.device)
+    n_programs = PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors(q.device)
     out, lse = q.new_empty((n_heads, head_dim)), q.new_empty(n_heads, dtype=torch.float32)
     partial_out = q.new_empty((n_programs + heads, group, head_dim), dtype=torch.float32)
     partial_lse = q.new_empty((n_programs + heads, group), dtype=torch.float32)
     shape = dict(GROUP=group, HEAD_DIM=head_dim, MAX_HEADS=triton.next_power_of_2(heads))
     _decode_kernel[(n_programs + heads,)](
         q, k_pool, v_pool, table, starts, lengths, partial_out, partial_lse, block_max,
-        heads, n_programs, head_dim**-0.5 * math.log2(math.e),
+        heads, n_programs, head_dim**-0.5,
         q.stride(0), k_pool.stride(0), k_pool.stride(1), block_max.stride(0),
         **shape, GROUP_PAD=max(16, triton.next_power_of_2(group)), BLOCK_SIZE=block_size, TILE_BLOCKS=tile_blocks,
         OPERAND=dot_operand(q.dtype), num_warps=8, num_stages=stages,
@@ -749,10 +695,9 @@ def append_token(k, v, k_pool, v_pool, table, starts, lengths, backend="torch"):
     assert heads % n_kv_heads == 0 and len(lengths) == heads and k.shape == v.shape and k_pool.shape == v_pool.shape
     if not use_triton(backend, k.device):
         return append_token_reference(k, v, k_pool, v_pool, table, starts, lengths)
-    check_kernel_layout(k, k_pool, v_pool)
+    check_caches(k, k_pool, v_pool)
+    check_lists(table, starts, lengths)
     assert v.stride(1) == 1 and v.dtype == k.dtype
-    assert k_pool.stride() == v_pool.stride() and table.dtype == starts.dtype == lengths.dtype == torch.int32
-    assert table.stride(0) == starts.stride(0) == lengths.stride(0) == 1
     _append_kernel[(heads,)](
         k, v, k_pool, v_pool, table, starts, lengths,
         k.stride(0), v.stride(0), k_pool.stride(0), k_pool.stride(1),
@@ -786,7 +731,7 @@ def _write_rows_kernel(
         listed = place < n_listed
         cell = block_max_ptr + g[:, None] * stride_mg + start + place[None, :]
         block_max = tl.load(cell, mask=(g < GROUP)[:, None] & listed[None, :], other=float("-inf"))
-        p = tl.sum(tl.exp2((block_max - lse[:, None]) * LOG2_E), 0) / GROUP  # (TILE,)
+        p = tl.sum(tl.exp(block_max - lse[:, None]), 0) / GROUP  # (TILE,)
         column = tl.load(columns_ptr + start + place, mask=listed, other=0)
         tl.store(rows_ptr + head * stride_row + column, p.to(rows_ptr.dtype.element_ty), mask=listed)
 
@@ -801,7 +746,8 @@ def write_rows(block_max, lse, columns, starts, lengths, rows, block_size, backe
     assert len(lse) == len(starts) * len(block_max) and len(rows) == len(starts) and rows.stride(1) == 1
     if not use_triton(backend, rows.device):
         return write_rows_reference(block_max, lse, columns, starts, lengths, rows, block_size)
-    assert columns.dtype == starts.dtype == lengths.dtype == torch.int32 and lse.is_contiguous()
+    check_lists(columns, starts, lengths)
+    assert lse.is_contiguous() and block_max.stride(1) == 1
     group = len(block_max)
     rows.zero_()
     _write_rows_kernel[(len(rows), 4)](
@@ -818,58 +764,8 @@ def write_rows(block_max, lse, columns, starts, lengths, rows, block_size, backe
 # beside the copy still reads it. So there are more slots than wanted blocks: spare ones for the blocks that come.
 # --------------------------------------------------------------------------------------------------------------------
 
-ASSIGN_CELLS = 2048  # pairs of a wanted block and a slot that are compared at once
 COPY_PROGRAMS = 16  # use at most 16 multiprocessors, leaving the rest for compute
-COPY_CHUNK = 1024  # entries of the index lists that a program holds at once
-
-
-def assign_slots_reference(wanted, held):
-    """See `assign_slots`."""
-    same = (wanted[:, :, None] == held[:, None, :]) & (wanted >= 0)[:, :, None]  # (rows, k, s)
-    found = same.any(2)  # (rows, k)
-    missing = (wanted >= 0) & ~found  # (rows, k)
-    empty_first = (held >= 0).int().sort(dim=1, stable=True).indices  # (rows, s): the empty slots first, ascending
-    taken = empty_first.gather(1, (missing.cumsum(1) - 1).clamp(min=0))  # (rows, k)
-    slots = torch.where(missing, taken, torch.where(found, same.int().argmax(2), -1)).int()  # (rows, k)
-    new_held = F.pad(torch.where(same.any(1), held, -1), (0, 1))  # one more slot takes what is not missing
-    new_held.scatter_(1, torch.where(missing, taken, held.shape[1]), wanted)
-    return slots, torch.where(missing, wanted, -1), new_held[:, :-1].contiguous()
-
-
-# Grid: (rows,). A program holds a row's wanted blocks in one tile and goes twice over the slots in chunks: once to find
-# the wanted blocks that are in a slot, once to give the r-th missing block the r-th empty slot. Comparing every wanted
-# block with every slot needs no communication between threads other than the reductions. Traffic: the lists, a few KB.
-@triton.jit
-def _assign_kernel(
-    wanted_ptr, held_ptr, slots_ptr, fetch_ptr, new_held_ptr, k, n_slots, TILE: tl.constexpr, CHUNK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, TILE)
-    wanted = tl.load(wanted_ptr + row * k + i, mask=i < k, other=-1)  # (TILE,)
-    slots = tl.full((TILE,), -1, tl.int32)
-    for first in range(0, n_slots, CHUNK):
-        slot = first + tl.arange(0, CHUNK)  # (CHUNK,)
-        held = tl.load(held_ptr + row * n_slots + slot, mask=slot < n_slots, other=-1)
-        same = (wanted[:, None] == held[None, :]) & (wanted >= 0)[:, None]  # (TILE, CHUNK)
-        slots = tl.maximum(slots, tl.max(tl.where(same, slot[None, :], -1), 1))
-    missing = (wanted >= 0) & (slots < 0)  # (TILE,)
-    missing_rank = tl.where(missing, tl.cumsum(missing.to(tl.int32), 0) - 1, -1)
-    n_empty = 0
-    for first in range(0, n_slots, CHUNK):
-        slot = first + tl.arange(0, CHUNK)  # (CHUNK,)
-        held = tl.load(held_ptr + row * n_slots + slot, mask=slot < n_slots, other=0)
-        same = (wanted[:, None] == held[None, :]) & (wanted >= 0)[:, None]  # (TILE, CHUNK)
-        empty = held < 0  # (CHUNK,)
-        empty_rank = tl.where(empty, n_empty + tl.cumsum(empty.to(tl.int32), 0) - 1, -2)
-        gives = missing_rank[:, None] == empty_rank[None, :]  # (TILE, CHUNK)
-        slots = tl.maximum(slots, tl.max(tl.where(gives, slot[None, :], -1), 1))
-        block = tl.max(
-            tl.where(gives | same, wanted[:, None], -1), 0
-        )  # (CHUNK,) what the slot holds from now on, or -1
-        tl.store(new_held_ptr + row * n_slots + slot, block, mask=slot < n_slots)
-        n_empty += tl.sum(empty.to(tl.int32), 0)
-    tl.store(slots_ptr + row * k + i, slots, mask=i < k)
-    tl.store(fetch_ptr + row * k + i, tl.where(missing, wanted, -1), mask=i < k)
+COPY_CHUNK = 1024  # indices that a program counts at once
 
 
 def assign_slots(wanted, held, backend="torch"):
@@ -880,19 +776,17 @@ def assign_slots(wanted, held, backend="torch"):
              that no slot holds
     returns  slots (rows, k) int32, -1 where nothing is wanted; the blocks to copy (rows, k) int32, -1 where there is
              nothing to do; and what each slot holds afterwards (rows, s) int32, -1 for blocks that nobody wants
+
+    It runs once per selection, and its operations are the same for both backends.
     """
     assert len(wanted) == len(held) and wanted.dtype == held.dtype == torch.int32
-    if wanted.numel() == 0:
-        return wanted, wanted, torch.full_like(held, -1)
-    if not use_triton(backend, wanted.device):
-        return assign_slots_reference(wanted, held)
-    assert wanted.is_contiguous() and held.is_contiguous()
-    (rows, k), n_slots = wanted.shape, held.shape[1]
-    slots, fetch, new_held = torch.empty_like(wanted), torch.empty_like(wanted), torch.empty_like(held)
-    tile = max(16, triton.next_power_of_2(k))
-    chunk = max(1, min(triton.next_power_of_2(n_slots), ASSIGN_CELLS // tile))
-    _assign_kernel[(rows,)](wanted, held, slots, fetch, new_held, k, n_slots, TILE=tile, CHUNK=chunk, num_warps=4)
-    return slots, fetch, new_held
+    held_blocks, slot = held.sort(dim=1, stable=True)  # (rows, s): the empty slots first, in ascending order
+    at = torch.searchsorted(held_blocks, wanted).clamp(max=held.shape[1] - 1)  # (rows, k)
+    missing = (wanted >= 0) & (held_blocks.gather(1, at) != wanted)  # (rows, k)
+    at = torch.where(missing, missing.cumsum(1) - 1, at)  # the r-th missing block takes the r-th empty slot
+    slots = slot.gather(1, at)  # (rows, k)
+    new_held = torch.full_like(held, -1).scatter_reduce(1, slots, wanted, "amax")  # a wanted -1 changes nothing
+    return torch.where(wanted >= 0, slots, -1).int(), torch.where(missing, wanted, -1), new_held
 
 
 def copy_blocks_reference(source, destination, source_index, destination_index):
@@ -902,33 +796,25 @@ def copy_blocks_reference(source, destination, source_index, destination_index):
     destination[destination_index[copied].long().to(destination.device)] = rows.to(destination.device)
 
 
-# Grid: (COPY_PROGRAMS,). Every program numbers the rows that are to be copied, and takes every COPY_PROGRAMS-th tile of
-# them, so that all share the work however few rows there are. A tile is TILE lanes of 8 bytes (fewer where a row's
-# length or alignment demands it), moved as integers whatever the dtype. Traffic: those rows, read and written once.
+# Grid: (COPY_PROGRAMS,). The launcher has sorted the indices: the rows to copy come first. Each program counts them and
+# takes every COPY_PROGRAMS-th tile of them, so that all share the work however few there are. A tile is TILE lanes of 4
+# bytes, moved as integers whatever the dtype. Traffic: those rows, read and written once.
 @triton.jit(do_not_specialize=["n"])
 def _copy_kernel(
     source_ptr, destination_ptr, source_index_ptr, destination_index_ptr, n, stride_source, stride_destination,
-    LANES: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    program, programs = tl.program_id(0), tl.num_programs(0)
     TILES: tl.constexpr = (LANES + TILE - 1) // TILE  # of a row
-    i, lane = tl.arange(0, CHUNK), tl.arange(0, TILE)
-    done = 0  # rows copied in the chunks before
+    copied = 0  # rows
     for first in range(0, n, CHUNK):
-        source_index = tl.load(source_index_ptr + first + i, mask=first + i < n, other=-1)  # (CHUNK,)
-        destination_index = tl.load(destination_index_ptr + first + i, mask=first + i < n, other=0)
-        copied = (source_index >= 0).to(tl.int32)
-        number = tl.where(copied == 1, tl.cumsum(copied, 0) - 1, -1)  # (CHUNK,) among the copied rows of this chunk
-        count = tl.sum(copied, 0)
-        first_tile = (program + programs - done * TILES % programs) % programs
-        for tile in tl.range(first_tile, count * TILES, programs, num_stages=STAGES):
-            mine = number == tile // TILES  # (CHUNK,) true at one place
-            source_row = tl.sum(tl.where(mine, source_index, 0), 0).to(tl.int64)
-            destination_row = tl.sum(tl.where(mine, destination_index, 0), 0).to(tl.int64)
-            x = tile % TILES * TILE + lane  # (TILE,)
-            bits = tl.load(source_ptr + source_row * stride_source + x, mask=x < LANES)
-            tl.store(destination_ptr + destination_row * stride_destination + x, bits, mask=x < LANES)
-        done += count
+        i = first + tl.arange(0, CHUNK)  # (CHUNK,)
+        copied += tl.sum((tl.load(source_index_ptr + i, mask=i < n, other=-1) >= 0).to(tl.int32), 0)
+    for tile in tl.range(tl.program_id(0), copied * TILES, tl.num_programs(0), num_stages=3):
+        source_row = tl.load(source_index_ptr + tile // TILES).to(tl.int64)
+        destination_row = tl.load(destination_index_ptr + tile // TILES).to(tl.int64)
+        lane = tile % TILES * TILE + tl.arange(0, TILE)  # (TILE,)
+        bits = tl.load(source_ptr + source_row * stride_source + lane, mask=lane < LANES)
+        tl.store(destination_ptr + destination_row * stride_destination + lane, bits, mask=lane < LANES)
 
 
 def copy_blocks(source, destination, source_index, destination_index, backend="torch"):
@@ -943,15 +829,11 @@ def copy_blocks(source, destination, source_index, destination_index, backend="t
     if not use_triton(backend, source_index.device):
         return copy_blocks_reference(source, destination, source_index, destination_index)
     assert source.stride(1) == destination.stride(1) == 1
-    size = source.element_size()
-    aligned = math.gcd(8, source.shape[1] * size)
-    for rows in (source, destination):
-        aligned = math.gcd(aligned, rows.stride(0) * size, rows.data_ptr())
-    lane = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[aligned]
-    source, destination = source.view(lane), destination.view(lane)
+    source, destination = source.view(torch.int32), destination.view(torch.int32)
+    source_index, order = source_index.sort(descending=True)
     lanes = source.shape[1]
     _copy_kernel[(COPY_PROGRAMS,)](
-        source, destination, source_index, destination_index,
+        source, destination, source_index, destination_index[order],
         len(source_index), source.stride(0), destination.stride(0),
-        LANES=lanes, TILE=min(1024, triton.next_power_of_2(lanes)), CHUNK=COPY_CHUNK, STAGES=3, num_warps=4,
+        LANES=lanes, TILE=min(2048, triton.next_power_of_2(lanes)), CHUNK=COPY_CHUNK, num_warps=4,
     )  # fmt: skip
