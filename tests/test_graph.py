@@ -190,10 +190,10 @@ LONG, GROWING = 90, 41  # prompts: the budget is 40 tokens and a partial block
     [
         (CONFIG, LONG, 15, False, [11]),  # steps 4, 8 and 12 keep a query, step 1 is captured
         (replace(CONFIG, selection_delay=2), LONG, 15, True, [11]),
-        # there are lists after steps 4 or 8 and the delay, and so a new graph
+        (replace(CONFIG, selection_delay=1), GROWING, 15, True, [11]),
+        # resident: no lists before the text outgrows the budget, then a new graph
         (replace(CONFIG, selection_delay=1), GROWING, 15, False, [6, 4]),
         (replace(CONFIG, selection_delay=2, dense_layers=1), GROWING, 15, False, [4, 6]),
-        (replace(CONFIG, selection_delay=1), GROWING, 15, True, [0]),
         (GROWS, 232, 28, True, [13, 10]),  # M goes from 8 to 16 at 257 tokens: from step 17 on lists have more room
         (EVERY, LONG, 4, False, []),  # each step keeps a query
         (CALIBRATED, LONG, 4, False, []),
