@@ -17,5 +17,5 @@ settings.load_profile("deterministic")
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seeded():
     torch.manual_seed(0)
