@@ -20,10 +20,10 @@ bytes of a tensor. Indexing with a tensor counts as touching the whole operand. 
 replaced: it counts as one operation, which touches what its declaration says.
 
 PyTorch's allocator hands memory that Python has freed to the next allocation on the stream that it was allocated on.
-That is a race, too, if another stream may still be using it and `record_stream` did not say so.
+That is a race, too, if another stream may still be using it.
 
 Limits: one device; no CUDA graphs; all jobs of executors run on one worker, each within `submit`; what happens to
-pinned memory that PyTorch allocates and that is freed is not followed.
+pinned memory that PyTorch allocates and that is freed is not followed. Of torch.cuda there is what the project calls.
 """
 
 import contextlib
@@ -40,6 +40,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 HOST_WAITS = {"item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"}  # for the result
 INTERNAL = __file__, torch.__path__[0], contextlib.__file__, mock.__file__  # not the places that reports are about
@@ -62,10 +63,6 @@ class DeviceTensor(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} of a DeviceTensor, and no Checker is entered")
 
-    def record_stream(self, stream):
-        if stream.checker.orders("record_stream"):
-            stream.checker.memory(self.elem).recorded.add(stream)
-
 
 class Actor:
     """A host thread or a stream: `operations` are what it did, `clock` what it knows to be complete."""
@@ -82,35 +79,17 @@ class Stream(Actor):
     def wait_event(self, event):
         self.learn(event.clock, "wait_event")
 
-    def wait_stream(self, stream):
-        self.learn(stream.clock, "wait_stream")
-
-    def synchronize(self):
-        self.checker.host.learn(self.clock, "synchronize")
-
-    def record_event(self, event=None):
-        event = event or Event(self.checker)
-        event.record(self)
-        return event
+    def record_event(self):
+        recorded = self.checker.orders("record_event")
+        return Event(self.checker, self.clock | self.checker.host.clock if recorded else Counter())
 
 
 class Event:
-    def __init__(self, checker):
-        self.checker, self.clock = checker, Counter()
-
-    def record(self, stream=None):
-        if self.checker.orders("record"):
-            self.clock = (stream or self.checker.stream).clock | self.checker.host.clock
-
-    def wait(self, stream=None):
-        (stream or self.checker.stream).learn(self.clock, "wait")
+    def __init__(self, checker, clock):
+        self.checker, self.clock = checker, clock
 
     def synchronize(self):
         self.checker.host.learn(self.clock, "synchronize")
-
-    def query(self):
-        self.checker.host.learn(self.clock, "query")
-        return True
 
 
 class Future:
@@ -134,8 +113,7 @@ class Memory:
     """What is known of a storage: who touched each of its bytes last, and which stream's allocator it came from."""
 
     def __init__(self, storage, stream=None, pinned=False):
-        self.stream, self.pinned, self.recorded, self.pointer = stream, pinned, set(), storage.data_ptr()
-        n_bytes = storage.nbytes()
+        self.stream, self.pinned, self.pointer, n_bytes = stream, pinned, storage.data_ptr(), storage.nbytes()
         self.last = defaultdict(lambda: np.zeros(n_bytes, np.int32))  # (actor, "reads" or "writes") -> numbers
 
 
@@ -146,19 +124,8 @@ def bytes_of(elem, numbers):
     return np.ndarray(shape, np.int32, numbers, 4 * size * elem.storage_offset(), strides)
 
 
-def change(x, function):
-    """x, in which function(tensor) stands for each tensor in its lists, tuples and dicts."""
-    if isinstance(x, dict):
-        return {key: change(value, function) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)([change(value, function) for value in x])
-    return function(x) if isinstance(x, torch.Tensor) else x
-
-
 def tensors(x):
-    found = []
-    change(x, found.append)
-    return found
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)]
 
 
 def on_device(tensor):
@@ -167,7 +134,7 @@ def on_device(tensor):
 
 def elems(x):
     """x with CPU tensors in the places of its device tensors."""
-    return change(x, lambda tensor: tensor.elem if on_device(tensor) else tensor)
+    return tree_map_only(DeviceTensor, lambda tensor: tensor.elem, x)
 
 
 def storage_key(elem):
@@ -193,9 +160,8 @@ class Checker(TorchDispatchMode):
 
     def __enter__(self):
         cuda = dict(
-            Stream=self.new_stream, Event=lambda *_, **__: Event(self), stream=self.use_stream,
-            current_stream=lambda _=None: self.stream, default_stream=lambda _=None: self.streams[0],
-            synchronize=self.synchronize, device=lambda _: contextlib.nullcontext(), _lazy_init=lambda: None,
+            Stream=self.new_stream, stream=self.use_stream, current_stream=lambda: self.stream,
+            synchronize=self.synchronize, _lazy_init=lambda: None,
             cudart=lambda: SimpleNamespace(cudaHostRegister=self.pin, cudaHostUnregister=self.unpin),
         )  # fmt: skip
         patches = [(torch.cuda, name, fake) for name, fake in cuda.items()]
@@ -223,13 +189,13 @@ class Checker(TorchDispatchMode):
     def stream(self):
         return self.current[self.host]
 
-    def new_stream(self, device=None, priority=0):
+    def new_stream(self, device=None):
         self.streams.append(Stream(self, f"stream {len(self.streams)}"))
         return self.streams[-1]
 
     @contextlib.contextmanager
     def use_stream(self, stream):
-        outer, self.current[self.host] = self.stream, stream or self.stream
+        outer, self.current[self.host] = self.stream, stream
         yield
         self.current[self.host] = outer
 
@@ -274,24 +240,22 @@ class Checker(TorchDispatchMode):
         """cudaHostUnregister, which the host may call when no stream uses the memory any more."""
         self.note("cudaHostUnregister", self.host)
         for memory in [memory for memory in self.memories.values() if memory.pointer == pointer]:
-            for (other, how), numbers in memory.last.items():
-                self.check(self.host, "of the memory", other, how, numbers)
+            self.check(self.host, "of the memory", memory.last)
 
     def reuse(self, stream):
         """An allocation on a stream may be given any memory that was freed there."""
         for memory in [memory for memory in self.freed if memory.stream is stream]:
             self.freed.remove(memory)
-            for (other, how), numbers in memory.last.items():
-                if other not in memory.recorded:
-                    self.check(stream, "is given the freed memory", other, how, numbers)
+            self.check(stream, "is given the freed memory", memory.last)
 
     # Operations
 
-    def check(self, actor, deed, other, how, numbers):
-        """Report the last of `numbers`, operations of `other`, unless `actor` knows that it is complete."""
-        number = numbers.max(initial=0)
-        if other is not actor and number > actor.clock[other]:
-            self.races.add(f"{actor.operations[-1]} {deed} that {other.operations[number - 1]} {how}")
+    def check(self, actor, deed, last):
+        """Report the last of others' operations, as in Memory.last, that `actor` does not know to be complete."""
+        for (other, how), numbers in last.items():
+            number = numbers.max(initial=0)
+            if other is not actor and number > actor.clock[other]:
+                self.races.add(f"{actor.operations[-1]} {deed} that {other.operations[number - 1]} {how}")
 
     def note(self, name, actor, reads=(), writes=(), new=()):
         """`actor` runs an operation that touches these CPU tensors; the storages of `new` are allocated for it."""
@@ -305,9 +269,8 @@ class Checker(TorchDispatchMode):
         for how, touched in (("reads", reads), ("writes", [*writes, *new])):
             for elem in (elem for elem in touched if elem.numel()):
                 last = self.memory(elem).last
-                for (other, before), numbers in list(last.items()):
-                    if "writes" in (how, before):
-                        self.check(actor, f"{how} what", other, before, bytes_of(elem, numbers))
+                conflicts = {key: bytes_of(elem, last[key]) for key in list(last) if "writes" in (how, key[1])}
+                self.check(actor, f"{how} what", conflicts)
                 bytes_of(elem, last[actor, how])[...] = actor.clock[actor]
 
     def complete(self, name, given, out, reads, writes, to_device, pinned=False, waits=False):
@@ -327,7 +290,9 @@ class Checker(TorchDispatchMode):
             self.note(name, actor, reads, writes, new)
         if waits:
             self.host.clock |= actor.clock
-        return change(out, lambda elem: inputs[elem] if elem in inputs else DeviceTensor(elem)) if to_device else out
+        if not to_device:
+            return out
+        return tree_map_only(torch.Tensor, lambda elem: inputs[elem] if elem in inputs else DeviceTensor(elem), out)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Run and note one operation of PyTorch."""
@@ -347,10 +312,6 @@ class Checker(TorchDispatchMode):
         elif name == "copy_":
             from_device, to_device = on_device(given["src"]), on_device(given["self"])
         pinned, waits, asynchronous = values.pop("pin_memory", False), name in HOST_WAITS, given.get("non_blocking")
-        if name == "is_pinned":
-            return self.memory(values["self"]).pinned
-        if name == "pin_memory":
-            func, pinned = torch.ops.aten.clone.default, True
         out = func(**values)
         crosses = name in ("copy_", "to", "_to_copy") and from_device != to_device
         if crosses:

@@ -7,13 +7,13 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 from unittest import mock
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, example, given, settings
+import torch.nn.functional as F
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import attnpred
@@ -23,10 +23,8 @@ from tests.helpers import random_predictor, tiny_llama
 from weights.fetch_llm import FetchError, fetch_default_llm
 
 ROOT = pathlib.Path(attnpred.__file__).parent
-SLOW = settings(
-    deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
-)
 PROMPT_LENGTHS = st.one_of(st.integers(150, 300), st.integers(1, 60))
+HEADS = st.sampled_from([(2, 2), (1, 3), (3, 1)])  # KV heads, query heads to each
 
 
 class NaiveMethod:
@@ -64,9 +62,9 @@ class NaiveMethod:
         p = true if mask is None else logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
         interval, selection_interval = self.intervals(total)
         calibrated, fits = self.step % interval == 0, layer not in self.selected
-        pooled = torch.nn.functional.pad(true if calibrated else p, (0, -total % b)).unflatten(-1, (-1, b)).amax(-1)
+        pooled = F.pad(true if calibrated else p, (0, -total % b)).unflatten(-1, (-1, b)).amax(-1)
         if c.select_heads == "kv":
-            pooled = pooled.unflatten(0, (m.n_kv_heads, -1)).mean(1)  # (heads, new, N)
+            pooled = pooled.unflatten(0, (m.n_kv_heads, -1)).square().mean(1).sqrt()  # (heads, new, N)
         rows = self.rows.setdefault(layer, [])
         due = self.step + self.delay(total) if self.step else 0
         if self.step % selection_interval == 0:
@@ -88,7 +86,9 @@ class NaiveMethod:
         start, end = c.sink_tokens // b, total // b - c.local_tokens // b
         if self.due[layer] == self.step - 1 and end - start > c.topk_blocks:
             scores = self.predictor(self.image(layer, end)[:, :, start:])  # (heads, n)
-            before = self.selected[layer][0] if layer in self.selected else None
+            before = torch.zeros(len(scores), end - start, dtype=torch.bool)  # (heads, n)
+            if layer in self.selected:
+                before[:, : self.selected[layer][0].shape[1]] = self.selected[layer][0]
             self.selected[layer] = self.choose(layer, scores, before, start, end), end  # (heads, n) bool
         if layer not in self.selected:
             return None
@@ -106,19 +106,23 @@ class NaiveMethod:
         return image
 
 
-def check_selection(kept, scores, before, limit, tolerance):
-    """Are the kept blocks (n,) bool those of the highest scores (n,), but for the limit to what may be new?"""
-    allowed = torch.ones_like(kept)
-    if before is not None:
-        new = kept & ~before
-        assert new.sum() <= limit, "more blocks were exchanged than may be"
-        if (
-            new.sum() == limit
-        ):  # then the new ones must be the best of all others, and the rest the best of the old ones
+def check_selection(c, kept, scores, before, tolerance):
+    """Are the kept blocks those of the highest scores, but for the limit to those that were not selected before?
+
+    Three tensors (heads, n), two of them bool.
+    """
+    k, rows = c.topk_blocks, zip(kept, scores, before)
+    if c.share_budget == "layer":
+        k, rows = k * len(kept), [(kept.flatten(), scores.flatten(), before.flatten())]
+    for kept, scores, before in rows:  # (n,) each, of which k are kept
+        new, allowed = kept & ~before, torch.ones_like(kept)
+        limit = math.ceil(c.swap_share * k) if before.any() else k
+        assert kept.sum() == k and new.sum() <= limit
+        if new.sum() == limit:  # the new ones must be the best of all others, the rest the best of the old ones
             assert scores[new].amin() >= scores.masked_fill(before | kept, -torch.inf).amax() - tolerance
             allowed = before | new
-    worst, best_left = scores[kept].amin(), scores.masked_fill(kept | ~allowed, -torch.inf).amax()
-    assert worst >= best_left - tolerance, "a block with a lower score was selected"
+        best_left = scores.masked_fill(kept | ~allowed, -torch.inf).amax()
+        assert scores[kept].amin() >= best_left - tolerance, "a block with a lower score was selected"
 
 
 @st.composite
@@ -154,10 +158,8 @@ STRIDES = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, calibra
                  selection_interval=3, history_len=6)  # fmt: skip
 
 
-@SLOW
-@given(
-    configurations(), PROMPT_LENGTHS, st.integers(0, 2**31), st.sampled_from([(2, 2), (1, 3), (3, 1)]), st.booleans()
-)
+@settings(max_examples=40)
+@given(configurations(), PROMPT_LENGTHS, st.integers(0, 2**31), HEADS, st.booleans())
 @example(GROWS, 238, 0, (2, 2), False)
 @example(OUTGROWS, 30, 1, (2, 2), False)
 @example(STRIDES, 31, 2, (2, 2), False)
@@ -174,16 +176,7 @@ def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, n
     def choose(layer, scores, before, start, end):
         kept = decoder.attended(layer - decoder.dense_layers, end)[:, start:]  # (heads, n)
         if config.topk_blocks:
-            shared = config.share_budget == "layer"
-            row = (lambda x: x.reshape(1, -1)) if shared else (lambda x: x)
-            before = (
-                before if before is None else row(torch.nn.functional.pad(before, (0, end - start - before.shape[1])))
-            )
-            for i, (some_kept, some_scores) in enumerate(zip(row(kept), row(scores))):
-                k = config.topk_blocks * (len(kept) if shared else 1)
-                assert some_kept.sum() == k
-                limit = k if before is None else math.ceil(config.swap_share * k)
-                check_selection(some_kept, some_scores, None if before is None else before[i], limit, tolerance)
+            check_selection(config, kept, scores, before, tolerance)
         return kept
 
     naive = NaiveMethod(config, model, predictor, choose)
@@ -200,12 +193,12 @@ def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, n
             for layer in range(decoder.dense_layers, 3):
                 image = decoder.window()[layer - decoder.dense_layers]  # (heads, H, capacity)
                 torch.testing.assert_close(image, naive.image(layer, image.shape[-1]), atol=tolerance, rtol=tolerance)
-                for ours, share in zip(decoder.stats.recovery, naive.recovery.get(layer, [])):
-                    expected = share.float()
-                    torch.testing.assert_close(ours[layer - decoder.dense_layers], expected, atol=1e-4, rtol=1e-4)
+    for layer in range(decoder.dense_layers, 3):
+        for ours, share in zip(decoder.stats.recovery, naive.recovery.get(layer, [])):
+            torch.testing.assert_close(ours[layer - decoder.dense_layers], share.float(), atol=1e-4, rtol=1e-4)
 
 
-@SLOW
+@settings(max_examples=40)
 @given(configurations(), st.integers(1, 200), st.sampled_from([16, 48, 64]), st.booleans(), st.integers(0, 2**31))
 @example(STRIDES, 16, 16, False, 0)
 @example(STRIDES, 129, 64, True, 1)
@@ -255,53 +248,27 @@ def test_intervals_grow_with_the_text():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, {"select_heads": "q"}, {"history_rows": "every"}, {"calibration_interval": 3}])
-@pytest.mark.parametrize("offload", [False, True])
-def test_a_budget_that_covers_everything_equals_dense(changes, offload):
-    model, predictor = tiny_llama(), random_predictor()
-    tokens = torch.randint(61, (200,)).tolist()
-    dense, covering = (
-        list(generate(model, SparseDecoder(c, model, predictor, 240, offload=o), tokens, 40))
-        for c, o in ((Config(dense_layers=3), False), (Config(budget=256, **changes), offload))
-    )
-    assert dense == covering
-
-
-SPARSE = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=32, calibration_interval=6, selection_interval=3)
-
-
 @pytest.mark.parametrize("share_budget, select_heads", [("layer", "kv"), ("head", "q")])
-@torch.inference_mode()
 def test_blocks_outside_the_selection_are_never_read(share_budget, select_heads):
     """Poison what is not attended between two selections: no token changes."""
-    config = attnpred.dataclasses.replace(SPARSE, share_budget=share_budget, select_heads=select_heads)
-    model, runs = tiny_llama(), []
+    config = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=32, calibration_interval=20,
+                    share_budget=share_budget, select_heads=select_heads)  # fmt: skip
+    model, runs, n_blocks = tiny_llama(), [], 19  # of 150 tokens
     for poison in (False, True):
         decoder = SparseDecoder(config, model, random_predictor(), 200)
         prefill(model, decoder, torch.arange(150) % 61)
-        for step in range(1, 12):
-            decoder.begin_token()
-            decoder.advance()
-            clean = decoder.cache.kv.clone()
-            if poison:
-                n_blocks = config.n_blocks(decoder.n_tokens)
-                decoder.cache.kv[:, :, :, n_blocks:] = 1e4  # for later tokens: may be read, but must not matter
-                for layer in range(3):
-                    mask = decoder.attended(layer, n_blocks)  # (heads, N)
-                    unread = ~mask.view(2, -1, n_blocks).any(1)  # (Hk, N)
-                    decoder.cache.kv[:, layer, :, :n_blocks][:, unread] = torch.nan
-            runs.append(model(torch.tensor([step]), torch.tensor([149 + step]), decoder.decode_attention))
-            if poison:
-                written = ~decoder.cache.kv.isnan()
-                decoder.cache.kv = torch.where(written, decoder.cache.kv, clean)
-                decoder.cache.k, decoder.cache.v = decoder.cache.kv
-            decoder.finish_token()
-    for clean, poisoned in zip(runs[:11], runs[11:], strict=True):
-        assert torch.equal(clean, poisoned)
+        if poison:
+            decoder.cache.kv[:, :, :, n_blocks:] = 1e4  # for later tokens: may be read, but must not matter
+            for layer in range(3):
+                unread = ~decoder.attended(layer, n_blocks).view(2, -1, n_blocks).any(1)  # (Hk, N)
+                decoder.cache.kv[:, layer, :, :n_blocks][:, unread] = torch.nan
+        tokens = torch.arange(11).split(1)
+        runs.append(torch.stack([decode_one_token(model, decoder, token) for token in tokens]))
+    assert decoder.cache.kv.isnan().any() and torch.equal(*runs)
 
 
 @given(st.integers(1, 3), st.integers(1, 30), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=100, derandomize=True, database=None)
+@settings(max_examples=100)
 @example(1, 9, 0.5, 0.0, 6)
 def test_limit_exchange(rows, n, share, limit, seed):
     """Against sets and sorted lists, with ties, infinity and NaN."""
@@ -466,41 +433,53 @@ def attnpred_main(capsys, *args):
     [
         ([], "--prompt"),
         (["--prompt", "  \n"], "empty"),
-        (["--prompt", " ", "--prompt-file", "README.md"], "empty"),
         (["--prompt", "a", "--prompt-file", os.devnull], "empty"),
-        (["--prompt", "a", "--prompt-file", "/nonexistent/file"], "cannot be read"),
         (["--prompt-file", "/nonexistent/file"], "cannot be read"),
-        (["--prompt", "a", "--budget", "many"], "invalid int"),
-        (["--prompt", "a", "--budget", "112"], "at least 128"),
-        (["--prompt", "a", "--budget", "1000"], "try 1008"),
-        (["--prompt", "a", "--sink-tokens", "-16"], "multiple"),
-        (["--prompt", "a", "--local-tokens", "0"], "at least one block"),
-        (["--prompt", "a", "--block-size", "12"], "8, 16, 32, 64"),
-        (["--prompt", "a", "--history-len", "4"], "at least 5"),
-        (["--prompt", "a", "--calibration-interval", "0"], "at least 1"),
-        (["--prompt", "a", "--calibration-interval", "often"], "invalid"),
-        (["--prompt", "a", "--selection-interval", "0"], "at least 1"),
-        (["--prompt", "a", "--dense-layers", "-1"], "negative"),
-        (["--prompt", "a", "--selection-delay", "8"], "0 ... 7"),
-        (["--prompt", "a", "--selection-delay", "-1"], "0 ... 7"),
-        (["--prompt", "a", "--calibration-interval", "70", "--selection-delay", "64"], "0 ... 63"),
-        (["--prompt", "a", "--swap-share", "0"], "above 0"),
-        (["--prompt", "a", "--swap-share", "1.01"], "at most 1"),
-        (["--prompt", "a", "--select-heads", "x"], "invalid choice"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "at least 1"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature"),
-        (["--prompt", "a", "--temperature", "nan"], "temperature"),
-        (["--prompt", "a", "--top-p", "0"], "top-p"),
-        (["--prompt", "a", "--device", "abacus"], "not available"),
-        (["--prompt", "a", "--device", "meta"], "not available"),
-        (["--prompt", "a", "--seed", str(2**64)], "seed"),
-        (["--prompt", "a", "--predictor", "/nonexistent/p.pt"], "does not exist"),
-        (["--prompt", "a", "--model", "/nonexistent/model"], "no such folder"),
+        *((["--prompt", "a", *options.split()], complaint) for options, complaint in [
+            ("--budget many", "invalid int"),
+            ("--budget 64", "at least 80"),
+            ("--budget 1000", "try 1008"),
+            ("--sink-tokens -16", "multiple"),
+            ("--local-tokens 0", "at least one block"),
+            ("--block-size 12", "8, 16, 32"),
+            ("--history-len 4", "at least 5"),
+            ("--calibration-interval 0", "at least 1"),
+            ("--calibration-interval often", "invalid"),
+            ("--selection-interval 0", "at least 1"),
+            ("--dense-layers -1", "negative"),
+            ("--selection-delay 8", "0 ... 7"),
+            ("--selection-delay -1", "0 ... 7"),
+            ("--calibration-interval 70 --selection-delay 64", "0 ... 63"),
+            ("--swap-share 0", "above 0"),
+            ("--swap-share 1.01", "at most 1"),
+            ("--select-heads x", "invalid choice"),
+            ("--max-new-tokens 0", "at least 1"),
+            ("--temperature -1", "temperature"),
+            ("--temperature nan", "temperature"),
+            ("--top-p 0", "top-p"),
+            ("--device abacus", "not available"),
+            ("--device meta", "not available"),
+            (f"--seed {2**64}", "seed"),
+            ("--predictor /nonexistent/p.pt", "does not exist"),
+            ("--model /nonexistent/model", "no such folder"),
+        ]),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(capsys, args, complaint):
     status, out, err = attnpred_main(capsys, *args)
     assert status == 2 and out == "" and err.count("\n") == 1 and complaint in err and err.startswith("attnpred: ")
+
+
+@pytest.mark.parametrize(
+    "error, complaint",
+    [
+        (FetchError("no network"), "no network"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "a shorter text"),
+    ],
+)
+def test_a_failure_is_one_line_and_status_2(capsys, monkeypatch, error, complaint):
+    monkeypatch.setattr(attnpred, "fetch_default_llm", mock.Mock(side_effect=error))
+    test_bad_input_is_one_line_and_status_2(capsys, ["--prompt", "a"], complaint)
 
 
 def test_options_change_the_setting():
@@ -519,14 +498,6 @@ def test_options_change_the_setting():
     assert config("--swap-share", "1", "--offload", "--selection-delay", "3") == Config(selection_delay=3)
 
 
-def test_a_failed_fetch_is_one_line(capsys, monkeypatch):
-    def offline():
-        raise FetchError("no network")
-
-    monkeypatch.setattr(attnpred, "fetch_default_llm", offline)
-    assert attnpred_main(capsys, "--prompt", "a") == (2, "", "attnpred: no network\n")
-
-
 def test_prompt_that_is_not_text_and_one_that_is_too_long(capsys, tmp_path):
     fetch_default_llm()  # fetching prints its progress
     (tmp_path / "latin").write_bytes("é".encode("latin-1"))
@@ -542,12 +513,7 @@ def test_the_default_model_answers(capsys):
     args = ["--prompt", "What is the capital of France?", "--max-new-tokens", "6"]
     status, out, err = attnpred_main(capsys, *args)
     assert status == 0 and "Paris" in out
-    assert (
-        err.count("\n") == 1
-        and err.startswith("attnpred: 5 tokens, ")
-        and "fit the budget" in err
-        and "tokens/s" in err
-    )
+    assert err.count("\n") == 1 and err.startswith("attnpred: 5 tokens, ") and "fit the budget" in err
 
 
 def test_a_long_prompt_is_decoded_sparsely_and_covering_budgets_agree_with_dense(capsys, tmp_path):
@@ -589,15 +555,6 @@ def test_a_long_prompt_shows_its_progress_on_a_terminal(capsys, monkeypatch, ter
     assert out == "" and ("Reading the prompt" in err) == shown == bool(err) and "\n" not in err
 
 
-def test_out_of_gpu_memory_is_one_line(capsys, monkeypatch):
-    def exhausted(args):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-
-    monkeypatch.setattr(attnpred, "run", exhausted)
-    status, out, err = attnpred_main(capsys, "--prompt", "a")
-    assert status == 2 and out == "" and err.count("\n") == 1 and "a shorter text" in err
-
-
 def test_standard_input_and_sampling_with_a_seed(capsys, monkeypatch):
     texts = []
     for seed in ("1", "1", "2"):
@@ -617,14 +574,13 @@ def test_interrupt_keeps_the_text_so_far():
     process = subprocess.Popen(
         command, cwd=ROOT, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     )
-    first = process.stdout.read(8)
-    time.sleep(0.5)
+    assert len(process.stdout.read(8)) == 8
     process.send_signal(signal.SIGINT)
-    rest, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.count(b"\n") == 1 and len(first + rest) > 10 and rest.endswith(b"\n")
+    rest, err = process.communicate()
+    assert process.returncode == 130 and err.count(b"\n") == 1 and rest.endswith(b"\n")
 
 
 def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} attnpred.py --prompt 'Tell me a long story.' --max-new-tokens 60 | head -c 1"
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=120)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True)
     assert b"Error" not in done.stderr and done.stderr.count(b"\n") <= 1 and len(done.stdout) == 1

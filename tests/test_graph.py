@@ -4,9 +4,8 @@ A real graph records launches while it captures, and runs none. Every number of 
 fixed: a replay reads and writes the memory of the capture, whatever the program's variables have come to mean.
 """
 
-import itertools
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -19,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 import attnpred
 import kernels
 from attnpred import Config, SparseDecoder, decode_one_token, prefill
+from tests.happens_before import HOST_WAITS
 from tests.helpers import random_predictor, tiny_llama
 from tests.test_attnpred import GROWS
 
-HOST_READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select"}
 KERNEL = type(kernels._decode_kernel)  # of all kernels, in Triton's interpreter
 
 
@@ -55,18 +54,17 @@ class Capture(TorchDispatchMode):
         super().__init__()
         assert capture_error_mode == "thread_local", "the thread that pools would spoil the capture"
         self.launches, self.capture_stream = graph.launches, FakeStream()
-        launch = self.later(KERNEL.run)
-        self.patches = mock.patch.object(KERNEL, "run", launch), mock.patch.object(Capture, "under_way", True)
+        self.no_launch = mock.patch.object(KERNEL, "run", self.later(KERNEL.run))
 
     def __enter__(self):
         assert self.capture_stream.used, "no step ran on this stream before: libraries are not ready"
-        for patch in self.patches:
-            patch.start()
+        self.no_launch.start()
+        Capture.under_way = True
         return super().__enter__()
 
     def __exit__(self, *error):
-        for patch in self.patches:
-            patch.stop()
+        self.no_launch.stop()
+        Capture.under_way = False
         return super().__exit__(*error)
 
     def later(self, run):
@@ -75,7 +73,7 @@ class Capture(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, operation = func.overloadpacket.__name__, partial(func, *args, **(kwargs or {}))
-        assert name not in HOST_READS, f"{name}: the host waits for a step that is captured"
+        assert name not in HOST_WAITS, f"{name}: the host waits for a step that is captured"
         if func._schema.is_mutable:
             assert name.endswith("_"), f"{name} may not return its first argument"
             self.launches.append(operation)
@@ -126,17 +124,16 @@ def use_stream(stream):
 @contextmanager
 def fake_gpu():
     current = FakeStream()
-    fakes = dict(
+    cuda = dict(
         CUDAGraph=FakeGraph, graph=Capture, Stream=lambda _: FakeStream(), stream=use_stream,
         current_stream=lambda: current,
     )  # fmt: skip
-    patches = [(torch.cuda, name, fake) for name, fake in fakes.items()]
-    patches.append((attnpred, "uses_streams", lambda _: True))
-    patches.append((kernels, "n_multiprocessors", lambda _: 1))  # fewer programs to interpret
-    patches.append((FakeGraph, "made", []))
-    with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(mock.patch.object(*patch))
+    with (
+        mock.patch.multiple(torch.cuda, **cuda),
+        mock.patch.object(attnpred, "uses_streams", lambda _: True),
+        mock.patch.object(kernels, "n_multiprocessors", lambda _: 1),  # fewer programs to interpret
+        mock.patch.object(FakeGraph, "made", []),
+    ):
         yield
 
 
@@ -168,60 +165,42 @@ def test_a_graph_freezes_numbers_and_addresses():
 
 
 def decode(config, prompt_len, n_tokens, offload, graph):
-    """Logits and recoveries after a prompt and n_tokens; how often each graph was replayed; for each token the shapes
-    of its lists, and whether it keeps a query."""
-    model, steps = tiny_llama(n_layers=2, group=1), []
+    """Logits and recoveries after a prompt and n_tokens; how often each graph was replayed."""
+    model = tiny_llama(n_layers=2, group=1)
     model.rope_by_matrix = True  # as on a GPU
     tokens = torch.arange(prompt_len + n_tokens) * 7 % 61
     with fake_gpu():
         decoder = SparseDecoder(config, model, random_predictor(), len(tokens), "triton", offload, graph)
         decoder.backend = "torch"  # of prediction and selection, which no graph holds: the interpreter is slow
         logits = [prefill(model, decoder, tokens[:prompt_len])]
-        for token in tokens[prompt_len:, None]:
-            logits.append(decode_one_token(model, decoder, token).clone())
-            steps.append((decoder.lists and decoder.lists.shapes(), decoder.last_query == decoder.n_tokens))
+        logits += [decode_one_token(model, decoder, token).clone() for token in tokens[prompt_len:, None]]
         assert decoder.position.item() == len(tokens) - 1
         recovery = decoder.stats.recovery
         del decoder  # while the streams are faked: it waits for its own
-        return torch.stack(logits), torch.stack(recovery), [graph.replays for graph in FakeGraph.made], steps
-
-
-def expected_replays(steps):
-    """The first plain step after a change of shape is captured, the others replay it; no step that keeps a query is."""
-    by_shape = [list(group) for _, group in itertools.groupby(steps, lambda step: str(step[0]))]
-    plain = [sum(not keeps_query for _, keeps_query in group) for group in by_shape]
-    return [count - 1 for count in plain if count]
+        return torch.stack(logits), torch.stack(recovery), [graph.replays for graph in FakeGraph.made]
 
 
 CONFIG = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, history_len=6, calibration_interval=4)
+EVERY, CALIBRATED = replace(CONFIG, history_rows="every"), replace(CONFIG, calibration_interval=1)
 LONG, GROWING = 90, 41  # prompts: the budget is 40 tokens and a partial block
-CASES = [  # offloaded or not, the prompt, selection_delay, dense_layers
-    (False, LONG, 0, 0), (True, LONG, 2, 0), (False, GROWING, 1, 0), (False, GROWING, 2, 1), (True, GROWING, 1, 0)
-]  # fmt: skip
 
 
-@pytest.mark.parametrize("offload, prompt_len, delay, dense_layers", CASES)
-def test_a_graph_changes_nothing(offload, prompt_len, delay, dense_layers):
-    config = replace(CONFIG, selection_delay=delay, dense_layers=dense_layers)
-    logits, recovery, none, steps = decode(config, prompt_len, 15, offload, graph=False)
-    with_graph, its_recovery, replays, _ = decode(config, prompt_len, 15, offload, graph=True)
+@pytest.mark.parametrize(
+    "config, prompt_len, n_tokens, offload, replays",
+    [
+        (CONFIG, LONG, 15, False, [11]),  # steps 4, 8 and 12 keep a query, step 1 is captured
+        (replace(CONFIG, selection_delay=2), LONG, 15, True, [11]),
+        (replace(CONFIG, selection_delay=1), GROWING, 15, True, [11]),
+        # resident: no lists before the text outgrows the budget, then a new graph
+        (replace(CONFIG, selection_delay=1), GROWING, 15, False, [6, 4]),
+        (replace(CONFIG, selection_delay=2, dense_layers=1), GROWING, 15, False, [4, 6]),
+        (GROWS, 232, 28, True, [13, 10]),  # M goes from 8 to 16 at 257 tokens: from step 17 on lists have more room
+        (EVERY, LONG, 4, False, []),  # each step keeps a query
+        (CALIBRATED, LONG, 4, False, []),
+    ],
+)
+def test_a_graph_changes_nothing(config, prompt_len, n_tokens, offload, replays):
+    logits, recovery, none = decode(config, prompt_len, n_tokens, offload, graph=False)
+    with_graph, its_recovery, found = decode(config, prompt_len, n_tokens, offload, graph=True)
     assert torch.equal(with_graph, logits) and torch.equal(its_recovery, recovery)
-    assert not none and replays == expected_replays(steps)
-    if prompt_len == LONG:  # steps 4, 8 and 12 keep a query, step 1 is captured
-        assert replays == [11]
-    elif not offload:  # there are lists from step 9, 10 or 7 on: the selections end after steps 4 and 8, or later
-        assert replays == [[5, 5], [6, 4], [4, 6]][delay]
-
-
-def test_lists_that_grow_with_the_interval():
-    """At 257 tokens M goes from 8 to 16: new lists have more room, and a new graph."""
-    logits, recovery, _, steps = decode(GROWS, 232, 28, True, graph=False)
-    with_graph, its_recovery, replays, _ = decode(GROWS, 232, 28, True, graph=True)
-    assert torch.equal(with_graph, logits) and torch.equal(its_recovery, recovery)
-    assert replays == expected_replays(steps) == [13, 10]  # new lists at step 17; steps 8, 16 and 24 keep a query
-
-
-@pytest.mark.parametrize("changes", [dict(history_rows="every"), dict(calibration_interval=1)])
-def test_steps_that_keep_queries_are_never_captured(changes):
-    *_, replays, steps = decode(replace(CONFIG, **changes), LONG, 4, False, graph=True)
-    assert not replays and all(keeps_query for _, keeps_query in steps)
+    assert not none and found == replays
