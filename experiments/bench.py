@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import statistics
 import sys
 import time
@@ -134,23 +135,21 @@ def with_peak_memory(call, device):
         before = torch.cuda.memory_allocated()
         return call(), 1e-6 * (torch.cuda.max_memory_allocated() - before)
 
-    def resident(key):
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+    def resident_mb(key):
+        return 1024e-6 * int(re.search(rf"{key}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)  # freed memory that glibc keeps would hide new allocations, or add up
         libc.malloc_trim(0)
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        before = resident("VmRSS")
+        before = resident_mb("VmRSS")
     except (OSError, AttributeError):  # not Linux, or not glibc
         return call(), None
-    try:
-        return call(), 1e-6 * (resident("VmHWM") - before)
-    finally:
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+    result, peak = call(), resident_mb("VmHWM")
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+    return result, peak - before
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -587,16 +586,6 @@ def bench_launches(args, config, device):
 LONG = (8192, 32768, 131072)
 
 
-def at_least(low):
-    def parse(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text}: use at least {low}")
-        return int(text)
-
-    parse.__name__ = "int"  # for argparse's own message
-    return parse
-
-
 def new_file(text):
     if pathlib.Path(text).is_dir() or not os.access(pathlib.Path(text).parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write {text}: give a file in a folder that exists")
@@ -618,17 +607,17 @@ def make_parser():
     ):
         name = command.__name__.removeprefix("bench_")
         sub = commands.add_parser(name, help=command.__doc__)
-        sub.set_defaults(bench=command, backend="torch", out=None)
+        sub.set_defaults(bench=command, device="auto", dtype="auto", backend="auto", rounds=1, out=None)
         add = sub.add_argument
-        add("--contexts", type=at_least(128), nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
+        add("--contexts", type=int, nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
         add("--model-shape", choices=SHAPES, default=shape, help="smollm2-135m, or random weights")
         if name in ("speed", "prefill", "kernels"):
             add("--out", type=new_file, metavar="FILE.json", help="write all numbers there")
-            add("--backend", choices=("triton", "torch"), default="triton" if gpu else "torch", help="of the kernels")
+            add("--backend", choices=("auto", "triton", "torch"), help="auto: triton on a GPU, else torch")
         if name in ("speed", "prefill"):
             dtypes = ["float32", "bfloat16"]
             add("--dtypes", nargs="+", default=dtypes[gpu:], choices=dtypes, help="of weights")
-            add("--rounds", type=at_least(1), default=7, help="in which the contenders take turns")
+            add("--rounds", type=int, default=7, help="in which the contenders take turns")
         if name == "speed":
             names, default = ", ".join(CONTENDERS), ON_GPU if gpu else ON_CPU
             add("--contenders", nargs="+", default=default, choices=CONTENDERS, metavar="NAME", help=names)
@@ -638,12 +627,10 @@ def make_parser():
 
 
 def run(args):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if min(args.contexts) < 128 or args.rounds < 1:
+        raise InputError("--contexts must be at least 128 tokens, and --rounds at least 1")
+    device, _, args.backend = attnpred.choose_device(args)
     config = attnpred.config_of(args)
-    try:
-        kernels.use_triton(args.backend, device)
-    except RuntimeError as error:
-        raise InputError(str(error)) from None
     results = args.bench(args, config, device)
     if args.out:
         attnpred.write_atomically(args.out, lambda path: path.write_text(json.dumps(results, indent=1)))

@@ -90,7 +90,7 @@ def compile_all(targets):
         seen = set()
         for model in MODELS:
             for launch in record(model, amd=backend == "hip"):
-                compiled = launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options)
+                compiled = launch.kernel.warmup(**launch.arguments, grid=launch.grid)
                 if compiled.hash in seen:
                     continue
                 seen.add(compiled.hash)
