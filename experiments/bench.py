@@ -18,9 +18,9 @@ import ctypes
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import pathlib
+import re
 import statistics
 import sys
 import time
@@ -45,6 +45,7 @@ from weights.fetch_llm import fetch_default_llm
 
 TEXT = pathlib.Path(kernels.__file__)  # its tokens show what a selection fetches
 TEXT_TOKENS, TEXT_STEPS = 4096, 64  # of it: the prompt, and how many are decoded
+RATES = dict(memory=3350e9, link=55e9, host=200e9)  # bytes/s: an H100's memory, PCIe 5 x16, the host's memory
 TOY = dict(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64)
 SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B, "toy": replace(roofline.LLAMA_31_8B, **TOY)}
 
@@ -58,23 +59,27 @@ def shape_of(name) -> LlamaConfig:
 
 
 def models_of(args, device):
-    """({dtype: model}, the results' first entries)."""
-    models, results = {}, machine(device)
+    """{dtype: model}: the default model, or random weights."""
+    models, shape = {}, SHAPES[args.model_shape]
     for name in args.dtypes:
-        how, shape = (getattr(torch, name), device), SHAPES[args.model_shape]
+        how = getattr(torch, name), device
         models[name] = model = Llama(shape, *how).eval() if shape else load_model(str(fetch_default_llm()), *how)[0]
         for part, parameter in model.named_parameters() if shape else ():
             parameter.data.normal_(1.0 if part.endswith("norm.weight") else 0.0, 0.02)
-    if max(args.contexts) > model.config.context_len:
-        context = f"the model's context is {model.config.context_len:,} tokens"
-        raise InputError(f"{context}: --contexts {max(args.contexts)} is too long")
-    weights = f"random weights in the shape of {args.model_shape}" if shape else "SmolLM2-135M-Instruct"
-    return models, results | dict(weights=weights)
+        if (longest := max(args.contexts)) > model.config.context_len:
+            raise InputError(f"--contexts {longest}: the model's context is {model.config.context_len:,} tokens")
+    return models
 
 
-def machine(device):
+def conditions(args, config, device):
+    """What a measurement depends on: the first entries of the results, and a line that says it."""
+    weights = (
+        f"random weights in the shape of {args.model_shape}" if SHAPES[args.model_shape] else "SmolLM2-135M-Instruct"
+    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__)
+    results = dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__, weights=weights)
+    results["config"] = dataclasses.asdict(config)
+    return results, f"{name}, {results['threads']} threads, {weights}, budget {config.budget}"
 
 
 def predictor():
@@ -124,29 +129,27 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def with_peak_memory(call, device):
-    """call()'s result, and the bytes allocated at the peak above those before; None where the system does not tell."""
+    """call()'s result, and the MB allocated at the peak above those before; None where the system does not tell."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        return call(), torch.cuda.max_memory_allocated() - before
+        return call(), 1e-6 * (torch.cuda.max_memory_allocated() - before)
 
-    def resident(key):
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+    def resident_mb(key):
+        return 1024e-6 * int(re.search(rf"{key}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)  # freed memory that glibc keeps would hide new allocations, or add up
         libc.malloc_trim(0)
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        before = resident("VmRSS")
+        before = resident_mb("VmRSS")
     except (OSError, AttributeError):  # not Linux, or not glibc
         return call(), None
-    try:
-        return call(), resident("VmHWM") - before
-    finally:
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+    result, peak = call(), resident_mb("VmHWM")
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+    return result, peak - before
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -174,7 +177,9 @@ CONTENDERS = {  # name: (what it makes of the Config, options of its SparseDecod
     "sparse, offloaded": (roofline.offloaded, dict(offload=True)),
     "sparse, offloaded, no graph": (roofline.offloaded, dict(offload=True, graph=False)),
 }
-ON_CPU = list(CONTENDERS)[:4]
+if not importlib.util.find_spec("transformers"):
+    del CONTENDERS["transformers"]
+ON_CPU = [name for name in CONTENDERS if name in ("dense", "sparse", "sparse --paper", "transformers")]
 ON_GPU = [name for name in CONTENDERS if name not in ("sparse --paper", "transformers")]
 
 
@@ -270,32 +275,31 @@ def contender_of(name, model, config, context, rounds, backend):
 
 
 def race(contenders, rounds, device):
-    """Time contenders in turn. contenders: {name: (make, steps in each round)}; what `make` returns has a `step`.
+    """Time contenders in turn: {(dtype, name): (make, steps in each round)}; what `make` returns has a `step`.
 
-    Returns {name: {"rounds": [ms per step], "ms": their median, "memory": peak bytes, "answer": what the first steps
-    return, "contender"}}.
+    Returns rows {"dtype", "name", "rounds": [ms per step], "ms": their median, "memory_mb": at the peak, "answer": what
+    the first steps return, "contender"}, without those whose memory does not suffice.
     """
 
     def warmed_up(make, steps):
         contender = make()
-        return contender, [contender.step() for _ in range(steps)]
+        return dict(contender=contender, answer=[contender.step() for _ in range(steps)])
 
-    rows = {}
-    for name, (make, steps) in contenders.items():
+    rows = []
+    for (dtype, name), (make, steps) in contenders.items():
         try:
-            (contender, answer), memory = with_peak_memory(partial(warmed_up, make, steps), device)
-            rows[name] = dict(contender=contender, answer=answer, memory=memory, rounds=[])
+            row, memory_mb = with_peak_memory(partial(warmed_up, make, steps), device)
+            rows.append(row | dict(dtype=dtype, name=name, memory_mb=memory_mb, rounds=[]))
             continue
         except torch.OutOfMemoryError:
-            print(f"bench: {name}: out of memory, left out", file=sys.stderr)
+            print(f"bench: {name}, {dtype}: out of memory, left out", file=sys.stderr)
         torch.cuda.empty_cache()  # not above: the exception would keep the contender alive
-    for _ in range(rounds):
-        for name, row in rows.items():
-            begun, steps = time.perf_counter(), contenders[name][1]
-            for _ in range(steps):
-                row["contender"].step()
-            row["rounds"].append(1e3 * (time.perf_counter() - begun) / steps)
-    return {name: row | dict(ms=statistics.median(row["rounds"])) for name, row in rows.items()}
+    for row in rows * rounds:  # each has its turn in a round
+        begun, steps = time.perf_counter(), len(row["answer"])
+        for _ in range(steps):
+            row["contender"].step()
+        row["rounds"].append(1e3 * (time.perf_counter() - begun) / steps)
+    return [row | dict(ms=statistics.median(row["rounds"])) for row in rows]
 
 
 STAGES = dict(attend="attention", attend_all="attention", select="gathering", write_rows="history rows")
@@ -303,14 +307,14 @@ STAGES |= dict(pool="calibration", scores="prediction", choose="selection")
 
 
 def stage_ms(contender, n_steps):
-    """{stage: ms per token} of an `Ours` on a CPU; a stage does not count others that it calls."""
-    spent = dict.fromkeys([*STAGES.values(), "rest of the model"], 0.0)
+    """{stage: ms per token} of an `Ours` on a CPU. No stage calls another one."""
+    spent = dict.fromkeys(STAGES.values(), 0.0)
 
     def timed(original, stage):
         def call(*args, **kwargs):
-            begun, before = time.perf_counter(), sum(spent.values())
+            begun = time.perf_counter()
             result = original(*args, **kwargs)
-            spent[stage] += time.perf_counter() - begun - (sum(spent.values()) - before)
+            spent[stage] += time.perf_counter() - begun
             return result
 
         return call
@@ -319,43 +323,43 @@ def stage_ms(contender, n_steps):
         for owner in (contender.decoder, contender.decoder.cache):
             for name in STAGES.keys() & set(dir(owner)):
                 patches.enter_context(patch.object(owner, name, timed(getattr(owner, name), STAGES[name])))
-        step = timed(contender.step, "rest of the model")
+        begun = time.perf_counter()
         for _ in range(n_steps):
-            step()
+            contender.step()
+        spent["rest of the model"] = time.perf_counter() - begun - sum(spent.values())
     return {stage: 1e3 * took / n_steps for stage, took in spent.items()}
 
 
 def speed_rows(names, models, config, contexts, rounds, backend, bandwidth):
     """A row per context, dtype and contender. models: {name of a dtype: model}."""
     device = next(iter(models.values())).device
-    for name, model in ((name, model) for model in models.values() for name in names if backend == "torch"):
-        contender_of(name, model, config, 4 * 64, 1, backend)[0]().step()  # a library's first allocations
+    keys = [(dtype, name) for dtype in models for name in names]
+    for dtype, name in keys if backend == "torch" else ():
+        contender_of(name, models[dtype], config, 256, 1, backend)[0]().step()  # a library's first allocations
     for context in contexts:
         contenders = {
-            (dtype, name): contender_of(name, model, config, context, rounds, backend)
-            for dtype, model in models.items()
-            for name in names
+            (dtype, name): contender_of(name, models[dtype], config, context, rounds, backend) for dtype, name in keys
         }
         # a CPU's speed drifts, so all take turns; a GPU's memory holds one of them at a time
-        groups = [contenders] if device.type == "cpu" else [{key: value} for key, value in contenders.items()]
-        done = {}
-        for group in groups:
-            for (dtype, name), row in race(group, rounds, device).items():
-                contender, model, done[dtype, name] = row.pop("contender"), models[dtype], row
-                row |= dict(context=context, dtype=dtype, name=name, tokens_s=1e3 / row["ms"])
-                row["bytes"] = roofline.weight_bytes(model.config, model.dtype.itemsize) + contender.kv_bytes()
-                row |= dict(gb_s=1e-6 * row["bytes"] / row["ms"], least_ms=1e3 * row["bytes"] / bandwidth)
-                row |= dict(of_copy=row["least_ms"] / row["ms"], memory_mb=row["memory"] and 1e-6 * row["memory"])
-                if name == "sparse" and backend == "torch":
-                    row["stages"] = stage_ms(contender, group[dtype, name][1])
-                del contender
-        for (dtype, name), row in done.items():
-            if (dtype, "dense") in done:
-                pairs = zip(done[dtype, "dense"]["rounds"], row["rounds"])
+        groups = [contenders] if device.type == "cpu" else [{key: contenders[key]} for key in keys]
+        done = []
+        for row in (row for group in groups for row in race(group, rounds, device)):
+            contender, model = row.pop("contender"), models[row["dtype"]]
+            row["bytes"] = roofline.weight_bytes(model.config, model.dtype.itemsize) + contender.kv_bytes()
+            row |= dict(context=context, tokens_s=1e3 / row["ms"], gb_s=1e-6 * row["bytes"] / row["ms"])
+            row |= dict(least_ms=1e3 * row["bytes"] / bandwidth, of_copy=1e9 * row["gb_s"] / bandwidth)
+            if row["name"] == "sparse" and backend == "torch":
+                row["stages"] = stage_ms(contender, len(row["answer"]))
+            done.append(row)
+            del contender
+        for row in done:
+            same_weights = {other["name"]: other for other in done if other["dtype"] == row["dtype"]}
+            if dense := same_weights.get("dense"):
+                pairs = zip(dense["rounds"], row["rounds"])
                 row["speedup"] = statistics.median(theirs / ours for theirs, ours in pairs)
-            same = next(n for (d, n), other in done.items() if (d, other["answer"]) == (dtype, row["answer"]))
-            row["same_as"] = same if same != name else None
-            print(f"bench: {name}, {dtype}, {context} tokens: {row['ms']:.1f} ms", file=sys.stderr)
+            same = next(name for name, other in same_weights.items() if other["answer"] == row["answer"])
+            row["same_as"] = same if same != row["name"] else None
+            print("bench: {name}, {dtype}, {context} tokens: {ms:.1f} ms".format(**row), file=sys.stderr)
             yield row
 
 
@@ -385,29 +389,23 @@ def write_trace(make, tokens, path):
     profiled.export_chrome_trace(path)
 
 
-def installed(name):
-    return name != "transformers" or importlib.util.find_spec("transformers")
-
-
-def bench_speed(args, config, device, backend):
+def bench_speed(args, config, device):
     """ms per token of several ways to decode, and peak memory"""
-    models, results = models_of(args, device)
+    models, (results, line) = models_of(args, device), conditions(args, config, device)
     bandwidth = ceilings(torch.float32, device, n=64)["copy"]
-    names = [*filter(installed, args.contenders)]
-    rows = list(speed_rows(names, models, config, args.contexts, args.rounds, backend, bandwidth))
-    print(
-        f"{results['device']}, {results['threads']} threads, {results['weights']}, budget {config.budget}; "
-        f"a copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written\n"
-    )
-    results |= dict(copy_bytes_per_second=bandwidth, rows=show(rows, SPEED_COLUMNS))
+    how = config, args.contexts, args.rounds, args.backend
+    rows = list(speed_rows(args.contenders, models, *how, bandwidth))
+    print(f"{line}; a copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written\n")
+    show(rows, SPEED_COLUMNS)
     if timed := [row for row in rows if "stages" in row]:
         stages = [stage for stage in timed[0]["stages"] if any(row["stages"][stage] for row in timed)]
         columns = {name: SPEED_COLUMNS[name] for name in ("context", "weights")}
         show(timed, columns | {f"{stage}, ms": f"{{stages[{stage}]:,.2f}}" for stage in stages})
     if args.trace:
         model, context = models[args.dtypes[-1]], args.contexts[-1]
-        write_trace(*contender_of(names[-1], model, config, context, args.rounds, backend), args.trace)
-    return results
+        traced = contender_of(args.contenders[-1], model, config, context, args.rounds, args.backend)
+        write_trace(*traced, args.trace)
+    return results | dict(copy_bytes_per_second=bandwidth, rows=rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -429,25 +427,24 @@ def prefill_rows(models, config, contexts, rounds, backend):
     readers = {}
     for dtype, model in models.items():
         readers[dtype, "ours"] = partial(ours, model)
-        if installed("transformers"):
+        if "transformers" in CONTENDERS:
             readers[dtype, "transformers"] = partial(theirs, as_transformers(model))
     for context in contexts:
         tokens = torch.randint(model.config.vocab_size, (context,), device=model.device)
         for read in readers.values():
             read(tokens[:128])  # a library's first allocations
         steps = {key: (partial(SimpleNamespace, step=partial(read, tokens)), 1) for key, read in readers.items()}
-        for (dtype, name), row in race(steps, rounds, model.device).items():
-            row |= dict(context=context, dtype=dtype, name=name, tokens_s=1e3 * context / min(row["rounds"]))
+        for row in race(steps, rounds, model.device):
             del row["contender"]
-            yield row | dict(memory_mb=row["memory"] and 1e-6 * row["memory"])
+            yield row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"]))
 
 
-def bench_prefill(args, config, device, backend):
+def bench_prefill(args, config, device):
     """tokens per second through a prompt, and peak memory"""
-    models, results = models_of(args, device)
-    print(f"Prefill: {results['device']}, {results['threads']} threads, {results['weights']}, budget {config.budget}\n")
+    models, (results, line) = models_of(args, device), conditions(args, config, device)
     columns = [*list(SPEED_COLUMNS)[:3], "tokens/s", "peak memory beside weights, MB"]
-    rows = prefill_rows(models, config, args.contexts, args.rounds, backend)
+    print(f"Prefill: {line}\n")
+    rows = prefill_rows(models, config, args.contexts, args.rounds, args.backend)
     return results | dict(rows=show(rows, {name: SPEED_COLUMNS[name] for name in columns}))
 
 
@@ -457,14 +454,13 @@ def bench_prefill(args, config, device, backend):
 
 
 def kernel_row(path, context, device, found):
-    name, work, call, rivals = path
+    name, moved, multiply_adds, call, rivals = path
     print(f"bench: {name}, {context} tokens", file=sys.stderr)
     took, others = seconds(call, device), {rival: seconds(other, device) for rival, other in rivals.items()}
     copy = found["host copy" if name.startswith("copy") else "copy"]
     matmul = found["matmul tf32" if name.startswith("predict") else "matmul"]
-    row = dict(path=name, context=context, us=1e6 * took, rivals_us={rival: 1e6 * t for rival, t in others.items()})
-    row |= dict(gb_s=1e-9 * work.bytes / took, of_copy=work.bytes / took / copy)
-    row |= dict(tflop_s=2e-12 * work.multiply_adds / took, of_matmul=work.multiply_adds / took / matmul)
+    row = dict(path=name, context=context, us=1e6 * took, gb_s=1e-9 * moved / took, of_copy=moved / took / copy)
+    row |= dict(tflop_s=2e-12 * multiply_adds / took, of_matmul=multiply_adds / took / matmul)
     return row | dict(rivals="; ".join(f"{rival} {1e6 * t:,.1f} ({t / took:.1f}x)" for rival, t in others.items()))
 
 
@@ -478,23 +474,23 @@ KERNEL_COLUMNS = {
 }
 
 
-def bench_kernels(args, config, device, backend):
+def bench_kernels(args, config, device):
     """each hot path against PyTorch and against the machine's ceilings"""
-    on_gpu, results = device.type == "cuda", machine(device)
+    on_gpu, (results, line) = device.type == "cuda", conditions(args, config, device)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.set_float32_matmul_precision("high")
     if any(context % config.block_size or config.fits(context) for context in args.contexts):
         raise InputError(f"--contexts must be multiples of {config.block_size} and longer than the budget")
     found = ceilings(dtype, device, *([] if on_gpu else [1 << 26, 1024]))
     print(
-        f"{results['device']}, {results['threads']} threads, shapes of {args.model_shape}, budget {config.budget}; "
-        f"copy {found['copy'] / 1e9:,.0f} GB/s, host to device {found['host copy'] / 1e9:,.0f} GB/s, matrix "
+        f"{line}; copy {found['copy'] / 1e9:,.0f} GB/s, host to device {found['host copy'] / 1e9:,.0f} GB/s, matrix "
         f"product {2e-12 * found['matmul']:,.1f} TFLOP/s ({str(dtype)[6:]}), {2e-12 * found['matmul tf32']:,.1f} "
         f"({'tf32' if on_gpu else 'float32'})\n"
     )
     m, rows = shape_of(args.model_shape), []
     for context, paths in ((context, paths) for context in args.contexts for paths in PATHS):
-        rows += [kernel_row(p, context, device, found) for p in paths(m, config, context, dtype, device, backend)]
+        found_paths = paths(m, config, context, dtype, device, args.backend)
+        rows += [kernel_row(path, context, device, found) for path in found_paths]
     return results | dict(ceilings=found, rows=show(rows, KERNEL_COLUMNS))
 
 
@@ -527,24 +523,21 @@ def count_link(model, tokenizer, config):
     }, fraction
 
 
-def bench_offload(args, config, device, backend):
+def bench_offload(args, config, device):
     """bytes over the link, counted on a text, and a model of time"""
     if config.fits(TEXT_TOKENS):
-        raise InputError(
-            f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens that are counted: use a smaller one"
-        )
+        raise InputError(f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens counted: use a smaller one")
     model, tokenizer = load_model(str(fetch_default_llm()), torch.bfloat16, device)
     print(f"Counted: SmolLM2-135M-Instruct on {TEXT.name}, {TEXT_STEPS} tokens decoded\n")
     counted, fraction = count_link(model, tokenizer, config)
     show([counted])
-    gb_s, rows = dict(zip(("memory", "link", "host"), args.gb_s)), []
     print(
         f"A model, not a measurement: {args.model_shape} in 16 bits, budget {config.budget}, {fraction:.1%} of a "
-        f"selection fetched; GB/s: {', '.join(f'{name} {rate:g}' for name, rate in gb_s.items())}\n"
+        f"selection fetched; GB/s: {', '.join(f'{name} {rate / 1e9:g}' for name, rate in RATES.items())}\n"
     )
-    rates = {name: 1e9 * rate for name, rate in gb_s.items()}
+    rows = []
     for context in args.contexts:
-        ways = roofline.strategies(shape_of(args.model_shape), config, context, fraction, **rates)
+        ways = roofline.strategies(shape_of(args.model_shape), config, context, fraction, **RATES)
         slowest, resident = (ways[name][0] for name in ("dense, everything streamed", "sparse, resident"))
         for name, (took, link_bytes) in ways.items():
             row = {"context": f"{context:,}", "cache": name, "ms per token": f"{1e3 * took:,.2f}"}
@@ -554,7 +547,7 @@ def bench_offload(args, config, device, backend):
     show(rows)
 
 
-def bench_bytes(args, config, device, backend):
+def bench_bytes(args, config, device):
     """bytes read per token"""
     print(f"Bytes read per token, {args.model_shape} in 16 bits, budget {config.budget}\n")
     rows = []
@@ -568,7 +561,7 @@ def bench_bytes(args, config, device, backend):
     show(rows)
 
 
-def bench_launches(args, config, device, backend):
+def bench_launches(args, config, device):
     """launches per token"""
     print(f"Launches per token, sampling included, without a CUDA graph: {args.model_shape}, budget {config.budget}\n")
     model, rows = Llama(shape_of(args.model_shape), torch.bfloat16, "meta"), []
@@ -593,18 +586,6 @@ def bench_launches(args, config, device, backend):
 LONG = (8192, 32768, 131072)
 
 
-def at_least(low):
-    """An argparse type: a number of that kind, not below low."""
-
-    def parse(text):
-        if not low <= (value := type(low)(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: use at least {low}")
-        return value
-
-    parse.__name__ = type(low).__name__
-    return parse
-
-
 def new_file(text):
     if pathlib.Path(text).is_dir() or not os.access(pathlib.Path(text).parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write {text}: give a file in a folder that exists")
@@ -626,40 +607,32 @@ def make_parser():
     ):
         name = command.__name__.removeprefix("bench_")
         sub = commands.add_parser(name, help=command.__doc__)
-        sub.set_defaults(bench=command, backend="torch", out=None)
+        sub.set_defaults(bench=command, device="auto", dtype="auto", backend="auto", rounds=1, out=None)
         add = sub.add_argument
-        add("--contexts", type=at_least(128), nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
+        add("--contexts", type=int, nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
         add("--model-shape", choices=SHAPES, default=shape, help="smollm2-135m, or random weights")
         if name in ("speed", "prefill", "kernels"):
             add("--out", type=new_file, metavar="FILE.json", help="write all numbers there")
-            add("--backend", choices=("triton", "torch"), default="triton" if gpu else "torch", help="of the kernels")
+            add("--backend", choices=("auto", "triton", "torch"), help="auto: triton on a GPU, else torch")
         if name in ("speed", "prefill"):
             dtypes = ["float32", "bfloat16"]
             add("--dtypes", nargs="+", default=dtypes[gpu:], choices=dtypes, help="of weights")
-            add("--rounds", type=at_least(1), default=7, help="in which the contenders take turns")
+            add("--rounds", type=int, default=7, help="in which the contenders take turns")
         if name == "speed":
             names, default = ", ".join(CONTENDERS), ON_GPU if gpu else ON_CPU
             add("--contenders", nargs="+", default=default, choices=CONTENDERS, metavar="NAME", help=names)
             add("--trace", type=new_file, metavar="FILE.json", help="trace an interval of the last contender")
-        if name == "offload":
-            add(
-                "--gb-s", type=at_least(1e-3), nargs=3, default=(3350, 55, 200), metavar=("MEMORY", "LINK", "HOST"),
-                help="rates; default: of an H100, of PCIe 5 x16, of host memory: 3350 55 200",
-            )  # fmt: skip
         attnpred.add_method_options(sub)
     return parser
 
 
 def run(args):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if min(args.contexts) < 128 or args.rounds < 1:
+        raise InputError("--contexts must be at least 128 tokens, and --rounds at least 1")
+    device, _, args.backend = attnpred.choose_device(args)
     config = attnpred.config_of(args)
-    try:
-        kernels.use_triton(args.backend, device)
-    except RuntimeError as error:
-        raise InputError(str(error)) from None
-    results = args.bench(args, config, device, args.backend)
+    results = args.bench(args, config, device)
     if args.out:
-        results["config"] = dataclasses.asdict(config)
         attnpred.write_atomically(args.out, lambda path: path.write_text(json.dumps(results, indent=1)))
 
 

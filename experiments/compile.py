@@ -1,8 +1,8 @@
-"""Compiles every kernel ahead of time, for GPUs that need not be present: `python -m experiments.compile [target ...]`.
+"""Compiles every kernel ahead of time, for GPUs that need not be present: `python -m experiments.compile [target]`.
 
-Records the launches of a prompt and of the first tokens of the models below (`experiments.roofline.decode`), compiles
-each distinct launch for each target, and prints what the compilers make of it. The exit status is 1 where a kernel
-spills registers or needs more shared memory than the target has.
+Records the launches of a prompt and of the first tokens of the models below (`experiments.roofline.decode`), has Triton
+compile them as it would on each target, and prints what the compilers make of each distinct kernel. The exit status is
+1 where a kernel spills registers or needs more shared memory than the target has.
 """
 
 import re
@@ -12,10 +12,10 @@ import tempfile
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pandas as pd
-import torch
 
 import kernels
 from attnpred import Config, OneLineParser, exit_status
@@ -39,8 +39,6 @@ SETTINGS = (
     Config(calibration_interval=2),
     Config(calibration_interval=2, history_rows="every", share_budget="head", dense_layers=1),
 )
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-POINTERS |= {torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8"}
 
 
 def record(model, amd):
@@ -53,25 +51,6 @@ def record(model, amd):
                 for counts in decode(Stub(m), c, n_tokens, 4, offload)[1]:
                     launches += counts.launches
     return launches
-
-
-def signature(launch):
-    """Types, constants and attributes with which Triton compiles a launch: it notes ones and multiples of 16."""
-    types, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value, name = launch.arguments[parameter.name], parameter.name
-        if isinstance(value, torch.Tensor):
-            types[name], aligned = POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
-        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
-            types[name], constants[name], aligned = "constexpr", value, False
-        elif isinstance(value, float):
-            types[name], aligned = "fp32", False
-        else:
-            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0 and not parameter.do_not_specialize
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return types, constants, attributes
 
 
 def resources(compiled, backend):
@@ -89,43 +68,45 @@ def resources(compiled, backend):
     return registers, stack + local, compiled.metadata.shared
 
 
-def compile_all(targets, kernel_names, models):
-    """One row for each distinct launch and target."""
+def pretend(name):
+    """Have Triton believe that this target is the current device."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    rows, seen = [], set()
-    for name, model in ((name, model) for name in targets for model in models):
-        target = TARGETS[name]
-        for launch in record(model, amd=target.backend == "hip"):
-            source = ASTSource(launch.kernel, *signature(launch))
-            key = source.hash(), *launch.options.items(), name
-            if key in seen or launch.kernel.__name__ not in kernel_names:
-                continue
-            seen.add(key)
-            compiled = kernels.triton.compile(source, target=GPUTarget(*target[:3]), options=launch.options)
-            registers, spilled, shared = resources(compiled, target.backend)
-            row = dict(kernel=launch.kernel.__name__, grid="×".join(map(str, launch.grid)), model=model, target=name)
-            rows.append(row | dict(registers=registers, spilled=spilled, shared=shared))
+    target = GPUTarget(*TARGETS[name][:3])
+    driver = SimpleNamespace(
+        get_current_device=lambda: name,  # Triton keeps the kernels of each device
+        get_current_stream=lambda device: None,
+        get_current_target=lambda: target,
+    )
+    kernels.triton.runtime.driver.set_active(driver)
+
+
+def compile_all(targets):
+    """One row for each distinct kernel and target."""
+    rows = []
+    for name in targets:
+        pretend(name)
+        backend = TARGETS[name].backend
+        seen = set()
+        for model in MODELS:
+            for launch in record(model, amd=backend == "hip"):
+                compiled = launch.kernel.warmup(**launch.arguments, grid=launch.grid)
+                if compiled.hash in seen:
+                    continue
+                seen.add(compiled.hash)
+                registers, spilled, shared = resources(compiled, backend)
+                row = dict(kernel=launch.kernel.__name__, grid="×".join(map(str, launch.grid)), model=model)
+                rows.append(row | dict(target=name, registers=registers, spilled=spilled, shared=shared))
     return rows
-
-
-def kernel_names():
-    return [name for name in vars(kernels) if name.endswith("_kernel")]
 
 
 def run(arguments):
     parser = OneLineParser(prog="python -m experiments.compile", description=__doc__.split("\n")[0])
-    parser.add_argument("targets", nargs="*", help=f"of {', '.join(TARGETS)}; default: all")
-    parser.add_argument("--kernel", choices=kernel_names(), help="only this one")
-    parser.add_argument("--model", choices=MODELS, help="only this one")
-    options = parser.parse_args(arguments)
-    if unknown := [name for name in options.targets if name not in TARGETS]:
-        parser.error(f"unknown target {unknown[0]}: try {', '.join(TARGETS)}")
+    parser.add_argument("target", nargs="?", choices=TARGETS, help="default: all of them, one after another")
+    target = parser.parse_args(arguments).target
     if kernels.triton.knobs is None or kernels.interpreted():
         parser.error("compiling needs Triton, and TRITON_INTERPRET unset")
-    names = [options.kernel] if options.kernel else kernel_names()
-    rows = compile_all(options.targets or TARGETS, names, [options.model] if options.model else MODELS)
+    rows = compile_all([target] if target else TARGETS)
     print(markdown(pd.DataFrame(rows)))
     bad = [row for row in rows if row["spilled"] or row["shared"] > TARGETS[row["target"]].shared_bytes]
     if bad:

@@ -4,8 +4,8 @@
 
 Tests the kernels natively, times them against the card's measured ceilings and against PyTorch, decodes end to end at
 8K, 32K and 128K tokens, and traces one interval. Each step is a command in a process of its own, with a time limit: if
-one fails, that is noted and the next one is tried. The folder gets every step's numbers (.json), output (.log) and
-pictures, and report.md with all tables. Llama-3.1-8B's shape has random weights. `--rehearse` runs the same steps at
+one fails, that is noted and the next one is tried. The folder gets every step's numbers (.json), tables (.md), log and
+picture, and report.md with all of them. Llama-3.1-8B's shape has random weights. `--rehearse` runs the same steps at
 toy size, in Triton's interpreter, without a GPU. The exit status is 1 if a step failed.
 """
 
@@ -28,7 +28,8 @@ from experiments.bench import ON_GPU
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = ("test_kernels.py", "tests/test_offload.py", "tests/test_streams.py")
 CONTEXTS = {8192: 40, 32768: 50, 131072: 100}  # seconds that decoding may take
-TOY = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 8 --budget 40 --history-len 5 --backend triton"
+TOY = "--contexts 128 --model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 8 --budget 40 --history-len 5"
+TOY += " --calibration-interval 2 --backend triton"
 
 
 @dataclass
@@ -42,67 +43,63 @@ class Step:
 def steps_of(out, rehearse) -> list[Step]:
     """In the order in which they run. The limits sum up to less than ten minutes; a rehearsal has its time."""
 
-    def bench(name, limit, command, contexts, *options):
-        options = ["experiments.bench", command, "--out", str(out / f"{name}.json"), *options, "--contexts"]
-        options += ["128", *shlex.split(TOY)] if rehearse else map(str, contexts)
+    def bench(name, limit, command, *options):
+        toy = TOY.split() if rehearse else []  # in place of the same options before them
+        options = ["experiments.bench", command, "--out", str(out / f"{name}.json"), *options, *toy]
         return Step(name, 600 if rehearse else limit, options, command)
 
     def speed(name, limit, context, contenders, *options):
-        options = ["--dtypes", "bfloat16", "--contenders", *contenders, *options]
-        options += ["--rounds", "1", "--calibration-interval", "2"] if rehearse else ["--rounds", "3"]
-        return bench(name, limit, "speed", [context], *options)
+        rounds = "1" if rehearse else "3"
+        options = ["--dtypes", "bfloat16", "--rounds", rounds, "--contenders", *contenders, *options]
+        return bench(name, limit, "speed", "--contexts", str(context), *options)
 
     tests = ["pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     tests += ["-k", "real_chunks or test_attend_lists"] if rehearse else []
-    contexts = {8192: 40} if rehearse else CONTEXTS
     return [
         Step("tests", 600 if rehearse else 240, tests),
-        bench("kernels", 100, "kernels", CONTEXTS),
-        *(speed(f"speed-{n // 1024}K", limit, n, ON_GPU) for n, limit in contexts.items()),
+        bench("kernels", 100, "kernels", "--contexts", *map(str, CONTEXTS)),
+        *(speed(f"speed-{n // 1024}K", CONTEXTS[n], n, ON_GPU) for n in ([8192] if rehearse else CONTEXTS)),
         speed("trace", 40, 32768, ["sparse, offloaded"], "--trace", str(out / "trace.perfetto.json")),
     ]
 
 
-def run_step(step, out, rehearse) -> dict:
-    """Run a step, draw its picture; returns {"step", "seconds", "result": "done" or what went wrong, "output"}."""
-    print(f"gpu: {step.name}, at most {step.limit} s: python -m {shlex.join(step.command)}", file=sys.stderr)
+def run_step(step, out, rehearse) -> str:
+    """Run a step and draw its picture: "done", or what went wrong. What it prints is in NAME.md and NAME.log."""
     environment = os.environ | ({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if rehearse else {})
-    begun, log = time.perf_counter(), out / f"{step.name}.log"
-    output, result = "", "done"
+    tables, log = out / f"{step.name}.md", out / f"{step.name}.log"
     try:
-        with log.open("w") as errors:
+        with tables.open("w") as output, log.open("w") as errors:
             done = subprocess.run(
                 [sys.executable, "-m", *step.command], cwd=ROOT, env=environment, timeout=step.limit,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
             )  # fmt: skip
-        output = done.stdout
         if done.returncode:
-            last = (log.read_text().strip() or output.strip() or "no output").splitlines()[-1:]
-            result = f"failed, status {done.returncode}: {last[0]}"
-        elif step.picture:
+            last = (log.read_text().strip() or tables.read_text().strip() or "no output").splitlines()[-1]
+            return f"failed, status {done.returncode}: {last}"
+        if step.picture:
             numbers = json.loads((out / f"{step.name}.json").read_text())
             plots.FROM_FILE[step.picture](numbers, out / f"{step.name}.png")
-    except subprocess.TimeoutExpired as late:
-        output, result = (late.stdout or b"").decode(), f"stopped after {step.limit} s"
+    except subprocess.TimeoutExpired:
+        return f"stopped after {step.limit} s"
     except Exception as error:  # whatever a picture or a file went wrong with, the next step is tried
-        result = f"failed: {type(error).__name__}: {error}"
-    if result != "done":
-        output = "\n".join(["```", output, *log.read_text().splitlines()[-20:], "```"])
-    return dict(step=step.name, seconds=time.perf_counter() - begun, result=result, output=output)
+        return f"failed: {type(error).__name__}: {error}"
+    return "done"
 
 
-def report(title, rows, out) -> str:
-    """Markdown: what became of each step, then its tables and its picture."""
+def report(title, results, out) -> str:
+    """Markdown: what became of each step, {name: (seconds, result)}, then its tables and its picture."""
     lines = [f"# {title}", "", "| step | seconds | result |", "|---|---|---|"]
-    lines += [f"| {row['step']} | {row['seconds']:.0f} | {row['result']} |" for row in rows]
-    for row in rows:
-        lines += ["", f"## {row['step']}", "", row["output"].strip()]
-        if (out / f"{row['step']}.png").exists():
-            lines += ["", f"![{row['step']}]({row['step']}.png)"]
+    lines += [f"| {name} | {seconds:.0f} | {result} |" for name, (seconds, result) in results.items()]
+    for name, (_, result) in results.items():
+        lines += ["", f"## {name}", ""]
+        output, log = ((out / f"{name}.{suffix}").read_text().strip() for suffix in ("md", "log"))
+        lines += [output] if result == "done" else ["```", output, *log.splitlines()[-20:], "```"]
+        if (out / f"{name}.png").exists():
+            lines += ["", f"![{name}]({name}.png)"]
     return "\n".join(lines) + "\n"
 
 
-def run(argv) -> bool:
+def run(argv):
     parser = OneLineParser(prog="gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder, or an empty one")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes, in Triton's interpreter")
@@ -118,18 +115,20 @@ def run(argv) -> bool:
         raise InputError(f"{args.out} cannot be made: {error.strerror}") from None
     device = "a CPU: a rehearsal, whose figures mean nothing" if args.rehearse else torch.cuda.get_device_name()
     title = f"attnpred on {device}, torch {torch.__version__}, triton {importlib.metadata.version('triton')}"
-    rows = []
+    results = {}
     for step in steps_of(out, args.rehearse):
-        rows.append(run_step(step, out, args.rehearse))
-        print(f"gpu: {step.name}: {rows[-1]['result']}, {rows[-1]['seconds']:.0f} s", file=sys.stderr)
-        write_atomically(out / "report.json", lambda path: path.write_text(json.dumps(rows, indent=1)))
-        write_atomically(out / "report.md", lambda path: path.write_text(report(title, rows, out)))
-    return all(row["result"] == "done" for row in rows)
+        print(f"gpu: {step.name}, at most {step.limit} s: python -m {shlex.join(step.command)}", file=sys.stderr)
+        begun = time.perf_counter()
+        result = run_step(step, out, args.rehearse)
+        results[step.name] = time.perf_counter() - begun, result
+        print(f"gpu: {step.name}: {result}, {results[step.name][0]:.0f} s", file=sys.stderr)
+        write_atomically(out / "report.md", lambda path: path.write_text(report(title, results, out)))
+    if any(result != "done" for _, result in results.values()):
+        sys.exit(1)
 
 
 def main(argv=None) -> int:
-    results = []
-    return exit_status("gpu", lambda: results.append(run(argv))) or int(results != [True])
+    return exit_status("gpu", lambda: run(argv))
 
 
 if __name__ == "__main__":

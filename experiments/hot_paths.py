@@ -1,12 +1,12 @@
 """The launches of kernels.py as a decode step makes them, beside PyTorch code: what `experiments.bench kernels` times.
 
 Each function of PATHS takes a model's shapes m, a Config c, the number of tokens, the dtype of K and V, a device and a
-backend, and yields tuples: name, the least `Work` that it can be, a launch, and rivals {name: a call that computes the
-same, or serves the same purpose}. Keys, values and histories are random.
+backend, and yields tuples: name, the least bytes that it can move (inputs and outputs, each once), its multiply-adds, a
+launch, and rivals {name: a call that computes the same, or serves the same purpose}. Keys, values and histories are
+random.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,6 @@ import torch.nn.functional as F
 import attnpred
 import kernels
 from attnpred import Predictor
-
-
-class Work(NamedTuple):
-    """The least that a launch can do: bytes of its inputs and outputs, each once, and its multiply-adds."""
-
-    bytes: int
-    multiply_adds: int = 0
 
 
 def softmax_then_max(q, k_cache, n_tokens):
@@ -41,19 +34,18 @@ def pooling_paths(m, c, n_tokens, dtype, device, backend):
         k = keys[:layers].flatten(0, 1)  # (layers * Hk, N, b, D)
         q = torch.randn(layers * m.n_heads, rows, m.head_dim, device=device).to(dtype)
         written = 4 * len(q) * rows * (k.shape[1] + 1)  # block maxima and log-sum-exp
-        work = Work(k.nbytes + q.nbytes + written, len(q) * rows * n_tokens * m.head_dim)
+        multiply_adds = len(q) * rows * n_tokens * m.head_dim
         call = partial(lambda q, k: kernels.pool_history(q, k, n_tokens, 1, backend)[0], q, k)
-        yield f"pool_history, {name}", work, call, {"softmax, then max": partial(softmax_then_max, q, k, n_tokens)}
+        rivals = {"softmax, then max": partial(softmax_then_max, q, k, n_tokens)}
+        yield f"pool_history, {name}", k.nbytes + q.nbytes + written, multiply_adds, call, rivals
 
 
-def prediction_work(heads, history_len, new_rows, start, end, valid_end, itemsize=attnpred.HISTORY_DTYPE.itemsize):
+def prediction_bytes(heads, history_len, new_rows, start, end, valid_end):
     """From scratch, a column reads H rows of history and writes H contributions. After P new rows it reads P + 8 rows
     of history (two around each computed row) and the other H - 4 - P contributions, and writes P + 4."""
-    n = end - start
     first = valid_end <= start or new_rows >= history_len - 4
     rows = 2 * history_len if first else history_len + 4 + new_rows + 4
-    work = kernels.predict_multiply_adds(heads, history_len, new_rows, start, end, valid_end)
-    return Work(heads * n * (rows * itemsize + 4), work)
+    return heads * (end - start) * (rows * attnpred.HISTORY_DTYPE.itemsize + 4)
 
 
 def prediction_paths(m, c, n_tokens, dtype, device, backend):
@@ -73,8 +65,9 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
         rivals["convolutions, tf32"] = partial(convolve, True)
     for name, rows, valid_end in (("whole image", 0, start), (f"{new_rows} new rows", new_rows, end)):
         window = rows, start, end, valid_end
+        work = [count(heads, c.history_len, *window) for count in (prediction_bytes, kernels.predict_multiply_adds)]
         call = partial(kernels.predict, history, contributions, 0, *window, weights, backend)
-        yield f"predict, {name}, all layers", prediction_work(heads, c.history_len, *window), call, rivals
+        yield f"predict, {name}, all layers", *work, call, rivals
 
 
 def selection_paths(m, c, n_tokens, dtype, device, backend):
@@ -82,7 +75,7 @@ def selection_paths(m, c, n_tokens, dtype, device, backend):
     scores, k = torch.randn(m.n_layers, m.n_kv_heads * (end - start), device=device), m.n_kv_heads * c.topk_blocks
     rivals = {"topk, then sort": lambda: scores.topk(k, sorted=False).indices.sort(1).values}
     call = partial(kernels.select_blocks, scores, k, backend)
-    yield f"select_blocks, {k} per layer, all layers", Work(scores.nbytes + 4 * m.n_layers * k), call, rivals
+    yield f"select_blocks, {k} per layer, all layers", scores.nbytes + 4 * m.n_layers * k, 0, call, rivals
 
 
 def lists_of(counts, c, n_tokens, device):
@@ -113,13 +106,13 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
         call = partial(lambda lists: kernels.sparse_decode(q, *pool, *lists, backend)[0], lists)
         rivals = {"SDPA over gathered blocks": partial(lambda address: sdpa(pool[:, address]), address)}
         rivals |= {"SDPA over all blocks": lambda: sdpa(pool)}
-        work = 2 * len(table) * pool[0, 0].nbytes  # of the K and V listed
-        work = Work(work + 2 * q.nbytes + table.nbytes + block_max.nbytes, group * work // pool.element_size())
-        yield f"sparse_decode, {name}, one layer", work, call, rivals if counts is not uneven else {}
+        elements = pool[:, :1].numel() * len(table)  # of the K and V listed
+        moved = elements * pool.element_size() + 2 * q.nbytes + table.nbytes + block_max.nbytes
+        yield f"sparse_decode, {name}, one layer", moved, group * elements, call, rivals if counts is not uneven else {}
     rows = torch.zeros(m.n_kv_heads, n_blocks, device=device, dtype=attnpred.HISTORY_DTYPE)
     columns, lse = table % n_blocks, torch.zeros(m.n_heads, device=device)
     call = partial(kernels.write_rows, block_max, lse, columns, starts, lengths, rows, c.block_size, backend)
-    yield "write_rows, one layer", Work(block_max.nbytes + columns.nbytes + rows.nbytes), call, {}
+    yield "write_rows, one layer", block_max.nbytes + columns.nbytes + rows.nbytes, 0, call, {}
 
 
 def copy_paths(m, c, n_tokens, dtype, device, backend):
@@ -129,14 +122,14 @@ def copy_paths(m, c, n_tokens, dtype, device, backend):
     wanted, held = (part.contiguous().to(device) for part in (ids[:, k // 10 :][:, :k], ids[:, :k]))
     assign = partial(kernels.assign_slots, wanted, held)
     rivals = {} if backend == "torch" else {"the reference": partial(assign, "torch")}
-    yield f"assign_slots, {k} per layer", Work(5 * 4 * m.n_layers * k), partial(assign, backend), rivals
+    yield f"assign_slots, {k} per layer", 5 * 4 * m.n_layers * k, 0, partial(assign, backend), rivals
     host = torch.zeros(m.n_kv_heads * n_blocks, elements, dtype=dtype, pin_memory=device.type == "cuda")
     slots, place = torch.empty(k, elements, device=device, dtype=dtype), torch.arange(k, device=device).int()
     for name, n in (("all", k), ("a tenth", max(1, k // 10))):
         chosen = ids[0, :n]
         call = partial(kernels.copy_blocks, host, slots, F.pad(chosen, (0, k - n), value=-1).to(device), place, backend)
         rivals = {"index_select": partial(lambda n, chosen: slots[:n].copy_(host.index_select(0, chosen)), n, chosen)}
-        yield f"copy_blocks, {name} of {k}", Work(n * host[0].nbytes), call, rivals
+        yield f"copy_blocks, {name} of {k}", n * host[0].nbytes, 0, call, rivals
 
 
 PATHS = (pooling_paths, prediction_paths, selection_paths, attention_paths, copy_paths)

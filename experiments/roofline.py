@@ -32,7 +32,7 @@ META, DTYPE = torch.device("meta"), torch.bfloat16
 # Launches
 # --------------------------------------------------------------------------------------------------------------------
 
-Launch = namedtuple("Launch", "kernel grid arguments options")
+Launch = namedtuple("Launch", "kernel grid arguments")  # {name: argument}, options like num_warps included
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 ONE_KERNEL = {aten.linear, aten.rms_norm}  # on a GPU; on the meta device PyTorch would take them apart
@@ -93,8 +93,8 @@ def counting(host=None):
     counts, pool_history = Counting({} if host is None else host), kernels.pool_history
 
     def launch(kernel, *arguments, grid, warmup, **options):
-        given = dict(zip(kernel.arg_names, arguments)) | {n: x for n, x in options.items() if n in kernel.arg_names}
-        counts.launches.append(Launch(kernel, grid, given, {n: x for n, x in options.items() if n not in given}))
+        given = dict(zip(kernel.arg_names, arguments)) | options
+        counts.launches.append(Launch(kernel, grid, given))
         if kernel is kernels._copy_kernel and counts.on_host(given["destination_ptr"]):  # every block is copied
             counts.link_bytes += given["n"] * given["LANES"] * given["destination_ptr"].element_size()
 

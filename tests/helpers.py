@@ -35,3 +35,10 @@ def tiny_llama(n_layers=3, n_kv_heads=2, group=2, head_dim=16, context_len=512, 
 def random_predictor(seed=0):
     torch.manual_seed(seed)
     return Predictor().requires_grad_(False)
+
+
+def assert_refused(main, program, arguments, message, capsys):
+    """The command ends with status 2 and one line, which starts with the program's name and holds `message`."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"{program}: ") and err.count("\n") == 1 and message in err, err

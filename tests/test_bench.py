@@ -2,7 +2,7 @@
 
 import gc
 import json
-import math
+import pathlib
 import sys
 import weakref
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import torch
 import kernels
 from attnpred import Config, InputError, SparseDecoder, Stats, decode_one_token, prefill
 from experiments import bench, hot_paths, roofline
-from tests.helpers import random_predictor, tiny_llama
+from tests.helpers import assert_refused, random_predictor, tiny_llama
 
 CPU = torch.device("cpu")
 SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=40)
@@ -22,21 +22,19 @@ LLAMA = roofline.LLAMA_31_8B
 
 def test_work_by_hand():
     """Llama-3.1-8B: 32 query heads, 8 KV heads of 128; 32,768 tokens in 2,048 blocks of 16; bfloat16."""
-    work = {}
+    moved, multiply_adds = {}, {}
     for paths in bench.PATHS:
-        found = paths(LLAMA, Config(), 32768, torch.bfloat16, roofline.META, "triton")
-        work |= {name: least for name, least, *_ in found}
-    pooled = work["pool_history, prompt, one layer"]
-    assert pooled.bytes == 2 * 8 * 32768 * 128 + 2 * 32 * 64 * 128 + 4 * 32 * 64 * 2049
-    assert pooled.multiply_adds == 32 * 64 * 32768 * 128
-    assert work["pool_history, calibration, all layers"].multiply_adds == 32 * 32 * 32768 * 128
-    attended = work["sparse_decode, heads alike, one layer"]  # 1,024 tokens for each KV head: 64 blocks
-    assert attended.bytes == 2 * 8 * 1024 * 128 * 2 + 2 * 32 * 128 * 2 + 8 * 64 * 4 * 5
-    assert attended.multiply_adds == 2 * 32 * 1024 * 128
-    assert work["select_blocks, 448 per layer, all layers"].bytes == 4 * 32 * (8 * (2044 - 4) + 448)
-    assert work["copy_blocks, a tenth of 448"].bytes == 44 * 8192
-    whole, new = (work[f"predict, {what}, all layers"].multiply_adds for what in ("whole image", "1 new rows"))
-    assert whole > new
+        for name, *work, _, _ in paths(LLAMA, Config(), 32768, torch.bfloat16, roofline.META, "triton"):
+            moved[name], multiply_adds[name] = work
+    pooled, attended = "pool_history, prompt, one layer", "sparse_decode, heads alike, one layer"
+    assert moved[pooled] == 2 * 8 * 32768 * 128 + 2 * 32 * 64 * 128 + 4 * 32 * 64 * 2049
+    assert multiply_adds[pooled] == 32 * 64 * 32768 * 128
+    assert multiply_adds["pool_history, calibration, all layers"] == 32 * 32 * 32768 * 128
+    assert moved[attended] == 2 * 8 * 1024 * 128 * 2 + 2 * 32 * 128 * 2 + 8 * 64 * 4 * 5  # 64 blocks for each KV head
+    assert multiply_adds[attended] == 2 * 32 * 1024 * 128
+    assert moved["select_blocks, 448 per layer, all layers"] == 4 * 32 * (8 * (2044 - 4) + 448)
+    assert moved["copy_blocks, a tenth of 448"] == 44 * 8192
+    assert multiply_adds["predict, whole image, all layers"] > multiply_adds["predict, 1 new rows, all layers"]
 
 
 def test_prediction_reads_what_its_rows_need():
@@ -46,10 +44,9 @@ def test_prediction_reads_what_its_rows_need():
         computed = {0, 1, *range(history_len - 2 - new_rows, history_len)}
         history = {row + near for row in computed for near in (-2, -1, 0, 1, 2)} & set(range(history_len))
         moved = len(history) + (history_len - len(computed)) + len(computed)  # contributions: read or written
-        work = hot_paths.prediction_work(3, history_len, new_rows, start, end, end)
-        assert work.bytes == 3 * (end - start) * (2 * moved + 4)
-        assert work.multiply_adds == kernels.predict_multiply_adds(3, history_len, new_rows, start, end, end)
-    assert hot_paths.prediction_work(3, history_len, 0, start, end, start).bytes == 3 * (end - start) * (2 * 32 + 4)
+        found = hot_paths.prediction_bytes(3, history_len, new_rows, start, end, end)
+        assert found == 3 * (end - start) * (2 * moved + 4)
+    assert hot_paths.prediction_bytes(3, history_len, 0, start, end, start) == 3 * (end - start) * (2 * 32 + 4)
 
 
 def test_launches_by_hand():
@@ -72,8 +69,8 @@ def test_launches_by_hand():
     operations = dict(zeros=1, _to_copy=3, copy_=3, clone=1, cat=1, sum=1)
     assert counts.operations == {f"aten.{name}": count for name, count in operations.items()}
     assert counts.link_bytes == 12 + 12 + 96 + 12
-    ((kernel, grid, arguments, options),) = counts.launches
-    assert kernel is kernels._select_kernel and grid == (4,) and options == dict(num_warps=4)
+    ((kernel, grid, arguments),) = counts.launches
+    assert kernel is kernels._select_kernel and grid == (4,) and arguments["num_warps"] == 4
     assert arguments["n"] == 6 and arguments["k"] == 2 and arguments["TILE"] == 256
     assert kernels.pool_history.__module__ == "kernels" and torch.zeros(2).is_cpu  # as before
 
@@ -99,15 +96,6 @@ def test_tensors_without_memory_are_counted_like_real_ones(changes, offload):
     assert sum(token.count("_contributions_kernel") > 0 for token in names) == 2  # selections
 
 
-def test_bytes_do_not_grow_with_the_text():
-    """Counted on Llama-3.1-8B's shape: at 128K within 10 % of 32K. The paper's setting grows."""
-    default, paper = (
-        [roofline.bytes_per_token(LLAMA, c, n) for n in (32768, 131072)] for c in (Config(), Config.paper())
-    )
-    assert abs(default[1]["total"] / default[0]["total"] - 1) < 0.1 and paper[1]["total"] > 2 * paper[0]["total"]
-    assert default[0]["calibration"] == 32 * 8 * 32768 * 128 * 2 / 32  # M = 32: the keys of 32 layers
-
-
 def test_model_of_time(monkeypatch):
     """By hand: Llama-3.1-8B, 32K, M = P = 32; a quarter of 32 * 8 * 56 blocks of 8 KB is fetched for 32 tokens."""
     reads = dict(attention=1e9, choosing=1e9, calibration=2e9, dense=9e9, link=1e6)
@@ -130,8 +118,8 @@ def test_rivals_compute_the_same():
     torch.manual_seed(0)
     m, config, compared = tiny_llama().config, Config(**SHAPE), 0
     for paths in bench.PATHS:
-        for name, work, call, rivals in paths(m, config, 256, torch.float32, CPU, "torch"):
-            assert work.bytes > 0
+        for name, moved, _, call, rivals in paths(m, config, 256, torch.float32, CPU, "torch"):
+            assert moved > 0
             for rival, rival_call in rivals.items():
                 if rival != "SDPA over all blocks" and not name.startswith("copy"):
                     ours, theirs = call().double(), rival_call().double()
@@ -140,16 +128,11 @@ def test_rivals_compute_the_same():
     assert compared >= 6
 
 
-def ours(model=None, n_tokens=100, n_steps=8, **changes):
-    config = Config(**SHAPE | changes)
-    return bench.Ours(model or tiny_llama(), config, n_tokens, n_steps, "torch")
-
-
 def test_transformers_computes_the_same():
     """With the same random cache, the same logits as our dense decoding; the weights are ours, not a copy."""
     pytest.importorskip("transformers")
     model = tiny_llama()
-    dense = ours(model=model, dense_layers=9)
+    dense = bench.Ours(model, Config(**SHAPE, dense_layers=9), 100, 8, "torch")
     torch.manual_seed(0)
     theirs = bench.Transformers(model, 100)
     with torch.inference_mode():
@@ -161,51 +144,56 @@ def test_transformers_computes_the_same():
     assert {parameter.untyped_storage().data_ptr() for parameter in theirs.model.parameters()} <= pointers
 
 
-def test_speed_pays_for_whole_intervals(capsys):
-    model, config, rounds = tiny_llama(), Config(**SHAPE, calibration_interval=16), 2
+SMALL = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 16 --budget 40 --contexts 256".split()
+
+
+def table(text):
+    """The rows of the first table printed, as dicts of text."""
+    part = next(part for part in text.split("\n\n") if part.startswith("|"))
+    head, _, *rows = [line.strip("| ").split(" | ") for line in part.splitlines()]
+    return [dict(zip(head, row)) for row in rows]
+
+
+def measured(tmp_path, capsys, command, *options):
+    """The rows that a command writes, and the table that it prints."""
+    out = tmp_path / "numbers.json"
+    assert bench.main([command, *SMALL, *options, "--rounds", "2", "--out", str(out)]) == 0
+    numbers, rows = json.loads(out.read_text()), table(capsys.readouterr().out)
+    assert numbers["config"]["budget"] == 40 and numbers["weights"] == "random weights in the shape of toy"
+    for row, cells in zip(numbers["rows"], rows, strict=True):
+        assert len(row["rounds"]) == 2 and row["ms"] == sum(row["rounds"]) / 2 > 0
+        assert [cells["context"], cells["weights"], cells[""]] == ["256", row["dtype"], row["name"]]
+        assert cells["tokens/s"] == f"{row['tokens_s']:,.1f}"
+        assert cells["peak memory beside weights, MB"] == f"{row['memory_mb']:,.0f}"
+    return numbers["rows"], rows
+
+
+def test_speed_pays_for_whole_intervals(tmp_path, capsys):
     names = "dense", "sparse", "sparse, no graph", "sparse, offloaded"
-    found = bench.speed_rows(names, {"float32": model}, config, [300], rounds, "torch", 1e9)
-    rows = bench.show(found, bench.SPEED_COLUMNS)
-    head, _, *lines = capsys.readouterr().out.splitlines()
-    assert head.startswith("| context | weights |  | ms per token |") and len(rows) == len(names)
-    for row, line in zip(rows, lines):
-        assert line.startswith(f"| {row['context']:,} | float32 | {row['name']} | {row['ms']:,.1f} |")
-        assert len(row["rounds"]) == rounds and row["ms"] > 0
-    dense, sparse, again, offloaded = rows
-    assert dense["speedup"] == 1 and again["same_as"] == "sparse" and offloaded["memory"] != sparse["memory"]
-    assert sparse["same_as"] is None and len(sparse["answer"]) == 16
+    options = "--calibration-interval", "16", "--dtypes", "float32", "bfloat16", "--contenders", *names
+    rows, cells = measured(tmp_path, capsys, "speed", *options)
+    assert [row["name"] for row in rows] == [*names, *names] and rows[0]["speedup"] == rows[4]["speedup"] == 1
+    for row, cell in zip(rows, cells):
+        assert row["tokens_s"] == 1e3 / row["ms"] and cell["ms per token"] == f"{row['ms']:,.1f}"
+        assert cell["GB/s read (of a copy's)"].startswith(f"{1e-6 * row['bytes'] / row['ms']:,.1f} (")
+    dense, sparse, again, offloaded, *_ = rows
+    assert again["same_as"] == cells[2]["same tokens as"] == "sparse"
+    assert sparse["same_as"] is None and len(sparse["answer"]) == 16 and cells[1]["same tokens as"] == "–"
     assert min(sparse["stages"][s] for s in ("attention", "calibration", "prediction", "selection", "gathering")) > 0
-    weights = 4 * (3 * (32 * 16 * (4 + 2 + 2 + 4) + 3 * 32 * 48) + 61 * 32)  # q, k, v, out; gate, up, down; the head
-    assert roofline.weight_bytes(model.config, 4) == weights
-    kv = 2 * 3 * 2 * 16 * 4  # bytes of a token's K and V
-    assert dense["bytes"] == weights + kv * (300 - 8 * (rounds + 2) + sum(range(1, 25)) / 24)
+    weights = 4 * (32 * 16 * (4 + 2 + 2 + 4) + 3 * 32 * 48 + 64 * 32)  # q, k, v, out; gate, up, down; the head
+    kv = 2 * 2 * 16 * 4  # bytes of a token's K and V
+    assert dense["bytes"] == weights + kv * (256 - 8 * 4 + sum(range(1, 25)) / 24)
     assert 0 < sparse["bytes"] - weights < dense["bytes"] - weights
-    json.dumps(rows)
 
 
-def test_prefill_is_read_by_both(monkeypatch):
+def test_prefill_is_read_by_both(tmp_path, capsys):
     """Both predict the same token; tokens per second are of the fastest round."""
     pytest.importorskip("transformers")
-    clock, prompts, read = [0.0], [], bench.prefill
-
-    def now():
-        clock[0] += 0.125
-        return clock[0]
-
-    def timed(model, decoder, tokens):
-        prompts.append(len(tokens))
-        clock[0] += 0.5 if len(prompts) == 5 else 0.25  # seconds; the first round takes longer
-        return read(model, decoder, tokens)
-
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=now))
-    monkeypatch.setattr(bench, "prefill", timed)
-    models = {"float32": tiny_llama(), "bfloat16": tiny_llama().bfloat16()}
-    rows = list(bench.prefill_rows(models, Config(**SHAPE), [300], 2, "torch"))
-    ours, theirs, *_ = rows
-    assert prompts == [128] * 2 + [300] * 6 and ours["rounds"] == [625, 375] and ours["tokens_s"] == 800
-    assert ours["name"] == "ours" and theirs["name"] == "transformers" and ours["answer"] == theirs["answer"]
+    rows, _ = measured(tmp_path, capsys, "prefill", "--dtypes", "float32", "bfloat16")
+    assert [row["name"] for row in rows] == ["ours", "transformers"] * 2
     assert [row["dtype"] for row in rows] == ["float32"] * 2 + ["bfloat16"] * 2
-    assert theirs["rounds"] == [125, 125] and theirs["tokens_s"] == 300 / 0.125
+    assert rows[0]["answer"] == rows[1]["answer"]
+    assert all(row["tokens_s"] == 256e3 / min(row["rounds"]) for row in rows)
 
 
 def test_what_does_not_fit_is_left_out(capsys, monkeypatch):
@@ -225,19 +213,12 @@ def test_what_does_not_fit_is_left_out(capsys, monkeypatch):
             clock[0] += 0.25  # seconds a token
             return 0
 
-    makers = {name: (lambda name=name: Contender(name), 2) for name in ("made", "stepped")} | {"fine": (Contender, 2)}
-    rows = bench.race(makers, 2, CPU)
-    assert list(rows) == ["fine"] and rows["fine"] | dict(rounds=[250, 250], ms=250, answer=[0, 0]) == rows["fine"]
+    makers = {(name, ""): (lambda name=name: Contender(name), 2) for name in ("made", "stepped")}
+    (row,) = bench.race(makers | {("float32", "fine"): (Contender, 2)}, 2, CPU)
+    assert row | dict(name="fine", dtype="float32", rounds=[250, 250], ms=250, answer=[0, 0]) == row
     gc.collect()
     assert [contender() is None for contender in alive] == [True, True, False]
     assert capsys.readouterr().err.count("out of memory, left out") == 2
-
-
-def test_stages_leave_the_decoder_as_it_was():
-    sparse = ours(n_tokens=150, n_steps=40)
-    spent = bench.stage_ms(sparse, 8)
-    assert all(math.isfinite(took) and took >= 0 for took in spent.values())
-    assert not {"attend", "select", "pool"} & set(vars(sparse.decoder.cache)) and "choose" not in vars(sparse.decoder)
 
 
 def test_link_is_counted(monkeypatch, tmp_path):
@@ -256,24 +237,12 @@ def test_link_is_counted(monkeypatch, tmp_path):
 
 
 def test_a_trace_without_the_gpu_is_an_error(tmp_path):
-    contender, path = ours(n_steps=4), str(tmp_path / "trace.json")
-    bench.write_trace(lambda: contender, 2, path)
-    assert contender.decoder.step == 4 and "aten::" in (tmp_path / "trace.json").read_text()
     elsewhere = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), step=lambda: None)
     with pytest.raises(InputError, match="nothing on the GPU"):
-        bench.write_trace(lambda: elsewhere, 1, path)
+        bench.write_trace(lambda: elsewhere, 1, tmp_path / "trace.json")
 
 
-def table(text):
-    """The rows of the last table printed, as dicts of text."""
-    head, _, *rows = [line.strip("| ").split(" | ") for line in text.split("\n\n")[-2].splitlines()]
-    return [dict(zip(head, row)) for row in rows]
-
-
-SMALL = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 16 --budget 40 --contexts 256".split()
-
-
-def test_counting_commands(capsys, monkeypatch):
+def test_counted_launches(capsys):
     assert bench.main(["launches", *SMALL]) == 0
     rows = table(capsys.readouterr().out)
     for name in ("resident", "offloaded"):
@@ -281,37 +250,17 @@ def test_counting_commands(capsys, monkeypatch):
         counts = [int(row["tokens"].removesuffix(" of 8")) for row in mine]
         launches = [int(row["launches"]) for row in mine]
         assert sum(counts) == 8 and counts[0] > 4 and launches[0] == min(launches) > 20  # most tokens launch the least
-    kinds = ("attention", "calibration", "choosing", "total", "dense")
-    amounts = dict(true=(1, 2, 3, 6, 15), every=range(5))  # GB of each kind, by history_rows
 
-    def counted(m, c, n_tokens):
-        return {kind: 1e9 * amount for kind, amount in zip(kinds, amounts[c.history_rows])}
 
-    monkeypatch.setattr(roofline, "bytes_per_token", counted)
-    assert bench.main(["bytes", "--contexts", "32768"]) == 0
-    default, paper = table(capsys.readouterr().out)
-    assert [*default.values()] == ["32,768", "default", *(f"{x},000.0" for x in (1, 2, 3, 6, 15)), "2.5x"]
-    assert [*paper.values()] == ["32,768", "--paper", "0.0", *(f"{x},000.0" for x in (1, 2, 3, 4)), "1.3x"]
-    ways = {"dense, everything streamed": (8e-3, 2e6), "sparse, resident": (2e-3, 0.0)}
-    given = []
-    monkeypatch.setattr(roofline, "strategies", lambda *args, **rates: given.append((args[3], rates)) or ways)
+@pytest.mark.parametrize("command, rows", [("bytes", 6), ("offload", 15)])
+def test_readme_shows_what_is_counted(command, rows, monkeypatch, capsys):
+    """Without options: Llama-3.1-8B at 8K, 32K and 128K tokens. The share fetched is the README's, too."""
     monkeypatch.setattr(bench, "load_model", lambda *args: (None, None))
-    monkeypatch.setattr(bench, "count_link", lambda *args: ({}, 0.1))
-    assert bench.main(["offload", "--contexts", "32768", "--gb-s", "1000", "10", "100"]) == 0
-    streamed, resident = (list(row.values()) for row in table(capsys.readouterr().out))
-    assert given == [(0.1, dict(memory=1e12, link=1e10, host=1e11))]
-    assert streamed == ["32,768", "dense, everything streamed", "8.00", "2.0", "1.0x", "4.00"]
-    assert resident == ["32,768", "sparse, resident", "2.00", "0.0", "4.0x", "1.00"]
-
-
-def test_numbers_are_written(tmp_path, capsys):
-    out = tmp_path / "numbers.json"
-    assert bench.main(["prefill", *SMALL, "--dtypes", "float32", "--rounds", "1", "--out", str(out)]) == 0
-    numbers = json.loads(out.read_text())
-    assert numbers["config"]["budget"] == 40 and numbers["weights"] == "random weights in the shape of toy"
-    for row, cells in zip(numbers["rows"], table(capsys.readouterr().out), strict=True):
-        assert [cells["weights"], cells["tokens/s"]] == ["float32", f"{row['tokens_s']:,.1f}"]
-        assert cells["peak memory beside weights, MB"] == f"{row['memory_mb']:,.0f}"
+    monkeypatch.setattr(bench, "count_link", lambda *args: ({}, 0.1258))
+    assert bench.main([command]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][-rows:]
+    readme = (pathlib.Path(bench.__file__).parent / "README.md").read_text().splitlines()
+    assert not set(lines) - set(readme)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of memory")
@@ -320,7 +269,7 @@ def test_peak_memory_is_what_is_allocated():
     for n, size in ((8, 1 << 23), (512, 1 << 17)):
         for _ in range(3):
             total = bench.with_peak_memory(lambda n=n, size=size: [torch.ones(size // 4) for _ in range(n)], CPU)[1]
-            assert abs(total - 2**26) < 2**23
+            assert abs(total - 67.1) < 8.4
 
 
 @pytest.mark.parametrize(
@@ -328,22 +277,19 @@ def test_peak_memory_is_what_is_allocated():
     [
         ([], "required"),
         (["everything"], "invalid choice"),
-        (["bytes", "--contexts", "16"], "use at least 128"),
+        (["bytes", "--contexts", "16"], "at least 128 tokens"),
         (["speed", "--out", "nowhere/x.json"], "in a folder that exists"),
         (["speed", "--trace", "nowhere/x.json"], "in a folder that exists"),
         (["bytes", "--budget", "1000"], "multiple of the block size"),
-        (["speed", "--rounds", "0"], "use at least 1"),
+        (["speed", "--rounds", "0"], "--rounds at least 1"),
         (["speed", "--contexts", "128", "--rounds", "20"], "fewer --rounds"),
-        (["speed", "--contexts", "9000"], "too long"),
+        (["speed", "--contexts", "9000"], "context is 512 tokens"),
         (["speed", "--contexts", "512", "--contenders", "sparse, fast"], "invalid choice: 'sparse, fast'"),
         (["kernels", "--contexts", "1000"], "multiples of 16"),
-        (["offload", "--gb-s", "1", "nan", "1"], "use at least 0.001"),
-        (["offload", "--gb-s", "1", "x", "1"], "invalid float value"),
+        (["bytes", "--contexts", "x"], "invalid int value"),
         (["offload", "--budget", "8192"], "covers the 4,096 tokens"),
     ],
 )
 def test_bad_input_is_one_line(options, message, capsys, monkeypatch):
     monkeypatch.setattr(bench, "load_model", lambda *args: (tiny_llama(), None))
-    assert bench.main(options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("bench: ") and error.count("\n") == 1 and message in error
+    assert_refused(bench.main, "bench", options, message, capsys)
