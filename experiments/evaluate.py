@@ -51,15 +51,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from attnpred import (
-    DEFAULT_PREDICTOR,
-    Config,
-    InputError,
-    OneLineParser,
-    add_method_options,
-    exit_status,
-    load_predictor,
-)
+import attnpred
+from attnpred import Config, InputError, OneLineParser
 from experiments import tables
 from experiments.rivals import RIVALS, RivalDecoder
 from model import causal_attention, load_model
@@ -77,6 +70,7 @@ GRIDS = {  # what a task compares without --grid
     ],
     "lm-eval": ["full,ours"],
 }
+METHODS = {"ours": Config(), "paper": Config.paper(), "full": Config(dense_layers=1 << 20)}  # none with a rival
 SHORT = dict(M="calibration_interval", P="selection_interval", dense="dense_layers", share="share_budget")
 SHORT |= dict(rows="history_rows", heads="select_heads", delay="selection_delay", swap="swap_share")
 LONG = {field: short for short, field in SHORT.items()}
@@ -102,30 +96,26 @@ class Setting:
 
 
 def make_rival(method):
-    """The rival of a method such as "quest" or "decayed-mean:0.6"; None for ours, paper and full."""
+    """The rival of a method such as "quest" or "decayed-mean:0.6"; None for those in METHODS."""
     name, _, parameter = method.partition(":")
-    if method in ("ours", "paper", "full"):
+    if method in METHODS:
         return None
     try:
         return RIVALS[name](*([float(parameter)] if parameter else []))
     except (KeyError, ValueError, TypeError):
-        raise InputError(f"method {method!r} is unknown: use ours, paper, full, {', '.join(RIVALS)}") from None
+        raise InputError(f"method {method!r} is unknown: use {', '.join([*METHODS, *RIVALS])}") from None
 
 
 def base_config(method) -> Config:
     """What a method is without further changes."""
-    if method == "paper":
-        return Config.paper()
-    if method == "full":
-        return Config(dense_layers=1 << 20)
-    return Config(**(make_rival(method).changes if method != "ours" else {}))
+    return METHODS[method] if method in METHODS else Config(**make_rival(method).changes)
 
 
 def parse_grid(text):
     """Yield a Setting for every combination: "ours,quest M=5,8 bytes=1/8" are four."""
     options = OneLineParser(allow_abbrev=False)
     options.add_argument("--bytes", type=bytes_share)
-    add_method_options(options)
+    attnpred.add_method_options(options)
     methods, axes = [], {}
     for word in text.split():
         name, equals, values = word.partition("=")
@@ -523,7 +513,7 @@ def parse_args(argv):
     parser.add_argument("--against", default="ours", metavar="SETTING", help="the table has the ratio of KLs to it")
     parser.add_argument("--together", type=int, default=12, help="settings decoded in lockstep; memory grows with them")
     parser.add_argument("--model", help="Hugging Face folder or hub id; default: the bundled one")
-    parser.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the convolution")
+    parser.add_argument("--predictor", default=attnpred.DEFAULT_PREDICTOR, help="the convolution")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
@@ -540,7 +530,7 @@ def parse_args(argv):
 
 
 def run(args):
-    predictor = load_predictor(args.predictor)
+    predictor = attnpred.load_predictor(args.predictor)
     weights = digest(b"".join(w.contiguous().numpy().tobytes() for w in predictor.state_dict().values()))
     name = pathlib.Path(args.model).name if args.model else "default"
     store = Store(args.results, dict(model=name, dtype=args.dtype, predictor=weights))
@@ -557,7 +547,7 @@ def run(args):
 
 
 def main(argv=None) -> int:
-    return exit_status("evaluate", lambda: run(parse_args(argv)))
+    return attnpred.exit_status("evaluate", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -101,14 +101,10 @@ class Quest(Rival):
     def logits(self, q, low, high):  # (Hk, G, D), (Hk, n, D), (Hk, n, D) -> (Hk, G, n)
         return q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT
 
-    def prefill(self, q, k_cache, n_tokens):
-        return {"summary": self.summarise(k_cache[:, : n_tokens // k_cache.shape[2]].float())}  # (Hk, full blocks, 2D)
-
     def score(self, seen):
-        known = seen.notes["summary"]  # (Hk, blocks, 2D)
-        if known.shape[1] < seen.end:
-            new = self.summarise(seen.k_cache[:, known.shape[1] : seen.end].float())
-            seen.notes["summary"] = known = torch.cat([known, new], 1)
+        known = seen.notes.get("summary", self.summarise(seen.k_cache[:, :0].float()))  # (Hk, blocks so far, 2D)
+        new = self.summarise(seen.k_cache[:, known.shape[1] : seen.end].float())  # (Hk, new blocks, 2D)
+        seen.notes["summary"] = known = torch.cat([known, new], 1)
         q = seen.q.float().unflatten(0, (len(known), -1))  # (Hk, G, D)
         halves = known[:, seen.start : seen.end].chunk(2, -1)  # (Hk, n, D) twice
         logits = self.logits(q, *halves) * q.shape[-1] ** -0.5  # (Hk, G, n)

@@ -302,7 +302,6 @@ def test_log_likelihood_by_one_dense_pass():
 
 REFUSED = {
     "invalid choice: 'everything'": ["everything"],
-    "required": [],
     "method 'magic' is unknown": ["texts", "--grid", "ours,magic"],
     "method 'quest:1' is unknown": ["texts", "--grid", "quest:1"],
     "'size=3' in the grid": ["texts", "--grid", "ours size=3"],
