@@ -17,19 +17,19 @@ from weights.fetch_llm import fetch_default_llm
 class SparseLM(LM):
     def __init__(self, bench, setting):
         super().__init__()
-        self.model, self.tokenizer, self.predictor = bench.model, bench.tokenizer, bench.predictor
-        self.setting, self.quiet, self.tokens = setting, bench.args.quiet, None
+        self.bench, self.model, self.tokenizer = bench, bench.model, bench.tokenizer
+        self.setting, self.tokens = setting, None
 
     def read(self, tokens, n_new):
         """A decoder after the prompt `tokens`, and the next token's logits (V,). The last prompt is kept for reuse."""
         tokens = tokens[-(self.model.config.context_len - n_new) :]  # as the package does for other models
         if self.tokens != tokens:
             self.tokens = tokens
-            self.prompt = Prompt(self.model, self.predictor, torch.tensor(tokens), len(tokens), [self.setting])
+            self.prompt = Prompt(self.model, self.bench.predictor, torch.tensor(tokens), len(tokens), [self.setting])
         return self.prompt.decoder(self.setting, n_new), self.prompt.logits[-1]
 
     def loglikelihood(self, requests):
-        return [self.judge(*r.args) for r in tqdm(requests, "loglikelihood", disable=self.quiet)]
+        return [self.judge(*r.args) for r in tqdm(requests, "loglikelihood", disable=self.bench.args.quiet)]
 
     def judge(self, context, continuation):
         """(log-probability of the continuation, whether it is the greedy one)."""
@@ -44,7 +44,7 @@ class SparseLM(LM):
         return log_p.gather(1, targets[:, None]).sum().item(), bool((log_p.argmax(-1) == targets).all())
 
     def generate_until(self, requests):
-        return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=self.quiet)]
+        return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=self.bench.args.quiet)]
 
     def generate(self, context, options):
         """Greedy text up to the first of the stop strings."""

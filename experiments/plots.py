@@ -351,13 +351,12 @@ def record(out, options):
 def run(argv):
     parser = OneLineParser(prog="plots", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="PICTURE")
+    output = OneLineParser(add_help=False)
+    output.add_argument("--out", required=True, type=png, metavar="FILE.png")
     more = "a run from inside; takes all options of attnpred.py (python attnpred.py --help)"
-    pictures = {"run": commands.add_parser("run", help=more, epilog=more, allow_abbrev=False)}
+    commands.add_parser("run", parents=[output], help=more, epilog=more, allow_abbrev=False)
     for name, draw in FROM_FILE.items():
-        pictures[name] = commands.add_parser(name, help=draw.__doc__)
-        pictures[name].add_argument("numbers", metavar="FILE.json")
-    for picture in pictures.values():
-        picture.add_argument("--out", required=True, type=png, metavar="FILE.png")
+        commands.add_parser(name, parents=[output], help=draw.__doc__).add_argument("numbers", metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
     if args.command == "run":
         return record(args.out, rest)

@@ -16,6 +16,14 @@ from tests.helpers import random_predictor, tiny_llama
 SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=40, calibration_interval=3)
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """All figures that are saved."""
+    saved = []
+    monkeypatch.setattr(plots.plt, "close", saved.append)
+    return saved
+
+
 def test_patterns_are_told_apart():
     """One head of each kind among heads of noise."""
     torch.manual_seed(0)
@@ -83,10 +91,8 @@ def test_blocks_change_every_few_steps_and_heads_differ():
 
 
 @pytest.mark.parametrize("n_prompt", [60, 120])
-def test_draws_prompts_of_any_length(n_prompt, tmp_path, monkeypatch):
+def test_draws_prompts_of_any_length(n_prompt, tmp_path, figures):
     *_, recorder = recorded(n_prompt)
-    figures, save = [], plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
     plots.draw_run(recorder, tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 1
     recovery, megabytes = figures[0].axes[-2:]
@@ -147,9 +153,7 @@ def test_pictures_of_files(picture, tmp_path):
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000
 
 
-def test_what_is_drawn_of_speed_is_what_was_measured(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+def test_what_is_drawn_of_speed_is_what_was_measured(tmp_path, figures):
     rows = [row | dict(tokens_s=n + 1.0, least_ms=2.0) for n, row in enumerate(SPEED)]
     rows = [row | dict(memory_mb=None) if row["name"] == "dense" else row for row in rows]
     plots.draw_speed(FILES["speed"] | dict(rows=rows), tmp_path / "x.png")
@@ -164,9 +168,7 @@ def test_what_is_drawn_of_speed_is_what_was_measured(tmp_path, monkeypatch):
     assert [bar.get_height() for bar in stages.patches] == [4, 4, 6, 6] and len(figures[1].axes) == 3
 
 
-def test_pareto_points_are_means_over_texts(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+def test_pareto_points_are_means_over_texts(tmp_path, figures):
     others = [TEXTS[0] | change for change in (dict(setting="full"), dict(setting="ours M=5"), dict(task="needles"))]
     shares = [row | dict(bytes_share=f"1/{4096 // row['budget']}", n_prompt=8192) for row in TEXTS]
     plots.draw_pareto([*TEXTS, *others, *shares], tmp_path / "x.png")
