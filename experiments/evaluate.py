@@ -1,7 +1,7 @@
 """Quality: the method and its rivals on the same model and texts, compared at equal bytes read from the KV cache.
 
     python -m experiments.evaluate texts --grid "ours,paper,quest bytes=1/16,1/8,1/4"
-    python -m experiments.evaluate texts --grid "ours M=5,8,16 P=1,M share=head,layer budget=256,512" --worst 5
+    python -m experiments.evaluate texts --grid "ours M=5,8,16 P=1,M share=head,layer budget=256,512"
     python -m experiments.evaluate needles
     python -m experiments.evaluate recovery
     python -m experiments.evaluate lm-eval --lm-tasks my_task --include-path FOLDER
@@ -44,16 +44,15 @@ import pathlib
 import random
 import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from fractions import Fraction
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from attnpred import DEFAULT_PREDICTOR, Config, InputError, OneLineParser, exit_status, load_predictor
+import attnpred
+from attnpred import Config, InputError, OneLineParser
 from experiments import tables
 from experiments.rivals import RIVALS, RivalDecoder
 from model import causal_attention, load_model
@@ -66,11 +65,12 @@ GRIDS = {  # what a task compares without --grid
     "texts": ["full", RIVAL_GRID, "paper heads=kv bytes=1/4,1/3"],
     "needles": ["full,ours,paper,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle budget=512"],
     "recovery": [
-        "oracle,ours,last-row,decayed-mean:1,decayed-mean:0.9,quest,mean-std,random "
+        "oracle,ours,decayed-mean:0,decayed-mean:1,decayed-mean:0.9,quest,mean-std,random "
         "M=1 P=1 dense=2 share=head heads=q budget=256,512,1024"
     ],
     "lm-eval": ["full,ours"],
 }
+METHODS = {"ours": Config(), "paper": Config.paper(), "full": Config(dense_layers=1 << 20)}  # none with a rival
 SHORT = dict(M="calibration_interval", P="selection_interval", dense="dense_layers", share="share_budget")
 SHORT |= dict(rows="history_rows", heads="select_heads", delay="selection_delay", swap="swap_share")
 LONG = {field: short for short, field in SHORT.items()}
@@ -85,38 +85,37 @@ FIELDS = [field.name for field in dataclasses.fields(Config)]
 class Setting:
     method: str
     config: Config
-    bytes_share: str = ""  # the share of dense attention's bytes for which the budget was chosen, such as "1/8"
-
-    @staticmethod
-    def base(method) -> Config:
-        """What a method is without further changes."""
-        if method == "paper":
-            return Config.paper()
-        if method == "full":
-            return Config(dense_layers=1 << 20)
-        return Config(**(make_rival(method).changes if method != "ours" else {}))
+    bytes_share: str = ""  # the share of dense attention's bytes for which the budget is chosen, such as "1/8"
 
     @property
     def name(self):
-        base = self.base(self.method)
+        base = base_config(self.method)
         changed = {f: getattr(self.config, f) for f in FIELDS if getattr(self.config, f) != getattr(base, f)}
         changed.pop("budget", None)
         return " ".join([self.method, *(f"{LONG.get(f, f)}={value}" for f, value in changed.items())])
 
 
 def make_rival(method):
-    """The rival of a method such as "quest" or "decayed-mean:0.6"; None for ours, paper and full."""
+    """The rival of a method such as "quest" or "decayed-mean:0.6"; None for those in METHODS."""
     name, _, parameter = method.partition(":")
-    if method in ("ours", "paper", "full"):
+    if method in METHODS:
         return None
     try:
         return RIVALS[name](*([float(parameter)] if parameter else []))
     except (KeyError, ValueError, TypeError):
-        raise InputError(f"method {method!r} is unknown: use ours, paper, full, {', '.join(RIVALS)}") from None
+        raise InputError(f"method {method!r} is unknown: use {', '.join([*METHODS, *RIVALS])}") from None
+
+
+def base_config(method) -> Config:
+    """What a method is without further changes."""
+    return METHODS[method] if method in METHODS else Config(**make_rival(method).changes)
 
 
 def parse_grid(text):
-    """Yield (method, changes, bytes_share) for every combination: "ours,quest M=5,8 bytes=1/8" are four."""
+    """Yield a Setting for every combination: "ours,quest M=5,8 bytes=1/8" are four."""
+    options = OneLineParser(allow_abbrev=False)
+    options.add_argument("--bytes", type=bytes_share)
+    attnpred.add_method_options(options)
     methods, axes = [], {}
     for word in text.split():
         name, equals, values = word.partition("=")
@@ -126,41 +125,26 @@ def parse_grid(text):
         name = SHORT.get(name, name)
         if name not in [*FIELDS, "bytes"]:
             raise InputError(f"{word!r} in the grid {text!r} is unknown: use bytes, {', '.join([*SHORT, *FIELDS])}")
-        axes[name] = [parse_value(name, value, text) for value in values.split(",")]
+        given = [f"--{name.replace('_', '-')}={value}" for value in values.split(",")]
+        axes[name] = [
+            None if option == "--selection-interval=M" else getattr(options.parse_args([option]), name)
+            for option in given
+        ]
     if "bytes" in axes and "budget" in axes:
         raise InputError(f"the grid {text!r} has both bytes and budget: leave one out")
     for method, values in itertools.product(methods or ["ours"], itertools.product(*axes.values())):
         changes = dict(zip(axes, values))
-        yield method, changes, changes.pop("bytes", "")
+        share = changes.pop("bytes", "")
+        yield Setting(method, dataclasses.replace(base_config(method), **changes), share)
 
 
-def parse_value(name, value, text):
-    if name == "selection_interval" and value == "M":
-        return None
+def bytes_share(text):
     try:
-        if name == "bytes":
-            return value if 0 < Fraction(value) <= 1 else int("")
-        kind = Config.__dataclass_fields__[name].type
-        if kind is float:
-            return float(value)
-        return int(value) if kind in (int, int | None) or value.isdigit() else value
+        if 0 < Fraction(text) <= 1:
+            return text
     except (ValueError, ZeroDivisionError):
-        raise InputError(f"{name} = {value!r} in the grid {text!r} must be a number") from None
-
-
-def settings_of(grids, llm, itemsize, n_prompt, n_new) -> list[Setting]:
-    """All settings of some grids at a length: `bytes` becomes a budget. Notes and skips what cannot read so little."""
-    settings = {}
-    for method, changes, share in itertools.chain.from_iterable(map(parse_grid, grids)):
-        setting = Setting(method, dataclasses.replace(Setting.base(method), **changes), share)
-        if share:
-            found = budget_for(setting, float(Fraction(share)), llm, itemsize, n_prompt, n_new)
-            if found is None:
-                print(f"skipped: no budget of {setting.name!r} reads {share} of dense's bytes", file=sys.stderr)
-                continue
-            setting = found
-        settings[setting] = None
-    return list(settings)
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no fraction such as 1/8")
 
 
 def counted_bytes(setting, llm, itemsize, n_prompt, n_new):
@@ -205,9 +189,9 @@ def dense_bytes(llm, itemsize, n_prompt, n_new):
     return 2 * itemsize * llm.head_dim * llm.n_kv_heads * llm.n_layers * (n_prompt + (n_new + 1) / 2)
 
 
-def budget_for(setting, share, llm, itemsize, n_prompt, n_new, tolerance=0.1) -> Setting | None:
-    """The setting with the budget whose counted bytes are nearest to `share` of dense's; None: none is near enough."""
-    c, target = setting.config, share * dense_bytes(llm, itemsize, n_prompt, n_new)
+def budget_for(setting, llm, itemsize, n_prompt, n_new, tolerance=0.1) -> Setting | None:
+    """The setting with the budget whose counted bytes are nearest to its share of dense's; None: none is near."""
+    c, target = setting.config, float(Fraction(setting.bytes_share)) * dense_bytes(llm, itemsize, n_prompt, n_new)
 
     def at(topk):
         budget = c.sink_tokens + c.local_tokens + topk * c.block_size
@@ -227,55 +211,44 @@ def budget_for(setting, share, llm, itemsize, n_prompt, n_new, tolerance=0.1) ->
 
 
 class Prompt:
-    """A text read densely, once. All decoders go on from its first n_prompt tokens and share K and V up to there.
+    """A text read densely, once. The decoders of all settings go on from its first n_prompt tokens.
 
-    K and V lie in a file that each decoder maps copy-on-write, so a decoder has memory only for what it appends.
     `logits` (1 + the tokens after the prompt, V) are full attention's, from the prompt's last token on.
     """
 
-    def __init__(self, model, predictor, tokens, n_prompt, capacity, settings):
-        self.model, self.predictor, self.n_prompt = model, predictor, n_prompt
-        self.m, self.capacity = model.config, -(-capacity // 64) * 64  # a multiple of every block size
-        self.settings = settings
+    def __init__(self, model, predictor, tokens, n_prompt, settings):
+        self.model, self.predictor, self.n_prompt, self.settings = model, predictor, n_prompt, settings
         strides = [s.config.row_stride(n_prompt) * (s.config.history_len - 1) for s in settings]
         self.n_queries = min(n_prompt, 1 + max(strides, default=0))
-        shape = self.m.n_layers, self.m.n_heads, self.n_queries, self.m.head_dim
-        self.queries = torch.empty(shape, dtype=model.kv_dtype)  # (L, Hq, the last rows, D)
+        self.kv = []  # K and V of each layer, (Hk, n_prompt, D) each
+        self.queries = []  # the last n_queries of each layer, (Hq, n_queries, D)
         self.notes = {}  # (method, block size) -> a dict for each layer
-        self.folder = tempfile.TemporaryDirectory(prefix="kv-")
-        self.kv = self.map(shared=True)  # (2, L, Hk, capacity, D)
         hidden = model.hidden(tokens, torch.arange(len(tokens)), self.attend)  # (T, C)
         self.logits = model.logits(hidden[n_prompt - 1 :])  # (1 + T - n_prompt, V)
 
-    def map(self, shared):
-        """The cache's file: (2, L, Hk, capacity, D)."""
-        shape = 2, self.m.n_layers, self.m.n_kv_heads, self.capacity, self.m.head_dim
-        path, size = str(pathlib.Path(self.folder.name) / "kv"), int(np.prod(shape))
-        return torch.from_file(path, shared=shared, size=size, dtype=self.model.kv_dtype).view(shape)
-
     def attend(self, layer, q, k, v):
         n = self.n_prompt
-        self.kv[0, layer, :, :n], self.kv[1, layer, :, :n] = k[:, :n], v[:, :n]
-        self.queries[layer] = q[:, n - self.n_queries : n]
+        self.kv.append((k[:, :n].clone(), v[:, :n].clone()))
+        self.queries.append(q[:, n - self.n_queries : n].clone())
         for method, block_size in dict.fromkeys((s.method, s.config.block_size) for s in self.settings):
             if rival := make_rival(method):
-                k_cache = self.kv[0, layer].unflatten(1, (-1, block_size))  # (Hk, blocks, b, D)
-                self.notes.setdefault((method, block_size), []).append(rival.prefill(q[:, :n], k_cache, n))
+                blocks = F.pad(k[:, :n], (0, 0, 0, -n % block_size)).unflatten(1, (-1, block_size))  # (Hk, N, b, D)
+                self.notes.setdefault((method, block_size), []).append(rival.prefill(q[:, :n], blocks, n))
         return causal_attention(layer, q, k, v)
 
-    def decoder(self, setting, **options) -> RivalDecoder:
-        """A decoder of this setting at the end of the prompt."""
-        c, dense = setting.config, min(setting.config.dense_layers, self.m.n_layers)
-        notes = self.notes.get((setting.method, c.block_size), [])[dense:]
-        decoder = RivalDecoder(
-            c, self.model, self.predictor, self.capacity, rival=make_rival(setting.method), notes=notes, **options
-        )
-        decoder.cache.kv = self.map(shared=False).unflatten(3, (-1, c.block_size))  # (2, L, Hk, blocks, b, D)
-        decoder.cache.k, decoder.cache.v = decoder.cache.kv
-        decoder.begin_prompt(self.n_prompt)
-        rows, stride = decoder.n_queries, c.row_stride(self.n_prompt)
-        decoder.queries[:, :, :rows] = self.queries[dense:, :, self.n_queries - 1 - (rows - 1) * stride :: stride]
-        decoder.fits = True  # so that `finish_token` pools the rows of these queries, if the text exceeds the budget
+    def decoder(self, setting, n_new, **options) -> RivalDecoder:
+        """A decoder of this setting at the end of the prompt, with room for n_new tokens."""
+        c, n = setting.config, self.n_prompt
+        notes = self.notes.get((setting.method, c.block_size), [])[c.dense_layers :]
+        options |= dict(rival=make_rival(setting.method), notes=notes)
+        decoder = RivalDecoder(c, self.model, self.predictor, n + n_new, **options)
+        decoder.begin_prompt(n)
+        rows, stride = decoder.n_queries, c.row_stride(n)
+        for layer, (kv, q) in enumerate(zip(self.kv, self.queries)):
+            decoder.cache.write_prompt(layer, *kv)
+            if layer >= c.dense_layers:
+                kept = q[:, self.n_queries - 1 - (rows - 1) * stride :: stride]  # (Hq, rows, D)
+                decoder.queries[layer - c.dense_layers, :, :rows] = kept
         decoder.finish_token()
         return decoder
 
@@ -298,18 +271,14 @@ def decode_together(model, decoders, tokens):
     return logits
 
 
-def divergence(log_p, logits):
-    """Kullback-Leibler divergence of softmax(logits), (M, V), from p, log_p (V,), in nats: (M,)."""
-    return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
-
-
 def read_on(prompt, settings, tokens, **options):
     """Decode `tokens` (n + 1,): n are read and n predicted. Yields, per setting, its rows of the results."""
-    decoders = [prompt.decoder(setting, **options) for setting in settings]
+    decoders = [prompt.decoder(setting, len(tokens) - 1, **options) for setting in settings]
     kl, nll, same = [], [], []  # n of (M,) each; the first token follows the dense prompt and is the same for all
     for token, target, full in zip(tokens[:-1], tokens[1:], prompt.logits[1:]):
         logits = decode_together(prompt.model, decoders, token.expand(len(decoders)))  # (M, V)
-        kl.append(divergence(full.log_softmax(-1), logits))
+        log_p = full.log_softmax(-1).expand_as(logits)  # (M, V)
+        kl.append(F.kl_div(logits.log_softmax(-1), log_p, reduction="none", log_target=True).sum(-1))
         nll.append(F.cross_entropy(logits, target.expand(len(decoders)), reduction="none"))
         same.append((logits.argmax(-1) == full.argmax()).int())
     for i, decoder in enumerate(decoders):
@@ -352,7 +321,6 @@ class Store:
             self.rows.append(row)
         if lines and not self.rows:
             raise InputError(f"{path} holds no results: give another file with --results")
-        self.done = {self.key_of(row) for row in self.rows}
 
     def key_of(self, row):
         return tuple(row[name] for name in self.key)
@@ -369,20 +337,17 @@ class Store:
         return [row for row in self.rows if any(row.items() >= w.items() for w in wanted)]
 
     def missing(self, settings, **values):
-        return [s for s in settings if self.key_of(self.row(s, **values)) not in self.done]
+        done = set(map(self.key_of, self.rows))
+        return [s for s in settings if self.key_of(self.row(s, **values)) not in done]
 
     def add(self, setting, **values):
         row = self.row(setting, **values)
-        line = json.dumps(row).encode() + b"\n"
         try:
-            with self.path.open("ab+", buffering=0) as file:
-                file.seek(max(0, file.tell() - 1))
-                torn = file.read() not in (b"", b"\n")
-                file.write(b"\n" * torn + line)  # one write, so that runs may share the file
+            with self.path.open("ab", buffering=0) as file:  # one write, so that runs may share the file; the line
+                file.write(f"\n{json.dumps(row)}".encode())  # break before it ends what a stopped run left unfinished
         except OSError as error:
             raise InputError(f"cannot write {self.path} ({error.strerror}): earlier results stay") from None
         self.rows.append(row)
-        self.done.add(self.key_of(row))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -416,18 +381,29 @@ class Bench:
     store: Store
     args: argparse.Namespace
 
-    def settings(self, n_prompt, n_new):
-        return settings_of(self.args.grid, self.model.config, self.model.kv_dtype.itemsize, n_prompt, n_new)
+    def settings(self, n_prompt, n_new) -> list[Setting]:
+        """All settings, each once: `bytes` becomes a budget. Notes and skips what cannot read so little."""
+        settings = {}
+        for setting in self.args.settings:
+            found = setting
+            if setting.bytes_share:
+                found = budget_for(setting, self.model.config, self.model.kv_dtype.itemsize, n_prompt, n_new)
+            if found:
+                settings[found] = None
+            else:
+                skipped = f"no budget of {setting.name!r} reads {setting.bytes_share} of dense's bytes"
+                print(f"skipped: {skipped}", file=sys.stderr)
+        return list(settings)
 
     def batches(self, values, tokens):
         """Yield (prompt, settings), for the settings whose rows with these values are missing."""
-        n_prompt, capacity = values["n_prompt"], values["n_prompt"] + values["n_new"]
-        settings = self.store.missing(self.settings(n_prompt, values["n_new"]), **values)
+        n_prompt, n_new = values["n_prompt"], values["n_new"]
+        settings = self.store.missing(self.settings(n_prompt, n_new), **values)
         if not settings:
             return
-        prompt = Prompt(self.model, self.predictor, torch.tensor(tokens[:capacity]), n_prompt, capacity, settings)
+        prompt = Prompt(self.model, self.predictor, torch.tensor(tokens[: n_prompt + n_new]), n_prompt, settings)
         batches = [settings[i : i + self.args.together] for i in range(0, len(settings), self.args.together)]
-        name = f"{values['text']}, {capacity} tokens"
+        name = f"{values['text']}, {n_prompt + n_new} tokens"
         for batch in tqdm(batches, name, unit="batch", leave=False, disable=self.args.quiet):
             yield prompt, batch
 
@@ -499,7 +475,7 @@ def run_needles(bench):
 
 def answer(prompt, settings, n_new):
     """n_new greedy tokens of each setting: (n_new, M)."""
-    decoders = [prompt.decoder(setting) for setting in settings]
+    decoders = [prompt.decoder(setting, n_new) for setting in settings]
     tokens = [prompt.logits[0].argmax().expand(len(settings))]  # (M,) each
     while len(tokens) < n_new:
         tokens.append(decode_together(prompt.model, decoders, tokens[-1]).argmax(-1))
@@ -509,15 +485,10 @@ def answer(prompt, settings, n_new):
 def run_lm_eval(bench):
     """Rows have `scores`: the task's own metrics by name."""
     try:
-        from experiments.lm_eval_adapter import evaluate_tasks
+        from experiments.lm_eval_adapter import run_tasks
     except ImportError as error:
         raise InputError(f"lm-eval needs {error.name}: pip install lm-eval") from None
-    args, length = bench.args, bench.model.config.context_len
-    for task in args.lm_tasks:
-        values = dict(task=args.task, text=task, sha256=digest([args.limit, args.lengths]), n_prompt=length, n_new=0)
-        for setting in bench.store.missing(bench.settings(length - 1, 1), **values):
-            scores = evaluate_tasks(bench, setting, task)
-            bench.store.add(setting, **values, scores=scores)
+    run_tasks(bench)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -540,56 +511,43 @@ def parse_args(argv):
     parser.add_argument("--include-path", metavar="FOLDER", help="your own tasks of lm-eval")
     parser.add_argument("--limit", type=int, help="only so many examples of each task of lm-eval")
     parser.add_argument("--against", default="ours", metavar="SETTING", help="the table has the ratio of KLs to it")
-    parser.add_argument("--worst", type=int, default=0, metavar="N", help="list the N tokens of highest KL per text")
     parser.add_argument("--together", type=int, default=12, help="settings decoded in lockstep; memory grows with them")
     parser.add_argument("--model", help="Hugging Face folder or hub id; default: the bundled one")
-    parser.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the convolution")
+    parser.add_argument("--predictor", default=attnpred.DEFAULT_PREDICTOR, help="the convolution")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    args.grid = args.grid or GRIDS.get(args.task)
+    args.settings = [setting for grid in args.grid or GRIDS.get(args.task, []) for setting in parse_grid(grid)]
     args.lengths = args.lengths or ([1024, 2048, 4096] if args.task == "needles" else [4096, 8192])
     for name in ("n_new", "together", "trials", *["limit"] * (args.limit is not None)):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.task in ("texts", "recovery") and min(args.lengths) <= args.n_new:
+        raise InputError("--lengths must exceed --n-new")
     if not all(0 <= depth <= 1 for depth in args.depths):
         raise InputError("--depths must lie in 0 ... 1")
     return args
 
 
-def print_tables(store, tokenizer, args):
-    for task in GRIDS if args.task == "table" else [args.task]:
+def run(args):
+    predictor = attnpred.load_predictor(args.predictor)
+    weights = digest(b"".join(w.contiguous().numpy().tobytes() for w in predictor.state_dict().values()))
+    name = pathlib.Path(args.model).name if args.model else "default"
+    store = Store(args.results, dict(model=name, dtype=args.dtype, predictor=weights))
+    tasks = {"texts": run_texts, "needles": run_needles, "recovery": run_texts, "lm-eval": run_lm_eval}
+    if args.task in tasks:
+        model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
+        needed = max(args.lengths) + (16 if args.task == "needles" else 0)  # 16: for the answer
+        if args.task != "lm-eval" and needed > model.config.context_len:
+            raise InputError(f"--lengths must fit the model's context of {model.config.context_len} tokens")
+        tasks[args.task](Bench(model, tokenizer, predictor, store, args))
+    for task in [args.task] if args.task in tasks else tasks:
         if rows := store.of(task):
             print(tables.TABLES[task](rows, args.against), end="\n\n")
-        if rows and task == "texts" and args.worst:
-            tokens = {name: tokenizer.encode(read_text(name), special_tokens=False) for name in args.texts}
-            print(tables.worst(rows, tokens, tokenizer, args.worst))
-
-
-def run(args):
-    for grid in args.grid or []:  # mistakes show before a model is loaded
-        for method, changes, _ in parse_grid(grid):
-            dataclasses.replace(Setting.base(method), **changes)
-    predictor = load_predictor(args.predictor)
-    model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
-    context_len, texts = model.config.context_len, args.task in ("texts", "recovery")
-    needed = max(args.lengths) + (0 if texts else 16)  # 16: for a needle's answer
-    if texts and min(args.lengths) <= args.n_new or (texts or args.task == "needles") and needed > context_len:
-        raise InputError(f"--lengths must exceed --n-new and fit the model's context of {context_len} tokens")
-    weights = digest(b"".join(w.contiguous().numpy().tobytes() for w in predictor.state_dict().values()))
-    identity = dict(
-        model=pathlib.Path(args.model).name if args.model else "default", dtype=args.dtype, predictor=weights
-    )
-    store = Store(args.results, identity)
-    bench = Bench(model, tokenizer, predictor, store, args)
-    tasks = {"texts": run_texts, "recovery": run_texts, "needles": run_needles, "lm-eval": run_lm_eval}
-    if args.task in tasks:
-        tasks[args.task](bench)
-    print_tables(store, tokenizer, args)
 
 
 def main(argv=None) -> int:
-    return exit_status("evaluate", lambda: run(parse_args(argv)))
+    return attnpred.exit_status("evaluate", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

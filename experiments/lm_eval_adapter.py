@@ -10,29 +10,26 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from attnpred import InputError
-from experiments.evaluate import Prompt, decode_together
+from experiments.evaluate import Prompt, decode_together, digest
 from weights.fetch_llm import fetch_default_llm
 
 
 class SparseLM(LM):
     def __init__(self, bench, setting):
         super().__init__()
-        self.model, self.tokenizer, self.predictor = bench.model, bench.tokenizer, bench.predictor
-        self.setting, self.quiet, self.prompt = setting, bench.args.quiet, None
+        self.bench, self.model, self.tokenizer = bench, bench.model, bench.tokenizer
+        self.setting, self.tokens = setting, None
 
     def read(self, tokens, n_new):
         """A decoder after the prompt `tokens`, and the next token's logits (V,). The last prompt is kept for reuse."""
         tokens = tokens[-(self.model.config.context_len - n_new) :]  # as the package does for other models
-        capacity = len(tokens) + n_new
-        if self.prompt is None or self.tokens != tokens or self.prompt.capacity < capacity:
+        if self.tokens != tokens:
             self.tokens = tokens
-            self.prompt = Prompt(
-                self.model, self.predictor, torch.tensor(tokens), len(tokens), capacity, [self.setting]
-            )
-        return self.prompt.decoder(self.setting), self.prompt.logits[-1]
+            self.prompt = Prompt(self.model, self.bench.predictor, torch.tensor(tokens), len(tokens), [self.setting])
+        return self.prompt.decoder(self.setting, n_new), self.prompt.logits[-1]
 
     def loglikelihood(self, requests):
-        return [self.judge(*r.args) for r in tqdm(requests, "loglikelihood", disable=self.quiet)]
+        return [self.judge(*r.args) for r in tqdm(requests, "loglikelihood", disable=self.bench.args.quiet)]
 
     def judge(self, context, continuation):
         """(log-probability of the continuation, whether it is the greedy one)."""
@@ -47,7 +44,7 @@ class SparseLM(LM):
         return log_p.gather(1, targets[:, None]).sum().item(), bool((log_p.argmax(-1) == targets).all())
 
     def generate_until(self, requests):
-        return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=self.quiet)]
+        return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=self.bench.args.quiet)]
 
     def generate(self, context, options):
         """Greedy text up to the first of the stop strings."""
@@ -68,25 +65,18 @@ class SparseLM(LM):
     def loglikelihood_rolling(self, requests):
         raise InputError("tasks of lm-eval that rate whole texts are not supported: use `evaluate texts`")
 
-    @property
-    def tokenizer_name(self):
-        return "attnpred"
 
-    def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        return self.tokenizer.chat(chat_history)
-
-
-def evaluate_tasks(bench, setting, task) -> dict:
-    """The task's metrics by name. RULER's tasks make texts of `--lengths` tokens of the model's tokenizer."""
-    args = bench.args
+def run_tasks(bench):
+    """Adds a row of scores per task and setting. RULER's tasks make texts of `--lengths` tokens of the tokenizer."""
+    args, length = bench.args, bench.model.config.context_len
     metadata = {"tokenizer": args.model or str(fetch_default_llm()), "max_seq_lengths": args.lengths}
-    options = dict(include_path=args.include_path, metadata=metadata)
-    manager = TaskManager(include_defaults=not args.include_path, **options)  # the defaults take a while
-    if args.include_path and not manager.match_tasks([task]):
-        manager = TaskManager(**options)
-    if not manager.match_tasks([task]):
-        raise InputError(f"task {task!r} of lm-eval is unknown: give the folder of your own with --include-path")
-    found = lm_eval.simple_evaluate(
-        SparseLM(bench, setting), tasks=[task], task_manager=manager, limit=args.limit, bootstrap_iters=0
-    )
-    return {name: value for name, value in found["results"][task].items() if isinstance(value, float)}
+    manager = TaskManager(include_path=args.include_path, metadata=metadata)
+    for task in args.lm_tasks:
+        if not manager.match_tasks([task]):
+            raise InputError(f"task {task!r} of lm-eval is unknown: give the folder of your own with --include-path")
+        values = dict(task=args.task, text=task, sha256=digest([args.limit, args.lengths]), n_prompt=length, n_new=0)
+        for setting in bench.store.missing(bench.settings(length - 1, 1), **values):
+            model, options = SparseLM(bench, setting), dict(limit=args.limit, bootstrap_iters=0)
+            found = lm_eval.simple_evaluate(model, tasks=[task], task_manager=manager, **options)["results"][task]
+            scores = {name: value for name, value in found.items() if isinstance(value, float)}
+            bench.store.add(setting, **values, scores=scores)

@@ -7,41 +7,25 @@ Reading order: `Recorder`, `find_patterns` and `draw_run` show a run from inside
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
 import sys
 from collections import deque
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import ListedColormap, PowerNorm
 
 import attnpred
-from attnpred import InputError, OneLineParser, SparseDecoder, exit_status, write_atomically
+from attnpred import InputError, OneLineParser, exit_status, write_atomically
+from experiments.rivals import RivalDecoder
+from train_predictor import attention
 
-if importlib.util.find_spec("matplotlib"):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import ListedColormap, PowerNorm
-
-OURS, PAPER, GREY, BLUE, ORANGE = "#c2185b", "#ef7fab", "#8a8f98", "#2a6fbb", "#e08e0b"
-COLOURS = {  # of evaluate's settings
-    "ours": OURS,
-    "paper": PAPER,
-    "oracle": GREY,
-    "decayed-mean:0.6": ORANGE,
-    "quest": "#1b7f5c",
-    "mean-std": "#7fb800",
-    "h2o": BLUE,
-    "snapkv": "#7a52b3",
-    "ada-snapkv": "#c38ad9",
-    "streaming-llm": "#6d4c41",
-}
-ATTENTION = "magma"
+OURS, ORANGE, BLUE = "#c2185b", "#e08e0b", "#2a6fbb"
 RECENT_BLOCKS = 10  # nearly every head attends to the blocks before the local window
 
 
@@ -63,31 +47,24 @@ def thousands(n):
     return f"{n / 1024:g}K" if n % 1024 == 0 else str(n)
 
 
-def context_ticks(axes, contexts):
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(contexts, [thousands(n) for n in contexts])
-    axes.set_xlabel("context")
-    axes.minorticks_off()
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # A run from inside
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Recorder(SparseDecoder):
+class Recorder(RivalDecoder):
     """A SparseDecoder that notes, step by step, what it predicts, selects and reads, and what was true.
 
     The true attention of every sparse layer is computed at every step, which takes time but changes nothing. L' sparse
     layers; `heads` are selection heads; N blocks.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args):
+        super().__init__(*args, measure_every=1)
+        self.uses_graph = False  # nothing can be noted while a graph is captured or replayed
         self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L', heads, N) each, a step's largest p per block
         self.chosen = []  # (L', heads, N) bool per step: the blocks attended
-        self.recovery = []  # per step: share of the true attention attended, mean over layers and heads
-        self.bytes = []  # per step: (attention, calibration, choosing, dense)
+        self.bytes = []  # (attention, calibration, choosing, dense) so far: after the prompt, and after every step
         self.prediction = None  # the last one in use: (history (L', heads, H, N), start, scores (L', heads, n))
         self.served = None  # (L', heads, N): the true row of the first step that it served
         self.pending = None
@@ -105,37 +82,22 @@ class Recorder(SparseDecoder):
         if self.pending:
             self.prediction, self.pending, self.served = self.pending, None, None
         shape = self.sparse_layers, self.heads, self.config.n_blocks(self.n_tokens)
-        self.row, self.mask, self.share = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), []
-        self.before = self.counters()
+        self.true_rows.append(torch.zeros(shape))
+        self.chosen.append(torch.zeros(shape, dtype=torch.bool))
+        self.served = self.true_rows[-1] if self.served is None else self.served
 
-    def decode_attention(self, layer, q, k, v):
-        out = super().decode_attention(layer, q, k, v)  # (Hq, 1, D)
-        index = layer - self.dense_layers
-        if index >= 0:
-            b, n_blocks = self.config.block_size, self.row.shape[-1]
-            keys = self.cache.k[layer].flatten(1, 2)[:, : self.n_tokens].float()  # (Hk, T, D)
-            queries = q[:, 0].float().unflatten(0, (len(keys), -1))  # (Hk, G, D)
-            p = (queries @ keys.mT * q.shape[-1] ** -0.5).softmax(-1).flatten(0, 1)  # (Hq, T)
-            p = F.pad(p, (0, n_blocks * b - self.n_tokens)).unflatten(-1, (-1, b)).cpu()  # (Hq, N, b)
-            self.mask[index] = self.attended(index, n_blocks).cpu()
-            self.row[index] = attnpred.group_mean(p.amax(-1)[None], self.heads)[0]
-            self.share.append(
-                (attnpred.group_mean(p.sum(-1)[None], self.heads)[0] * self.mask[index]).sum(-1).mean().item()
-            )
-        return out
+    def measure(self, index, q):
+        super().measure(index, q)
+        b, n_blocks = self.config.block_size, self.chosen[-1].shape[-1]
+        p = attention(q, self.cache.k[index + self.dense_layers].flatten(1, 2), self.n_tokens)  # (Hq, 1, T)
+        pooled = F.pad(p, (0, n_blocks * b - self.n_tokens)).unflatten(-1, (-1, b)).amax(-1)  # (Hq, 1, N)
+        self.true_rows[-1][index] = attnpred.group_mean(pooled[None, :, 0], self.heads)[0].cpu()
+        self.chosen[-1][index] = self.attended(index, n_blocks).cpu()
 
     def finish_token(self):
         super().finish_token()
-        if self.step:
-            self.true_rows.append(self.row)
-            self.chosen.append(self.mask)
-            self.recovery.append(sum(self.share) / max(1, len(self.share)))
-            self.bytes.append([new - old for new, old in zip(self.counters(), self.before)])
-            self.served = self.row if self.served is None else self.served
-
-    def counters(self):
         s = self.stats
-        return s.attention_bytes, s.calibration_bytes, s.choosing_bytes, s.dense_bytes
+        self.bytes.append((s.attention_bytes, s.calibration_bytes, s.choosing_bytes, s.dense_bytes))
 
 
 def similarity(x, y):
@@ -213,7 +175,7 @@ def draw_head(axes, recorder, layer, head, labelled):
     image, scores, n = history[layer, head], scores[layer, head], r.true_rows[-1].shape[-1]
     middle = slice(start, start + len(scores))
     norm = PowerNorm(0.4, 0, max(1e-3, float(image[:, middle].max())))
-    cells = dict(cmap=ATTENTION, aspect="auto", interpolation="nearest")
+    cells = dict(cmap="magma", aspect="auto", interpolation="nearest")
     top.imshow(image, norm=norm, extent=(-0.5, image.shape[1] - 0.5, -0.5, -len(image) - 0.5), **cells)
     for strip, row, name in zip(
         strips, (scores - scores.min(), r.served[layer, head][middle]), ("predicted", "actual")
@@ -238,10 +200,10 @@ def draw_head(axes, recorder, layer, head, labelled):
 def draw_steps(left, right, recorder):
     """Recovery, and bytes read, by step."""
     steps = range(1, len(recorder.recovery) + 1)
-    left.plot(steps, recorder.recovery, color=OURS)
+    left.plot(steps, [share.mean().item() for share in recorder.recovery], color=OURS)
     left.set(title="recovery: share of the true attention attended", xlabel="decode step")
     left.set_ylim(top=1.005)
-    *parts, dense = torch.tensor(recorder.bytes).T / 1e6  # (steps,) each
+    *parts, dense = torch.tensor(recorder.bytes).diff(dim=0).T / 1e6  # (steps,) each
     base = torch.zeros_like(dense)
     for part, name, colour in zip(parts, ("attention", "calibration", "choosing"), (OURS, ORANGE, BLUE)):
         right.fill_between(steps, base, base + part, step="mid", color=colour, label=name)
@@ -260,82 +222,28 @@ def draw_steps(left, right, recorder):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def line_of(setting):
-    style = dict(color=COLOURS.get(setting), ls="--" if setting == "oracle" else "-", label=setting)
-    return style | (dict(lw=2.4, zorder=5) if setting == "ours" else {})
-
-
-def of_task(rows, *tasks):
-    """evaluate's rows of some tasks; without any there is nothing to draw."""
-    rows = [row for row in ([rows] if isinstance(rows, dict) else rows) if row["task"] in tasks]
-    if not rows:
-        raise InputError(f"the file has no results of `experiments.evaluate {' or '.join(tasks)}`")
-    return rows
-
-
-def grouped(rows, name):
-    """{value: the rows that have it}, in order of appearance."""
-    return {value: [row for row in rows if row[name] == value] for value in dict.fromkeys(row[name] for row in rows)}
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def pareto_points(rows):
-    """MB per token and KL of one setting, means over texts, for each budget or share of the bytes, sorted by MB."""
-    points = {}
-    for row in rows:
-        points.setdefault(row["bytes_share"] or row["budget"], []).append((row["read_bytes"] / 1e6, mean(row["kl"])))
-    return list(zip(*sorted(tuple(map(mean, zip(*same))) for same in points.values())))
-
-
 def draw_pareto(rows, path):
     """KL against all bytes read: a panel per length, a line per method, the means over texts."""
-    rows = [row for row in of_task(rows, "texts") if row["setting"] != "full" and " " not in row["setting"]]
-    by_length = grouped(rows, "n_prompt")
-    size = 1.5 + 5 * len(by_length), 4.6
-    figure, all_axes = plt.subplots(1, len(by_length), figsize=size, layout="constrained", squeeze=False, sharey=True)
-    for axes, (length, of_length) in zip(all_axes[0], sorted(by_length.items())):
-        for setting, of_setting in grouped(of_length, "setting").items():
-            axes.plot(*pareto_points(of_setting), marker="o", ms=4, **line_of(setting))
+    points = pd.DataFrame([row for row in rows if row["task"] == "texts"])
+    points = points[(points.setting != "full") & ~points.setting.str.contains(" ")]  # methods as they are
+    points["KL"], points["MB"] = points.kl.map(np.mean), points.read_bytes / 1e6
+    points["level"] = points.bytes_share.where(points.bytes_share != "", points.budget.astype(str))
+    means = points.groupby(["n_prompt", "setting", "level"])[["MB", "KL"]].mean()
+    colours = {setting: f"C{i}" for i, setting in enumerate(sorted(points.setting.unique()))}
+    lengths = sorted(points.n_prompt.unique())
+    size = 1.5 + 5 * len(lengths), 4.6
+    figure, all_axes = plt.subplots(1, len(lengths), figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for axes, length in zip(all_axes[0], lengths):
+        for setting, line in means.loc[length].groupby("setting"):
+            style = dict(lw=2.4, zorder=5) if setting == "ours" else {}
+            line = line.sort_values("MB")
+            axes.plot(line.MB, line.KL, marker="o", ms=4, color=colours[setting], label=setting, **style)
         axes.set(xscale="log", yscale="log", title=f"{length:,} tokens", xlabel="MB read per token, all reads")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
         bare(axes)
     all_axes[0][0].set_ylabel("KL to full attention, nats")
     all_axes[0][-1].legend(fontsize=8)
-    save(figure, path)
-
-
-def draw_needles(rows, path):
-    """A heat map per setting: depth of the key by length of the text; the share of keys found."""
-    rows = of_task(rows, "needles")
-    settings = grouped(rows, "setting")
-    lengths, depths, keys = (sorted({row[name] for row in rows}) for name in ("n_prompt", "depth", "keys"))
-    columns = min(5, len(settings))
-    n_rows = -(-len(settings) // columns)
-    size = 2.3 * columns + 0.6, (0.9 + 0.32 * len(depths)) * n_rows + 0.4
-    figure, axes = plt.subplots(
-        n_rows, columns, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
-    )
-    for panel, (setting, of_setting) in zip(axes.flat, settings.items()):
-        image = torch.full((len(depths), len(lengths)), torch.nan)
-        for length, of_length in grouped(of_setting, "n_prompt").items():
-            for depth, same in grouped(of_length, "depth").items():
-                row, column = depths.index(depth), lengths.index(length)
-                image[row, column] = found = mean(r["found"] for r in same)
-                panel.text(column, row, f"{100 * found:.0f}", ha="center", va="center", fontsize=7)
-        panel.imshow(image, cmap="RdYlGn", vmin=-0.4, vmax=1.4, aspect="auto")
-        panel.set_title(f"{setting}: {image.nanmean().item():.0%}", fontsize=8)
-        panel.set_xticks(range(len(lengths)), [thousands(length) for length in lengths], fontsize=8)
-        panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
-    for panel in axes.flat[len(settings) :]:
-        panel.set_visible(False)
-    what = "pass key" if keys == [1] else f"one of {' or '.join(map(str, keys))} keys"
-    budget = min(row["budget"] for row in rows)
-    figure.suptitle(f"{what} found, % (budget {budget}); depth of the key by length of the text", fontsize=9)
     save(figure, path)
 
 
@@ -357,17 +265,6 @@ def draw_training(rows, path):
 # Speed: experiments.bench
 # --------------------------------------------------------------------------------------------------------------------
 
-CONTENDERS = {
-    "dense": GREY,
-    "sparse": OURS,
-    "sparse, no graph": PAPER,
-    "sparse --paper": PAPER,
-    "sparse, late": "#7a52b3",
-    "sparse, offloaded": ORANGE,
-    "sparse, offloaded, no graph": "#f3cf86",
-    "transformers": BLUE,
-}
-
 
 def draw_speed(results, path):
     """Of `bench speed`: tokens/s with what the bandwidth allows, memory, and the parts of a sparse token's time."""
@@ -380,13 +277,15 @@ def draw_speed(results, path):
     for axes, title, dtype in zip(all_axes, panels, [*dtypes, dtypes[0]]):
         value = "tokens_s" if title.startswith("tokens") else "memory_mb"
         table = rows[rows["dtype"] == dtype].pivot(index="context", columns="name", values=["limit", value])
-        colours = [CONTENDERS.get(name, "#1b7f5c") for name in table[value]]
-        table[value].plot(ax=axes, color=colours, marker="o", ms=4, legend=False)
+        table[value].plot(ax=axes, marker="o", ms=4, legend=False)
         if value == "tokens_s":
-            for name in table["limit"].columns.intersection(["dense", "sparse"]):
-                axes.plot(table["limit"][name], color=CONTENDERS[name], ls=":", label=f"{name}: bandwidth's limit")
-        context_ticks(axes, contexts)
+            for line in [line for line in axes.lines if line.get_label() in ("dense", "sparse")]:
+                limit = table["limit"][line.get_label()]
+                axes.plot(limit, color=line.get_color(), ls=":", label=f"{line.get_label()}: bandwidth's limit")
         axes.set_ylim(0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, [thousands(n) for n in contexts])
+        axes.minorticks_off()
     if "stages" in rows:
         timed = rows[rows["stages"].notna() & (rows["dtype"] == dtypes[-1])]
         stages = pd.DataFrame(list(timed["stages"]), index=timed["context"].map(thousands))
@@ -418,8 +317,7 @@ def draw_kernels(results, path):
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
 
-FROM_FILE = {"speed": draw_speed, "kernels": draw_kernels}
-FROM_FILE |= {"pareto": draw_pareto, "needles": draw_needles, "training": draw_training}
+FROM_FILE = {"speed": draw_speed, "kernels": draw_kernels, "pareto": draw_pareto, "training": draw_training}
 
 
 def read_numbers(path):
@@ -453,16 +351,13 @@ def record(out, options):
 def run(argv):
     parser = OneLineParser(prog="plots", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="PICTURE")
+    output = OneLineParser(add_help=False)
+    output.add_argument("--out", required=True, type=png, metavar="FILE.png")
     more = "a run from inside; takes all options of attnpred.py (python attnpred.py --help)"
-    pictures = {"run": commands.add_parser("run", help=more, epilog=more, allow_abbrev=False)}
+    commands.add_parser("run", parents=[output], help=more, epilog=more, allow_abbrev=False)
     for name, draw in FROM_FILE.items():
-        pictures[name] = commands.add_parser(name, help=draw.__doc__)
-        pictures[name].add_argument("numbers", metavar="FILE.json")
-    for picture in pictures.values():
-        picture.add_argument("--out", required=True, type=png, metavar="FILE.png")
+        commands.add_parser(name, parents=[output], help=draw.__doc__).add_argument("numbers", metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
-    if not importlib.util.find_spec("matplotlib"):
-        raise InputError("plots need matplotlib: pip install matplotlib")
     if args.command == "run":
         return record(args.out, rest)
     if rest:

@@ -33,9 +33,9 @@ class Seen:
 
     def rows(self, count):
         """The last `count` rows of the history, oldest first: (heads, count, capacity) float32."""
-        newest, history = self.decoder.newest, self.decoder.history[self.layer]  # (heads, H, capacity)
-        slots = (torch.arange(newest - count + 1, newest + 1) % history.shape[1]).to(history.device)  # (count,)
-        return history[:, slots].float()
+        history = self.decoder.history[self.layer]  # (heads, H, capacity)
+        slots = kernels.window_slots(self.decoder.newest, history.shape[1], history.device)  # (H,)
+        return history[:, slots[len(slots) - count :]].float()
 
     def group_mean(self, per_query):
         """(Hq, n) -> (heads, n): queries that select together share their mean."""
@@ -45,10 +45,7 @@ class Seen:
 class Rival:
     """Ranks the middle blocks with `score`, which returns what broadcasts to (heads, end - start)."""
 
-    name = paper = ""
-    needs_query = (
-        False  # True: scores with the query of the step, so a choice serves one token and cannot be prefetched
-    )
+    needs_query = False  # True: a choice is made with the query of each token, so it cannot be prefetched
     changes = {}  # the Config fields that its paper settles
 
     def score(self, seen: Seen) -> torch.Tensor:
@@ -63,24 +60,8 @@ class Rival:
         return 0
 
 
-class FromHistory(Rival):
-    """Reads rows of the history: those since the last choice, and a running sum of the earlier ones, in 16 bits."""
-
-    def bytes_per_block(self, new_rows, vector_bytes):
-        return 2 * (1 + new_rows)
-
-
-class LastRow(FromHistory):
-    name, paper = "last-row", "baseline"
-
-    def score(self, seen):
-        return seen.rows(1)[:, 0, seen.start : seen.end]
-
-
-class DecayedMean(FromHistory):
-    """Rows weigh decay ** age; a decay of 1 is the plain mean."""
-
-    name, paper = "decayed-mean", "baseline"
+class DecayedMean(Rival):
+    """A baseline: rows of the history weigh decay ** age. A decay of 0 is the last row, of 1 the plain mean."""
 
     def __init__(self, decay=0.9):
         self.decay = decay
@@ -90,12 +71,15 @@ class DecayedMean(FromHistory):
         age = torch.arange(rows.shape[1] - 1, -1, -1, device=rows.device)  # (H,)
         return torch.einsum("hrn,r->hn", rows, self.decay**age)
 
+    def bytes_per_block(self, new_rows, vector_bytes):
+        """The rows since the last choice, and a running sum of the earlier ones, in 16 bits."""
+        return 2 * (1 + new_rows)
+
 
 class Oracle(Rival):
     """The true attention of the very step, summed over each block: an upper bound. What it reads to choose is free."""
 
-    name, paper, needs_query = "oracle", "upper bound", True
-    changes = NO_HISTORY
+    needs_query, changes = True, NO_HISTORY
 
     def score(self, seen):
         k, block_size = seen.k_cache.flatten(1, 2), seen.k_cache.shape[2]  # (Hk, capacity * b, D)
@@ -104,10 +88,12 @@ class Oracle(Rival):
 
 
 class Quest(Rival):
-    """An upper bound of the query's logits in each block, from its elementwise smallest and largest key."""
+    """An upper bound of the query's logits in each block, from its elementwise smallest and largest key.
 
-    name, paper, needs_query = "quest", "Tang et al. 2024, arXiv 2406.10774", True
-    changes = NO_HISTORY | dict(share_budget="head")
+    Tang et al. 2024, arXiv 2406.10774.
+    """
+
+    needs_query, changes = True, NO_HISTORY | dict(share_budget="head")
 
     def summarise(self, k):  # (Hk, n, b, D) -> (Hk, n, 2D)
         return torch.cat([k.amin(2), k.amax(2)], -1)
@@ -115,14 +101,10 @@ class Quest(Rival):
     def logits(self, q, low, high):  # (Hk, G, D), (Hk, n, D), (Hk, n, D) -> (Hk, G, n)
         return q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT
 
-    def prefill(self, q, k_cache, n_tokens):
-        return {"summary": self.summarise(k_cache[:, : n_tokens // k_cache.shape[2]].float())}  # (Hk, full blocks, 2D)
-
     def score(self, seen):
-        known = seen.notes["summary"]  # (Hk, blocks, 2D)
-        if known.shape[1] < seen.end:
-            new = self.summarise(seen.k_cache[:, known.shape[1] : seen.end].float())
-            seen.notes["summary"] = known = torch.cat([known, new], 1)
+        known = seen.notes.get("summary", self.summarise(seen.k_cache[:, :0].float()))  # (Hk, blocks so far, 2D)
+        new = self.summarise(seen.k_cache[:, known.shape[1] : seen.end].float())  # (Hk, new blocks, 2D)
+        seen.notes["summary"] = known = torch.cat([known, new], 1)
         q = seen.q.float().unflatten(0, (len(known), -1))  # (Hk, G, D)
         halves = known[:, seen.start : seen.end].chunk(2, -1)  # (Hk, n, D) twice
         logits = self.logits(q, *halves) * q.shape[-1] ** -0.5  # (Hk, G, n)
@@ -138,8 +120,6 @@ class MeanStd(Quest):
     By Cauchy and Schwarz, |q| * std is as far as deviations of that size can move the logit of the mean key.
     """
 
-    name, paper = "mean-std", "Quest with other summaries"
-
     def summarise(self, k):
         return torch.cat([k.mean(2), k.std(2, correction=0)], -1)
 
@@ -148,24 +128,24 @@ class MeanStd(Quest):
 
 
 class StreamingLLM(Rival):
-    """The sink and the most recent tokens."""
+    """The sink and the most recent tokens. Xiao et al. 2024, arXiv 2309.17453."""
 
-    name, paper = "streaming-llm", "Xiao et al. 2024, arXiv 2309.17453"
     changes = NO_HISTORY | dict(share_budget="head")
 
     def score(self, seen):
         return torch.arange(seen.start, seen.end, dtype=torch.float32, device=seen.k_cache.device)
 
 
-class H2O(FromHistory):
+class H2O(Rival):
     """Half of the choice to the blocks that drew most attention so far, half to the most recent ones.
 
-    A dropped block never returns. The paper sums each token's attention and drops tokens during the prompt too; here a
-    block's attention is its largest token's, as in the history, and the prompt is dense, as for all.
+    Zhang et al. 2023, arXiv 2306.14048. A dropped block never returns. The paper sums each token's attention and drops
+    tokens during the prompt too; here a block's attention is its largest token's, as in the history, and the prompt is
+    dense, as for all.
     """
 
-    name, paper = "h2o", "Zhang et al. 2023, arXiv 2306.14048"
     changes = StreamingLLM.changes | dict(history_rows="every")
+    bytes_per_block = DecayedMean.bytes_per_block
     chunk_rows = 256  # query rows of a prompt that are pooled at once
 
     def prefill(self, q, k_cache, n_tokens):
@@ -194,11 +174,10 @@ class H2O(FromHistory):
 class SnapKV(Rival):
     """The last queries of the prompt vote, once; votes are max-pooled over neighbouring tokens. Answers are all kept.
 
-    The paper ranks single tokens and keeps the answer on top of its budget; here a block's vote is its best token's,
-    and the blocks of the answer take the place of the prompt's.
+    Li et al. 2024, arXiv 2404.14469. The paper ranks single tokens and keeps the answer on top of its budget; here a
+    block's vote is its best token's, and the blocks of the answer take the place of the prompt's.
     """
 
-    name, paper = "snapkv", "Li et al. 2024, arXiv 2404.14469"
     changes = StreamingLLM.changes
     voters, pooled_tokens = 64, 7
 
@@ -215,9 +194,12 @@ class SnapKV(Rival):
 
 
 class AdaKV(SnapKV):
-    """SnapKV with head-adaptive budgets: the best votes of a layer, but every head gets at least a share of K."""
+    """SnapKV with head-adaptive budgets: the best votes of a layer, but every head gets at least a share of K.
 
-    name, paper, floor = "ada-snapkv", "Feng et al. 2024, arXiv 2407.11550", 0.2
+    Feng et al. 2024, arXiv 2407.11550.
+    """
+
+    floor = 0.2
     changes = SnapKV.changes | dict(share_budget="layer")
 
     def score(self, seen):
@@ -227,14 +209,17 @@ class AdaKV(SnapKV):
 
 
 class Random(Rival):
-    name, paper, changes = "random", "lower bound", StreamingLLM.changes
+    """A lower bound."""
+
+    changes = StreamingLLM.changes
 
     def score(self, seen):
         generator = torch.Generator().manual_seed(seen.decoder.n_tokens * 1000 + seen.layer)
         return torch.rand(seen.decoder.heads, seen.end - seen.start, generator=generator).to(seen.k_cache.device)
 
 
-RIVALS = {r.name: r for r in (Oracle, LastRow, DecayedMean, Quest, MeanStd, SnapKV, AdaKV, H2O, StreamingLLM, Random)}
+RIVALS = {"oracle": Oracle, "decayed-mean": DecayedMean, "quest": Quest, "mean-std": MeanStd, "snapkv": SnapKV}
+RIVALS |= {"ada-snapkv": AdaKV, "h2o": H2O, "streaming-llm": StreamingLLM, "random": Random}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -280,11 +265,9 @@ class RivalDecoder(SparseDecoder):
             chosen = self.choose(scores[None], start, end)
             self.attended_tokens -= self.heads  # `count_reads` adds this token
             self.cache.select(chosen, index)
-            for name in ("ids", "starts", "lengths", "places"):
-                getattr(self.lists, name)[index] = getattr(chosen, name)[0]
-            for name in ("columns", "table"):
-                getattr(self.lists, name).view(self.sparse_layers, -1)[index] = getattr(chosen, name)
-            self.lists.first[index] = chosen.first[0] + index * len(chosen.table)
+            chosen.first += index * len(chosen.table)
+            for all_layers, one in zip(self.lists.tensors(), chosen.tensors()):
+                all_layers.view(self.sparse_layers, -1)[index] = one.flatten()
             self.cache.advance()
         out = super().decode_attention(layer, q, k, v)  # (Hq, 1, D)
         if index >= 0 and self.measure_every and self.step % self.measure_every == 0:

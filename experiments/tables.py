@@ -1,9 +1,8 @@
 """The tables of experiments.evaluate: rows of results -> Markdown. What a row has is said in evaluate.py.
 
-Reading order: `bootstrap`, `texts` (the main table), `worst`, the small ones.
+Reading order: `bootstrap`, `texts` (the main table), the small ones.
 """
 
-import re
 from fractions import Fraction
 
 import numpy as np
@@ -65,25 +64,6 @@ def summary(key, group, baseline) -> dict:
     line |= {"99th percentile": np.percentile(kl, 99), "perplexity": np.exp(np.stack(group.nll).mean())}
     recovery = [value for values in group.get("recovery", []) if isinstance(values, list) for value in values]
     return line | {"same token": np.stack(group.same).mean(), "recovery": np.mean(recovery) if recovery else None}
-
-
-def worst(rows, texts, tokenizer, count):
-    """For each text and length, the tokens with the highest KL in any setting: the text around them, and KL in all.
-
-    texts: the tokens of each text that is wanted, by name.
-    """
-    parts, rows = [], [row for row in rows if row["text"] in texts]
-    for (name, n_prompt, n_new), part in pd.DataFrame(rows).groupby(["text", "n_prompt", "n_new"]):
-        tokens, lines = texts[name], []
-        kl = np.stack(part.kl)  # (settings, tokens)
-        for i in np.argsort(-kl.max(0), kind="stable")[:count]:
-            pos = n_prompt + 1 + int(i)  # kl[i] is about the prediction of this token
-            around = [tokenizer.decode(tokens[a:b]) for a, b in ((pos - 12, pos), (pos, pos + 1), (pos + 1, pos + 5))]
-            around = re.sub(r"\s+", " ", "{}[{}]{}".format(*around)).replace("|", "\\|")
-            settings = part.setting + " " + part.budget.astype(str)
-            lines.append({"token": pos, "text": around} | {s: f"{x:.2f}" for s, x in zip(settings, kl[:, i])})
-        parts += [f"highest KL: {name}, {n_prompt:,} tokens, then {n_new}", markdown(pd.DataFrame(lines))]
-    return "\n\n".join(parts)
 
 
 def pivot(title, rows, value, index, columns, form):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -11,50 +12,45 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpred import Config, InputError, SparseDecoder, decode_one_token, prefill
+from attnpred import InputError, SparseDecoder, decode_one_token, prefill
 from experiments import evaluate, tables
-from experiments.evaluate import Prompt, Setting, Store, decode_together, main, parse_grid
+from experiments.evaluate import Bench, Prompt, Setting, Store, decode_together, main, parse_grid
 from model import causal_attention
 from tests.helpers import random_predictor, tiny_llama
 
-SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=64)
+SHAPE = "block_size=8 history_len=8 sink_tokens=8 local_tokens=16"
 TOKENS = torch.randint(0, 61, (200,), generator=torch.Generator().manual_seed(3))
 GRIDS = [  # every way to count bytes
-    "ours M=1,3,auto P=1,2,M share=head,layer",
-    "ours rows=true M=4 P=1,M dense=0,1 heads=q,kv",
-    "full,paper,quest,snapkv,ada-snapkv,h2o,streaming-llm,oracle,random",
-    "decayed-mean:0.5,last-row M=3 P=2 dense=1",
-    "ours M=4 P=4,8 delay=1,3 swap=0.3",
+    "ours budget=64 M=1,3,auto P=1,2,M share=head,layer",
+    "ours budget=64 rows=true M=4 P=1,M dense=0,1 heads=q,kv",
+    "full,paper,quest,snapkv,ada-snapkv,h2o,streaming-llm,oracle,random budget=64",
+    "decayed-mean:0.5,decayed-mean:0 budget=64 M=3 P=2 dense=1",
+    "ours budget=64 M=4 P=4,8 delay=1,3 swap=0.3",
     "ours,mean-std budget=24,176",  # nothing selected, and outgrown while decoding
 ]
 
 
-def tiny_settings():
-    for grid in GRIDS:
-        for method, changes, _ in parse_grid(grid):
-            yield Setting(method, replace(Setting.base(method), **SHAPE | changes))
-
-
-def tiny_prompt(settings, n_prompt=150, model=None):
-    return Prompt(model or tiny_llama(), random_predictor(), TOKENS[:190], n_prompt, 190, settings)
+def settings_of(*grids):
+    return [setting for grid in grids for setting in parse_grid(f"{grid} {SHAPE}")]
 
 
 def test_lockstep_is_each_setting_alone():
     """Decoders that share a prompt have the logits of decoders of their own, and read what `counted_bytes` expects."""
-    model, predictor, choices = tiny_llama(), random_predictor(), list(tiny_settings())
-    prompt = tiny_prompt(choices, model=model)
-    together = [prompt.decoder(setting) for setting in choices]
-    alone = [
-        SparseDecoder(s.config, model, predictor, 192) if s.method in ("ours", "paper", "full") else None
-        for s in choices
-    ]
-    for decoder in filter(None, alone):
+    model, predictor, choices = tiny_llama(), random_predictor(), settings_of(*GRIDS)
+    prompt = Prompt(model, predictor, TOKENS[:150], 150, choices)
+    together = [prompt.decoder(setting, 30) for setting in choices]
+    alone = {
+        i: SparseDecoder(s.config, model, predictor, 192)
+        for i, s in enumerate(choices)
+        if s.method in ("ours", "paper", "full")
+    }
+    for decoder in alone.values():
         prefill(model, decoder, TOKENS[:150])
     for token in TOKENS[150:180]:
         logits = decode_together(model, together, token.expand(len(together)))
-        for found, decoder in zip(logits, alone):
-            if decoder:
-                torch.testing.assert_close(found, decode_one_token(model, decoder, token[None]), atol=2e-3, rtol=2e-3)
+        for i, decoder in alone.items():
+            expected = decode_one_token(model, decoder, token[None])
+            torch.testing.assert_close(logits[i], expected, atol=2e-3, rtol=2e-3)
     for setting, decoder in zip(choices, together):
         stats = decoder.stats
         expected = evaluate.counted_bytes(setting, model.config, 4, 150, 30)
@@ -63,30 +59,19 @@ def test_lockstep_is_each_setting_alone():
         assert stats.dense_bytes == pytest.approx(30 * evaluate.dense_bytes(model.config, 4, 150, 30))
 
 
-def test_a_second_batch_is_unaffected_by_the_first():
-    choices = [s for s in tiny_settings() if s.method in ("h2o", "quest", "ours")]
-    prompt = tiny_prompt(choices)
-
-    def decode():
-        decoders = [prompt.decoder(setting) for setting in choices]
-        return torch.stack([decode_together(prompt.model, decoders, t.expand(len(choices))) for t in TOKENS[150:180]])
-
-    assert torch.equal(decode(), decode())
-
-
 def test_rows_by_one_dense_pass():
-    """KL, negative log-likelihood and greedy tokens against all logits of one plain pass."""
-    model = tiny_llama()
-    full, ours = Setting("full", Setting.base("full")), Setting("ours", Config(**SHAPE))
-    prompt = tiny_prompt([full, ours], model=model)
-    logits = model.logits(model.hidden(TOKENS[:190], torch.arange(190), causal_attention))[150:]  # (40, V)
-    dense, sparse = evaluate.read_on(prompt, [full, ours], TOKENS[150:191], measure_every=2)
-    log_p = logits.log_softmax(-1)
+    """KL, negative log-likelihood and greedy tokens against all logits of one plain pass; twice, with the same rows."""
+    model, choices = tiny_llama(), settings_of("full,ours,h2o,quest budget=64")
+    prompt = Prompt(model, random_predictor(), TOKENS[:190], 150, choices)
+    rows = list(evaluate.read_on(prompt, choices, TOKENS[150:191], measure_every=2))
+    assert list(evaluate.read_on(prompt, choices, TOKENS[150:191], measure_every=2)) == rows
+    log_p = model.logits(model.hidden(TOKENS[:190], torch.arange(190), causal_attention))[150:].log_softmax(-1)
+    dense, sparse, *_ = rows
     assert dense["nll"] == pytest.approx((-log_p.gather(1, TOKENS[151:191, None])[:, 0]).tolist(), abs=1e-4)
     assert max(map(abs, dense["kl"])) < 1e-4 and min(dense["same"]) == 1
     assert np.mean(sparse["kl"]) > 1e-3 and len(sparse["recovery"]) == 20 and len(sparse["recovery_by_layer"]) == 3
 
-    alone = prompt.decoder(ours)
+    alone = prompt.decoder(choices[1], 40)
     for i, token in enumerate(TOKENS[150:190]):
         q, p = decode_together(model, [alone], token[None])[0].softmax(-1).tolist(), log_p[i].exp().tolist()
         assert sparse["kl"][i] == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q)), abs=1e-4)
@@ -101,15 +86,14 @@ def test_rows_by_one_dense_pass():
 )
 def test_budget_for_is_the_nearest_of_all(method, share):
     llm = tiny_llama().config
-    base = Setting(method, replace(Setting.base(method), **SHAPE | dict(sink_tokens=8, dense_layers=0)))
+    (setting,) = settings_of(f"{method} dense=0 bytes={share}")
     target = share * evaluate.dense_bytes(llm, 4, 400, 50)
-    by_budget = {
-        budget: sum(evaluate.counted_bytes(replace(base, config=replace(base.config, budget=budget)), llm, 4, 400, 50))
-        for budget in range(24, 440, 8)
+    errors = {
+        s.config.budget: abs(sum(evaluate.counted_bytes(s, llm, 4, 400, 50)) - target)
+        for s in settings_of(f"{method} dense=0 budget={','.join(map(str, range(24, 440, 8)))}")
     }
-    found = evaluate.budget_for(base, share, llm, 4, 400, 50)
-    assert abs(by_budget[found.config.budget] - target) == min(abs(x - target) for x in by_budget.values())
-    assert evaluate.budget_for(base, 0.001, llm, 4, 400, 50) is None
+    assert errors[evaluate.budget_for(setting, llm, 4, 400, 50).config.budget] == min(errors.values())
+    assert evaluate.budget_for(replace(setting, bytes_share="1/1000"), llm, 4, 400, 50) is None
 
 
 # Statistics and tables
@@ -151,16 +135,20 @@ def test_texts_table():
 # Grids
 
 
-def test_grids_multiply_out():
-    found = list(parse_grid("ours,quest M=auto,16 P=M bytes=1/8"))
-    changes = [dict(calibration_interval=m, selection_interval=None) for m in ("auto", 16)]
-    assert found == [(method, change, "1/8") for method in ("ours", "quest") for change in changes]
-    assert (
-        Setting("ours", Config(calibration_interval=5, share_budget="head", budget=512)).name == "ours M=5 share=head"
-    )
-    assert Setting("paper", Config.paper(dense_layers=0)).name == "paper dense=0"
-    llm = tiny_llama().config
-    assert len(evaluate.settings_of(["ours budget=256", "ours budget=256,512"], llm, 4, 400, 50)) == 2
+def test_grids_multiply_out(capsys):
+    found = list(parse_grid("ours,quest M=auto,16 P=M rows=true swap=.5 bytes=1/8"))
+    changes = dict(selection_interval=None, history_rows="true", swap_share=0.5)
+    assert found == [
+        Setting(method, replace(evaluate.base_config(method), calibration_interval=m, **changes), "1/8")
+        for method in ("ours", "quest")
+        for m in ("auto", 16)
+    ]
+    names = [setting.name for setting in parse_grid("ours,paper M=5 share=head budget=512 dense=2")]
+    assert names == ["ours M=5 dense=2 share=head", "paper"]
+    wanted = [*parse_grid("ours budget=256,512"), *parse_grid("ours budget=256"), *parse_grid("ours bytes=1/1000")]
+    bench = Bench(tiny_llama(), None, None, None, Namespace(settings=wanted))
+    assert [setting.config.budget for setting in bench.settings(400, 50)] == [256, 512]
+    assert capsys.readouterr().err == "skipped: no budget of 'ours' reads 1/1000 of dense's bytes\n"
 
 
 # Prompts with keys
@@ -200,22 +188,19 @@ def test_hidden_keys(length, depth, n_keys, seed):
 def test_results_survive_a_stop_and_two_runs_share_a_file(tmp_path):
     path, values = tmp_path / "r.jsonl", dict(task="texts", text="a", sha256="x", n_prompt=8, n_new=2)
     identity = dict(model="m", dtype="float32", predictor="p")
-    ours, paper = Setting("ours", Config()), Setting("paper", Config.paper())
+    ours, paper, quest, smaller = *parse_grid("ours,paper,quest"), *parse_grid("ours budget=512")
     store, other = Store(path, identity), Store(path, identity)
     store.add(ours, **values, kl=[1.0])
-    path.write_text(path.read_text() + '{"task": "te')  # another run was stopped while it wrote
+    path.write_text(path.read_text() + '\n{"task": "te')  # another run was stopped while it wrote
     other.add(paper, **values, kl=[2.0])
     again = Store(path, identity)
     assert again.rows == [*store.rows, *other.rows] and again.missing([ours, paper], **values) == []
-    changed = Setting("ours", Config(budget=512)), ours
-    assert again.missing(changed, **values) == [changed[0]]
+    assert again.missing([smaller, ours], **values) == [smaller]
     assert again.missing([ours], **values | dict(text="b")) == [ours]
+    again.add(quest, **values, kl=[3.0])
     renewed = Store(path, identity | dict(predictor="q"))
-    assert renewed.missing([ours], **values) == [ours] and renewed.of("texts") == []
-    quest = Setting("quest", Setting.base("quest"))
-    again.add(quest, **values, kl=[3.0])  # it does not depend on the predictor
-    assert Store(path, identity | dict(predictor="q")).missing([quest], **values) == []
-    assert len(Store(path, identity).of("texts")) == 3
+    assert renewed.missing([ours, quest], **values) == [ours]  # quest does not depend on the predictor
+    assert [row["method"] for row in renewed.of("texts")] == ["quest"] and len(Store(path, identity).of("texts")) == 3
     path.write_text("# not results\n")
     with pytest.raises(InputError, match="holds no results"):
         Store(path, identity)
@@ -234,26 +219,29 @@ def tiny(monkeypatch, tmp_path):
     return tmp_path
 
 
+def results():
+    return Store("results/evaluate.jsonl", {}).rows
+
+
 SHORT = ["--texts", "text.txt", "--lengths", "300", "--n-new", "8", "--quiet", "--together", "2"]
 
 
 def test_texts_and_a_second_run(tiny, capsys, monkeypatch):
-    command = ["texts", *SHORT, "--grid", "full,ours,paper,quest budget=176", "--worst", "2"]
+    command = ["texts", *SHORT, "--grid", "full,ours,paper,quest budget=176"]
     assert main(command) == 0
-    printed = capsys.readouterr().out
-    path = tiny / "results" / "evaluate.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["setting"] for row in rows] == ["full", "ours", "paper", "quest"]
+    printed, rows = capsys.readouterr().out, results()
+    assert [row["setting"] for row in rows] == ["full", "ours", "paper", "quest"] and printed.count("\n| ") == 2 + 4
     assert all(len(row["kl"]) == 8 and row["text"] == "text.txt" and row["n_prompt"] == 292 for row in rows)
-    assert max(map(abs, rows[0]["kl"])) < 1e-4 < np.mean(rows[1]["kl"]) and "highest KL: text.txt" in printed
-    assert printed.count("\n| ") == 2 * (1 + 1) + 4 + 2
-    path.write_text("\n".join(path.read_text().split("\n")[:3]) + "\n")  # the last one is lost
+    assert max(map(abs, rows[0]["kl"])) < 1e-4 < np.mean(rows[1]["kl"])
+    path = tiny / "results" / "evaluate.jsonl"
+    path.write_text(path.read_text().rsplit("\n", 1)[0])  # the last one is lost
     assert main(command) == 0
-    printed = capsys.readouterr().out
-    again = [json.loads(line) for line in path.read_text().splitlines()]
+    printed, again = capsys.readouterr().out, results()
     assert again[:3] == rows[:3] and again[3]["kl"] == pytest.approx(rows[3]["kl"], abs=1e-4)
     monkeypatch.setattr(evaluate, "Prompt", None)  # nothing is computed anew
     assert main(command) == 0 and capsys.readouterr().out == printed
+    monkeypatch.setattr(evaluate, "load_model", None)
+    assert main(["table"]) == 0 and capsys.readouterr().out == printed
 
 
 def test_needles_and_recovery(tiny, capsys):
@@ -273,36 +261,34 @@ def texts(tokenizer, max_seq_lengths, **_):
 """  # as RULER's tasks make theirs
 
 
-def test_lm_eval_on_a_local_task(tiny, capsys, monkeypatch):
+def test_lm_eval_on_local_tasks(tiny, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tiny / "cache"))
     (tiny / "data.jsonl").write_text('{"question": "abc", "choices": ["d", "ef"], "answer": 0}\n')
-    text = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tiny / 'data.jsonl'}}}}}\ntest_split: test\n"
-    text += "doc_to_text: '{{question}}'\n"
-    choice = "task: choose\noutput_type: multiple_choice\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{answer}}'\n"
     (tiny / "made.py").write_text(MADE_TEXTS)
-    write = "task: write\noutput_type: generate_until\ndoc_to_target: d\n"
-    write += "generation_kwargs: {until: ['!'], max_gen_toks: 4}\n"
-    (tiny / "choose.yaml").write_text(text + choice + "metric_list: [{metric: acc}]\n")
-    made = "custom_dataset: !function made.texts\ntest_split: test\ndoc_to_text: '{{question}}'\n"
-    (tiny / "write.yaml").write_text(made + write + "metric_list: [{metric: exact_match}]\n")
+    common = dict(test_split="test", doc_to_text="{{question}}")
+    choose = common | dict(task="choose", output_type="multiple_choice", metric_list=[dict(metric="acc")])
+    choose |= dict(doc_to_choice="{{choices}}", doc_to_target="{{answer}}", dataset_path="json")
+    choose |= dict(dataset_kwargs=dict(data_files=dict(test=str(tiny / "data.jsonl"))))
+    write = common | dict(task="write", output_type="generate_until", metric_list=[dict(metric="exact_match")])
+    write |= dict(doc_to_target="d", generation_kwargs=dict(until=["!"], max_gen_toks=4))
+    (tiny / "choose.yaml").write_text(json.dumps(choose))  # JSON is YAML
+    (tiny / "write.yaml").write_text(json.dumps(write)[:-1] + ', "custom_dataset": !function made.texts}')
     command = ["lm-eval", "--quiet", "--grid", "full,ours", "--include-path", str(tiny), "--lengths", "30", "20"]
     assert main([*command, "--lm-tasks", "choose", "write"]) == 0
-    rows = [json.loads(line) for line in (tiny / "results" / "evaluate.jsonl").read_text().splitlines()]
+    rows = results()
     assert [row["text"] for row in rows] == ["choose", "choose", "write", "write"]
     assert "acc,none" in rows[0]["scores"] and "exact_match,none" in rows[3]["scores"]
     assert "| ours | 1024 |" in capsys.readouterr().out
 
 
-def test_log_likelihood_by_one_dense_pass(tiny):
+def test_log_likelihood_by_one_dense_pass():
     pytest.importorskip("lm_eval")
     from experiments.lm_eval_adapter import SparseLM
 
     model, tokenizer = tiny_llama(), Characters(61)
-    args = type("Args", (), dict(quiet=True))
-    bench = evaluate.Bench(model, tokenizer, random_predictor(), None, args)
-    lm = SparseLM(bench, Setting("full", Setting.base("full")))
+    lm = SparseLM(Bench(model, tokenizer, random_predictor(), None, Namespace(quiet=True)), *parse_grid("full"))
     text, end = "some words", " and more"
     tokens = torch.tensor(tokenizer.encode(text + end))
     log_p = model.logits(model.hidden(tokens, torch.arange(len(tokens)), causal_attention)).log_softmax(-1)
@@ -316,18 +302,19 @@ def test_log_likelihood_by_one_dense_pass(tiny):
 
 REFUSED = {
     "invalid choice: 'everything'": ["everything"],
-    "required": [],
     "method 'magic' is unknown": ["texts", "--grid", "ours,magic"],
     "method 'quest:1' is unknown": ["texts", "--grid", "quest:1"],
     "'size=3' in the grid": ["texts", "--grid", "ours size=3"],
     "both bytes and budget": ["texts", "--grid", "bytes=1/8 budget=512"],
-    "bytes = '0' in the grid": ["texts", "--grid", "bytes=0"],
-    "budget = 'x' in the grid": ["texts", "--grid", "budget=x"],
+    "--bytes: '0' is no fraction": ["texts", "--grid", "bytes=0"],
+    "--bytes: '1/0' is no fraction": ["texts", "--grid", "bytes=1/0"],
+    "--budget: invalid int value: 'x'": ["texts", "--grid", "budget=x"],
     "multiple of the block size": ["texts", "--grid", "budget=257"],
-    "'some' is unknown: use": ["texts", "--grid", "share=some"],
+    "--share-budget: invalid choice: 'some'": ["texts", "--grid", "share=some"],
     "--n-new must be at least 1": ["texts", "--n-new", "0"],
     "--depths must lie in 0": ["needles", "--depths", "2"],
-    "must exceed --n-new and fit": ["texts", *SHORT, "--lengths", "9000"],
+    "must exceed --n-new": ["texts", *SHORT, "--lengths", "8"],
+    "fit the model's context of 1024 tokens": ["texts", *SHORT, "--lengths", "1025"],
     "fit the model's context of 1024": ["needles", *SHORT, "--lengths", "1020"],
     "text nowhere cannot be read": ["texts", *SHORT, "--texts", "nowhere"],
     "text text.txt has 600 tokens, 801 are needed": ["texts", *SHORT, "--lengths", "800"],
