@@ -711,7 +711,7 @@ def write_rows_reference(block_max, lse, columns, starts, lengths, rows, block_s
     place = torch.arange(len(columns), device=columns.device)  # (A,)
     first, blocks = starts[:, None], -(-lengths // block_size)[:, None]  # (heads, 1)
     head, place = torch.nonzero((place >= first) & (place < first + blocks), as_tuple=True)  # (listed,) each
-    p = torch.exp(block_max[:, place] - lse.view(heads, group).T[:, head]).mean(0)  # (listed,)
+    p = torch.exp(block_max[:, place] - lse.view(heads, group).T[:, head]).square().mean(0).sqrt()  # (listed,)
     rows.zero_()
     rows[head, columns[place].long()] = p.to(rows.dtype)
 
@@ -731,13 +731,15 @@ def _write_rows_kernel(
         listed = place < n_listed
         cell = block_max_ptr + g[:, None] * stride_mg + start + place[None, :]
         block_max = tl.load(cell, mask=(g < GROUP)[:, None] & listed[None, :], other=float("-inf"))
-        p = tl.sum(tl.exp(block_max - lse[:, None]), 0) / GROUP  # (TILE,)
+        p = tl.sqrt(tl.sum(tl.exp(2 * (block_max - lse[:, None])), 0) / GROUP)  # (TILE,)
         column = tl.load(columns_ptr + start + place, mask=listed, other=0)
         tl.store(rows_ptr + head * stride_row + column, p.to(rows_ptr.dtype.element_ty), mask=listed)
 
 
 def write_rows(block_max, lse, columns, starts, lengths, rows, block_size, backend="torch"):
-    """The history rows that sparse attention leaves: each listed block's largest probability, mean over the group.
+    """The history rows that sparse attention leaves: the largest probability of each listed block.
+
+    The queries of a group share a row, their root mean square.
 
     block_max, starts, lengths  as in `sparse_decode`, for the heads of all layers at once; lse (heads * G,) float32
     columns                     (A,) int32: the number of each listed block
