@@ -65,6 +65,7 @@ def test_rows_by_one_dense_pass():
     prompt = Prompt(model, random_predictor(), TOKENS[:190], 150, choices)
     rows = list(evaluate.read_on(prompt, choices, TOKENS[150:191], measure_every=2))
     assert list(evaluate.read_on(prompt, choices, TOKENS[150:191], measure_every=2)) == rows
+    assert all(note["step"] == 0 for note in prompt.notes["h2o", 8])  # a decoder changes its own notes only
     log_p = model.logits(model.hidden(TOKENS[:190], torch.arange(190), causal_attention))[150:].log_softmax(-1)
     dense, sparse, *_ = rows
     assert dense["nll"] == pytest.approx((-log_p.gather(1, TOKENS[151:191, None])[:, 0]).tolist(), abs=1e-4)

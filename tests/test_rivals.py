@@ -146,10 +146,10 @@ def test_streaming_llm_attends_to_the_latest():
     assert attended[:, 0].all() and attended[:, last:].all() and attended.sum() == 2 * (1 + attended.shape[1] - last)
 
 
-@pytest.mark.parametrize("name", RIVALS)
-def test_decoding_attends_to_what_was_chosen(name):
+@pytest.mark.parametrize("name, rows", [*((name, None) for name in RIVALS), ("quest", "every")])
+def test_decoding_attends_to_what_was_chosen(name, rows):
     """Outputs, recovery and counted bytes by hand, from the blocks that the decoder says it attends to."""
-    decoder, steps, counted = decoded(name), [], []
+    decoder, steps, counted = decoded(name, **({"history_rows": rows} if rows else {})), [], []
     decoder.measure_every, before = 1, decoder.stats.attention_bytes
 
     def check(layer, q, k, v, original=decoder.decode_attention):
