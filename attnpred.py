@@ -111,7 +111,9 @@ class Config:
         for name in ("sink_tokens", "local_tokens", "budget"):
             value = getattr(self, name)
             rounded = max(0, value) // b * b + b
-            require(value >= 0 and value % b == 0, f"{name} = {value} is not a multiple of block_size: try {rounded}")
+            require(
+                value >= 0 and value % b == 0, f"{name} = {value} is not a multiple of the block size: try {rounded}"
+            )
         require(self.local_tokens >= b, f"local_tokens = {self.local_tokens} must hold at least one block: try {b}")
         require(
             self.budget >= least, f"budget = {self.budget} is below sink_tokens + local_tokens: use at least {least}"

@@ -91,7 +91,7 @@ class Recorder(RivalDecoder):
         b, n_blocks = self.config.block_size, self.chosen[-1].shape[-1]
         p = attention(q, self.cache.k[index + self.dense_layers].flatten(1, 2), self.n_tokens)  # (Hq, 1, T)
         pooled = F.pad(p, (0, n_blocks * b - self.n_tokens)).unflatten(-1, (-1, b)).amax(-1)  # (Hq, 1, N)
-        self.true_rows[-1][index] = attnpred.group_mean(pooled[None, :, 0], self.heads)[0].cpu()
+        self.true_rows[-1][index] = attnpred.group_rms(pooled[None, :, 0], self.heads)[0].cpu()
         self.chosen[-1][index] = self.attended(index, n_blocks).cpu()
 
     def finish_token(self):

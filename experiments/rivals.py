@@ -63,17 +63,25 @@ class Rival:
 class DecayedMean(Rival):
     """A baseline: rows of the history weigh decay ** age. A decay of 0 is the last row, of 1 the plain mean."""
 
+    power = 1
+
     def __init__(self, decay=0.9):
         self.decay = decay
 
     def score(self, seen):
         rows = seen.rows(seen.decoder.config.history_len)[..., seen.start : seen.end]  # (heads, H, n)
         age = torch.arange(rows.shape[1] - 1, -1, -1, device=rows.device)  # (H,)
-        return torch.einsum("hrn,r->hn", rows, self.decay**age)
+        return torch.einsum("hrn,r->hn", rows**self.power, self.decay**age)
 
     def bytes_per_block(self, new_rows, vector_bytes):
         """The rows since the last choice, and a running sum of the earlier ones, in 16 bits."""
         return 2 * (1 + new_rows)
+
+
+class DecayedRMS(DecayedMean):
+    """A baseline: the same of squared rows, which ranks as a decayed root mean square does."""
+
+    power = 2
 
 
 class Oracle(Rival):
@@ -102,9 +110,10 @@ class Quest(Rival):
         return q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT
 
     def score(self, seen):
-        known = seen.notes.get("summary", self.summarise(seen.k_cache[:, :0].float()))  # (Hk, blocks so far, 2D)
-        new = self.summarise(seen.k_cache[:, known.shape[1] : seen.end].float())  # (Hk, new blocks, 2D)
-        seen.notes["summary"] = known = torch.cat([known, new], 1)
+        known = seen.notes.get("summary")  # (Hk, blocks so far, 2D)
+        if known is None or known.shape[1] < seen.end:
+            new = self.summarise(seen.k_cache[:, 0 if known is None else known.shape[1] : seen.end].float())
+            seen.notes["summary"] = known = new if known is None else torch.cat([known, new], 1)
         q = seen.q.float().unflatten(0, (len(known), -1))  # (Hk, G, D)
         halves = known[:, seen.start : seen.end].chunk(2, -1)  # (Hk, n, D) twice
         logits = self.logits(q, *halves) * q.shape[-1] ** -0.5  # (Hk, G, n)
@@ -218,7 +227,14 @@ class Random(Rival):
         return torch.rand(seen.decoder.heads, seen.end - seen.start, generator=generator).to(seen.k_cache.device)
 
 
-RIVALS = {"oracle": Oracle, "decayed-mean": DecayedMean, "quest": Quest, "mean-std": MeanStd, "snapkv": SnapKV}
+RIVALS = {
+    "oracle": Oracle,
+    "decayed-mean": DecayedMean,
+    "decayed-rms": DecayedRMS,
+    "quest": Quest,
+    "mean-std": MeanStd,
+    "snapkv": SnapKV,
+}
 RIVALS |= {"ada-snapkv": AdaKV, "h2o": H2O, "streaming-llm": StreamingLLM, "random": Random}
 
 

@@ -243,7 +243,7 @@ def test_intervals_grow_with_the_text():
     assert Config(selection_interval=3).intervals(20000) == (32, 3)
     assert Config.paper().intervals(20000) == (5, 1) and Config.paper(sink_tokens=0).sink_tokens == 0
     assert Config.paper(budget=512) == Config(
-        budget=512, calibration_interval=5, selection_interval=1, dense_layers=2, share_budget="head",
+        sink_tokens=64, budget=512, calibration_interval=5, selection_interval=1, dense_layers=2, share_budget="head",
         select_heads="q", history_rows="every",
     )  # fmt: skip
 

@@ -51,12 +51,13 @@ def group_means(per_query):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
-def test_scores_from_the_history(decay):
-    decoder, rival = decoded("decayed-mean"), RIVALS["decayed-mean"](decay)
+@pytest.mark.parametrize("name, power", [("decayed-mean", 1), ("decayed-rms", 2)])
+def test_scores_from_the_history(name, power, decay):
+    decoder, rival = decoded(name), RIVALS[name](decay)
     start, end = decoder.config.middle(decoder.n_tokens)
     window = decoder.window()[..., start:end]  # (L', heads, H, n), oldest first
     for layer in range(2):
-        expected = sum(window[layer, :, 7 - age] * (decay**age) for age in range(8))
+        expected = sum(window[layer, :, 7 - age] ** power * (decay**age) for age in range(8))
         torch.testing.assert_close(rival.score(Seen(decoder, layer, start, end)), expected)
 
 
