@@ -58,7 +58,10 @@ from experiments.rivals import RIVALS, RivalDecoder
 from model import causal_attention, load_model
 from weights.fetch_llm import fetch_default_llm
 
-RIVAL_GRID = "ours,paper,decayed-mean:0.6,decayed-rms:0.8,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle bytes=1/16,1/8,1/4,1/3"
+RIVAL_GRID = (
+    "ours,paper,decayed-mean:0.6,decayed-rms:0.8,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle "
+    "bytes=1/16,1/8,1/4,1/3"
+)
 GRIDS = {  # what a task compares without --grid
     "texts": ["full", RIVAL_GRID, "paper heads=kv bytes=1/4,1/3"],
     "needles": ["full,ours,paper,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle budget=512"],
