@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning") 
 torch.backends.cudnn.allow_tf32 = False  # of the torch backend's convolutions
 
 INF, NAN = math.inf, math.nan
-EPSILON = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # allowed, relative to the largest value
+EPSILON = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # of the largest value: two roundings
 LSE_ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}  # error of `attend_padded`
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 # dtype, D, b, G: few combinations, because a GPU compiles each of them anew
