@@ -925,7 +925,7 @@ class OffloadedCache:
         """Copy the selected blocks that no slot holds yet, and note which slots the lists are in."""
         layer = torch.arange(len(lists.ids), device=lists.ids.device)[:, None]  # (L', 1)
         wanted = lists.ids.gather(1, lists.places).int()  # (L', k)
-        slots, fetch, held = kernels.assign_slots(wanted, self.held, self.backend)
+        slots, fetch, held = kernels.assign_slots(wanted, self.held)
         self.held.copy_(held)
         source = (layer * self.n_kv_heads + fetch // self.capacity * self.n_kv_heads // self.heads) * self.capacity
         source = torch.where(fetch < 0, -1, source + fetch % self.capacity)  # (L', k): blocks of the host

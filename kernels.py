@@ -770,7 +770,7 @@ COPY_PROGRAMS = 16  # use at most 16 multiprocessors, leaving the rest for compu
 COPY_CHUNK = 1024  # indices that a program counts at once
 
 
-def assign_slots(wanted, held, backend="torch"):
+def assign_slots(wanted, held):
     """Slots for the wanted blocks, and which of them must be copied (README: offloaded cache).
 
     wanted   (rows, k) int32: different blocks in each row, -1 for none
@@ -779,7 +779,7 @@ def assign_slots(wanted, held, backend="torch"):
     returns  slots (rows, k) int32, -1 where nothing is wanted; the blocks to copy (rows, k) int32, -1 where there is
              nothing to do; and what each slot holds afterwards (rows, s) int32, -1 for blocks that nobody wants
 
-    It runs once per selection, and its operations are the same for both backends.
+    It runs once per selection and needs no kernel of its own.
     """
     assert len(wanted) == len(held) and wanted.dtype == held.dtype == torch.int32
     held_blocks, slot = held.sort(dim=1, stable=True)  # (rows, s): the empty slots first, in ascending order

@@ -119,10 +119,9 @@ def copy_paths(m, c, n_tokens, dtype, device, backend):
     """A layer's selection: assigning slots where a tenth of it changed, and copying all or a tenth of it."""
     n_blocks, elements, k = c.n_blocks(n_tokens), 2 * c.block_size * m.head_dim, m.n_kv_heads * c.topk_blocks
     ids = torch.stack([torch.randperm(m.n_kv_heads * n_blocks) for _ in range(m.n_layers)]).int()
-    wanted, held = (part.contiguous().to(device) for part in (ids[:, k // 10 :][:, :k], ids[:, :k]))
-    assign = partial(kernels.assign_slots, wanted, held)
-    rivals = {} if backend == "torch" else {"the reference": partial(assign, "torch")}
-    yield f"assign_slots, {k} per layer", 5 * 4 * m.n_layers * k, 0, partial(assign, backend), rivals
+    spare = k // 10  # slots
+    wanted, held = ids[:, spare : spare + k].to(device), F.pad(ids[:, :k], (0, spare), value=-1).to(device)
+    yield f"assign_slots, {k} per layer", 5 * wanted.nbytes, 0, partial(kernels.assign_slots, wanted, held), {}
     host = torch.zeros(m.n_kv_heads * n_blocks, elements, dtype=dtype, pin_memory=device.type == "cuda")
     slots, place = torch.empty(k, elements, device=device, dtype=dtype), torch.arange(k, device=device).int()
     for name, n in (("all", k), ("a tenth", max(1, k // 10))):
