@@ -542,8 +542,11 @@ def run(args):
         if args.task != "lm-eval" and needed > model.config.context_len:
             raise InputError(f"--lengths must fit the model's context of {model.config.context_len} tokens")
         tasks[args.task](Bench(model, tokenizer, predictor, store, args))
-    for task in [args.task] if args.task in tasks else tasks:
-        if rows := store.of(task):
+    found = {task: store.of(task) for task in ([args.task] if args.task in tasks else tasks)}
+    if not any(found.values()):
+        raise InputError(f"{args.results} has no results of this --model, --dtype and --predictor")
+    for task, rows in found.items():
+        if rows:
             print(tables.TABLES[task](rows, args.against), end="\n\n")
 
 
