@@ -211,7 +211,7 @@ OPTIONS = {
     "yarn, mscale": rope("yarn", **YARN, mscale=0.9, mscale_all_dim=0.4, truncate=False),
     "yarn, a ramp from 0 to 0": rope("yarn", **YARN, beta_fast=8.0, beta_slow=6.0),
     "Mistral": dict(family="Mistral", sliding_window=None),
-    "Qwen2, yarn": dict(family="Qwen2", rope_parameters=dict(rope_type="yarn", rope_theta=1e4, **YARN)),
+    "Qwen2, yarn": dict(family="Qwen2", attention_bias=True) | rope("yarn", 1e4, **YARN),  # its output has no bias
     "Qwen3": dict(family="Qwen3", head_dim=32),
     "Qwen3, one head": dict(family="Qwen3", attention_bias=True, num_attention_heads=1, num_key_value_heads=1),
     "SmolLM3": dict(family="SmolLM3", num_hidden_layers=5),

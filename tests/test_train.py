@@ -337,6 +337,16 @@ def test_training_lowers_the_loss(tmp_path, text, tiny_llm):
     assert losses[-1] < 0.85 * losses[0]
 
 
+def test_the_mean_of_the_weights_moves_at_first_by_nine_tenths(tmp_path, text, tiny_llm):
+    assert collect(tmp_path, text) == 0
+    assert train(tmp_path, "--steps", 1, "--lr", 10) == 0  # 10 / 50 at the first step
+    state = torch.load(tmp_path / "out" / "p.checkpoint", weights_only=True)
+    start = train_predictor.starting_point(0).state_dict()
+    start = train_predictor.scaled(start, train_predictor.INPUT_SCALE)
+    for name, w in state["predictor"].items():
+        assert torch.allclose(state["average"][name], start[name].lerp(w, 0.9), atol=1e-5)
+
+
 def test_an_interrupted_training_continues_to_the_same_weights(tmp_path, text, tiny_llm, monkeypatch):
     assert collect(tmp_path, text) == 0
     assert train(tmp_path) == 0
