@@ -453,14 +453,21 @@ def _fill(model, folder):
 
 
 def _checkpoint_files(folder):
-    """model.safetensors, or the shards that its index names."""
+    """model.safetensors, or the shards that its index names, none of which may lie outside the folder."""
     index_path = folder / "model.safetensors.index.json"
     if not index_path.is_file():
         return [folder / "model.safetensors"]
     names = _read_json(index_path).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index_path}: no weight_map from tensor names to file names")
-    return [folder / name for name in sorted(set(names.values()))]
+    root = folder.resolve()
+    # The hub's cache is the one place where links lead out: snapshots/<revision>/<file> -> blobs/<hash>.
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    names = sorted(set(names.values()))
+    for name in names:
+        if ".." in Path(name).parts or not any((root / name).resolve().is_relative_to(r) for r in roots):
+            raise ModelError(f"{index_path}: {name!r} lies outside the model's folder")
+    return [folder / name for name in names]
 
 
 def _read_json(path):

@@ -229,7 +229,7 @@ def draw_pareto(rows, path):
     points["KL"], points["MB"] = points.kl.map(np.mean), points.read_bytes / 1e6
     points["level"] = points.bytes_share.where(points.bytes_share != "", points.budget.astype(str))
     means = points.groupby(["n_prompt", "setting", "level"])[["MB", "KL"]].mean()
-    colours = {setting: f"C{i}" for i, setting in enumerate(sorted(points.setting.unique()))}
+    colours = {setting: plt.cm.tab20(i) for i, setting in enumerate(sorted(points.setting.unique()))}
     lengths = sorted(points.n_prompt.unique())
     size = 1.5 + 5 * len(lengths), 4.6
     figure, all_axes = plt.subplots(1, len(lengths), figsize=size, layout="constrained", squeeze=False, sharey=True)
@@ -243,20 +243,20 @@ def draw_pareto(rows, path):
         axes.xaxis.set_minor_formatter("{x:g}")
         bare(axes)
     all_axes[0][0].set_ylabel("KL to full attention, nats")
-    all_axes[0][-1].legend(fontsize=8)
+    all_axes[0][0].legend(fontsize=7, loc="lower left")
     save(figure, path)
 
 
 def draw_training(rows, path):
-    """The curve that train_predictor writes: dicts with "step", "loss", and validation measures in 0 ... 1."""
+    """The curve that train_predictor writes: dicts with "step", "loss", and validation measures."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     steps = [row["step"] for row in rows]
     left.plot(steps[1:], [row["loss"] for row in rows[1:]], marker=".")  # the start's loss is of one batch only
     left.set(title="loss, running mean", xlabel="step")
     for name, start in rows[0].items():
         if name not in ("step", "loss"):
-            right.plot(steps, [100 * (r[name] - start) for r in rows], marker=".", label=f"{name}: from {start:.4f}")
-    right.set(title="validation recovery, points above the start", xlabel="step")
+            right.plot(steps, [r[name] / start for r in rows], marker=".", label=f"{name}: from {start:.4f}")
+    right.set(title="attention left out in validation, over the start's", xlabel="step")
     right.legend(fontsize=7)
     save(figure, path, dpi=90)
 
