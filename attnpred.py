@@ -213,8 +213,7 @@ def load_predictor(path) -> Predictor:
     unreadable, or holds other keys or shapes, NaN or infinity.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"predictor {path} does not exist: give a .safetensors file or a pickled state dict")
+    require(path.is_file(), f"predictor {path} does not exist: give a .safetensors file or a pickled state dict")
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
@@ -229,8 +228,8 @@ def load_predictor(path) -> Predictor:
     except (RuntimeError, TypeError, AttributeError):
         wanted = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in predictor.state_dict().items())
         raise InputError(f"predictor {path} must hold these tensors and no others: {wanted}") from None
-    if not all(tensor.isfinite().all() for tensor in predictor.state_dict().values()):
-        raise InputError(f"predictor {path} holds NaN or infinity; train or fetch it again")
+    finite = all(tensor.isfinite().all() for tensor in predictor.state_dict().values())
+    require(finite, f"predictor {path} holds NaN or infinity; train or fetch it again")
     return predictor.requires_grad_(False)
 
 
@@ -533,30 +532,32 @@ class SparseDecoder:
     def select_next(self):
         """Predict and select the blocks that the tokens up to the next selection attend to."""
         start, end = self.config.middle(self.n_tokens + 1)
-        if self.config.fits(self.n_tokens + 1):
-            if not self.cache.holds_everything:
-                self.cache.keep(min(self.n_tokens, max(start, end) * self.config.block_size))  # it may end in the sink
-                self.next_lists = self.choose(None, start, max(start, end))
-                self.cache.select(self.next_lists)
+        end, scores = max(start, end), None
+        if not self.config.fits(self.n_tokens + 1):
+            if self.fits:
+                self.begin_history()
+            if self.config.topk_blocks:
+                scores = self.scores(start, end)
+            self.predicted_end, self.new_rows = end, 0
+        elif self.cache.holds_everything:
             return
-        if self.fits:  # from now on the text exceeds the budget: pool the rows of the queries kept so far
-            self.fits = False
-            rows = min(self.n_queries, self.config.history_len)
-            order = (self.n_queries - rows + torch.arange(rows, device=self.queries.device)) % self.config.history_len
-            stride = self.config.row_stride(self.n_tokens)
-            self.cache.keep(self.last_query)
-            self.store_rows(self.cache.pool(self.queries[:, :, order], self.last_query, stride)[0])
-        self.cache.keep(end * self.config.block_size)
-        self.next_lists = self.choose(self.scores(start, end) if self.config.topk_blocks else None, start, end)
+        self.cache.keep(min(self.n_tokens, end * self.config.block_size))  # the sink may end after the text
+        self.next_lists = self.choose(scores, start, end)
         self.cache.select(self.next_lists)
-        self.predicted_end, self.new_rows = end, 0
+
+    def begin_history(self):
+        """From now on the text exceeds the budget: pool the rows of the queries kept so far."""
+        self.fits = False
+        rows = min(self.n_queries, self.config.history_len)
+        order = (self.n_queries - rows + torch.arange(rows, device=self.queries.device)) % self.config.history_len
+        stride = self.config.row_stride(self.n_tokens)
+        self.cache.keep(self.last_query)
+        self.store_rows(self.cache.pool(self.queries[:, :, order], self.last_query, stride)[0])
 
     def scores(self, start, end):
         """Predicted scores of the middle blocks [start, end): (L', heads, end - start) float32."""
-        history, contributions = (
-            self.history.flatten(0, 1),
-            self.contributions.flatten(0, 1),
-        )  # (L' * heads, H, capacity)
+        history = self.history.flatten(0, 1)  # (L' * heads, H, capacity)
+        contributions = self.contributions.flatten(0, 1)  # (L' * heads, H, capacity)
         valid_end = max(start, self.predicted_end)
         if self.step:  # the first prediction belongs to prefill
             shape = *history.shape[:2], self.new_rows, start, end, valid_end
@@ -574,9 +575,8 @@ class SparseDecoder:
         scores is None where all of the middle is selected, or nothing.
         """
         c, n, device = self.config, end - start, self.history.device
-        offset = torch.arange(self.heads, device=device)[:, None] * n  # (heads, 1)
         if scores is None:
-            best = (offset + torch.arange(n if self.fits else 0, device=device)).expand(self.sparse_layers, -1, -1)
+            best = torch.arange(self.heads * n if self.fits else 0, device=device).expand(self.sparse_layers, -1)
         else:
             layers, shared = len(scores), c.share_budget == "layer"
             rows = scores.flatten(1) if shared else scores.flatten(0, 1)  # (rows, n'): a row shares its budget
@@ -585,16 +585,16 @@ class SparseDecoder:
                 held = self.selected // self.capacity * n + self.selected % self.capacity - start  # (layers, heads * K)
                 held = (held if shared else held % n).view(best.shape)  # (rows, k)
                 best = limit_exchange(rows, best, held, c.exchanged(best.shape[1]), self.backend)
-            best = best if shared else best.unflatten(0, (layers, -1)) + offset
-        best = best.flatten(1)  # (layers, k) in heads * n
+            if not shared:
+                best = best.view(layers, self.heads, -1) + torch.arange(self.heads, device=device)[:, None] * n
+            best = best.flatten(1)  # (layers, k) in heads * n
         selected = best // n * self.capacity + best % n + start  # (layers, k) ids
         self.selected = None if scores is None else selected
         tail = c.tail_blocks(self.n_tokens)
         sink = min(start, c.n_blocks(self.n_tokens + 1))
         end = end if end > start else sink  # without a middle, the tail follows the sink
-        self.attended_tokens = selected.shape[1] * c.block_size + self.heads * (
-            self.n_tokens - (end - sink) * c.block_size
-        )
+        left_out = self.heads * (end - sink) - selected.shape[1]  # blocks of a layer's middle
+        self.attended_tokens = self.heads * self.n_tokens - left_out * c.block_size  # of a layer
         return BlockLists.build(selected, self.heads, self.capacity, self.n_tokens, sink, end, tail, c.block_size)
 
     # What it knows of itself
@@ -689,8 +689,8 @@ def host_memory(shape, dtype, device, owner) -> torch.Tensor:
     memory = torch.zeros(shape, dtype=dtype)
     if device.type == "cuda" and memory.numel():
         cuda = torch.cuda.cudart()
-        if int(cuda.cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)):
-            raise InputError(f"{memory.numel() * memory.element_size() / 1e9:,.2f} GB of host memory cannot be pinned")
+        error = int(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        require(not error, f"{memory.nbytes / 1e9:,.2f} GB of host memory cannot be pinned")
         weakref.finalize(owner, lambda: (torch.cuda.synchronize(device), cuda.cudaHostUnregister(memory.data_ptr())))
     return memory
 
@@ -1079,9 +1079,8 @@ def format_stats(decoder: SparseDecoder) -> str:
 def format_summary(decoder: SparseDecoder) -> str:
     """One line: speed, and bytes read against dense decoding."""
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
-    line = (
-        f"{decoder.stats.decode_tokens:,} tokens, {stats.decode_tokens / max(stats.decode_seconds, 1e-9):,.1f} tokens/s"
-    )
+    speed = stats.decode_tokens / max(stats.decode_seconds, 1e-9)
+    line = f"{stats.decode_tokens:,} tokens, {speed:,.1f} tokens/s"
     if stats.decode_tokens:
         read, dense = stats.read_bytes / steps / 1e6, stats.dense_bytes / steps / 1e6
         line += f", KV read {read:,.1f} MB a token, dense {dense:,.1f} MB"
@@ -1159,10 +1158,8 @@ def read_prompt(args) -> str:
         parts.append(read_document(args.prompt_file))
     if args.prompt is not None:
         parts.append(args.prompt)
-    if not parts:
-        raise InputError("there is no prompt: give --prompt, --prompt-file or both (--help lists the options)")
-    if not all(part.strip() for part in parts):
-        raise InputError("the prompt is empty: give it some text")
+    require(parts, "there is no prompt: give --prompt, --prompt-file or both (--help lists the options)")
+    require(all(part.strip() for part in parts), "the prompt is empty: give it some text")
     return parts[0].rstrip() + "\n\n" + parts[1] if len(parts) == 2 else parts[0]
 
 
@@ -1183,8 +1180,7 @@ def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name} is not available: try cpu")
+    require(device is not None and device.type in ("cpu", "cuda"), f"device {name} is not available: try cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
     dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -1271,13 +1267,11 @@ def run(args, make_decoder=SparseDecoder) -> SparseDecoder:
         text = tokenizer.chat([{"role": "user", "content": text}]) if tokenizer.has_chat_template else text
     tokens = tokenizer.encode(text)
     room = m.context_len - len(tokens)
-    if room < 1:
-        raise InputError(f"the prompt has {len(tokens):,} tokens, the model's context {m.context_len:,}: shorten it")
+    require(room >= 1, f"the prompt has {len(tokens):,} tokens, the model's context {m.context_len:,}: shorten it")
     max_new_tokens = min(args.max_new_tokens, room)
-    check_memory(config, m, len(tokens) + max_new_tokens, model.kv_dtype, device, args.offload)
-    decoder = make_decoder(
-        config, model, predictor, len(tokens) + max_new_tokens, backend, args.offload, not args.no_graph
-    )
+    capacity_tokens = len(tokens) + max_new_tokens
+    check_memory(config, m, capacity_tokens, model.kv_dtype, device, args.offload)
+    decoder = make_decoder(config, model, predictor, capacity_tokens, backend, args.offload, not args.no_graph)
     stream = TextStream(tokenizer)
     try:
         for token in generate(model, decoder, tokens, max_new_tokens, args.temperature, args.top_p, args.seed):
