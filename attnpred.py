@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import safetensors.torch
 import torch
@@ -212,8 +213,7 @@ def load_predictor(path) -> Predictor:
     unreadable, or holds other keys or shapes, NaN or infinity.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"predictor {path} does not exist: give a .safetensors file or a pickled state dict")
+    require(path.is_file(), f"predictor {path} does not exist: give a .safetensors file or a pickled state dict")
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
@@ -228,8 +228,8 @@ def load_predictor(path) -> Predictor:
     except (RuntimeError, TypeError, AttributeError):
         wanted = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in predictor.state_dict().items())
         raise InputError(f"predictor {path} must hold these tensors and no others: {wanted}") from None
-    if not all(tensor.isfinite().all() for tensor in predictor.state_dict().values()):
-        raise InputError(f"predictor {path} holds NaN or infinity; train or fetch it again")
+    finite = all(tensor.isfinite().all() for tensor in predictor.state_dict().values())
+    require(finite, f"predictor {path} holds NaN or infinity; train or fetch it again")
     return predictor.requires_grad_(False)
 
 
@@ -532,30 +532,32 @@ class SparseDecoder:
     def select_next(self):
         """Predict and select the blocks that the tokens up to the next selection attend to."""
         start, end = self.config.middle(self.n_tokens + 1)
-        if self.config.fits(self.n_tokens + 1):
-            if not self.cache.holds_everything:
-                self.cache.keep(min(self.n_tokens, max(start, end) * self.config.block_size))  # it may end in the sink
-                self.next_lists = self.choose(None, start, max(start, end))
-                self.cache.select(self.next_lists)
+        end, scores = max(start, end), None
+        if not self.config.fits(self.n_tokens + 1):
+            if self.fits:
+                self.begin_history()
+            if self.config.topk_blocks:
+                scores = self.scores(start, end)
+            self.predicted_end, self.new_rows = end, 0
+        elif self.cache.holds_everything:
             return
-        if self.fits:  # from now on the text exceeds the budget: pool the rows of the queries kept so far
-            self.fits = False
-            rows = min(self.n_queries, self.config.history_len)
-            order = (self.n_queries - rows + torch.arange(rows, device=self.queries.device)) % self.config.history_len
-            stride = self.config.row_stride(self.n_tokens)
-            self.cache.keep(self.last_query)
-            self.store_rows(self.cache.pool(self.queries[:, :, order], self.last_query, stride)[0])
-        self.cache.keep(end * self.config.block_size)
-        self.next_lists = self.choose(self.scores(start, end) if self.config.topk_blocks else None, start, end)
+        self.cache.keep(min(self.n_tokens, end * self.config.block_size))  # the sink may end after the text
+        self.next_lists = self.choose(scores, start, end)
         self.cache.select(self.next_lists)
-        self.predicted_end, self.new_rows = end, 0
+
+    def begin_history(self):
+        """From now on the text exceeds the budget: pool the rows of the queries kept so far."""
+        self.fits = False
+        rows = min(self.n_queries, self.config.history_len)
+        order = (self.n_queries - rows + torch.arange(rows, device=self.queries.device)) % self.config.history_len
+        stride = self.config.row_stride(self.n_tokens)
+        self.cache.keep(self.last_query)
+        self.store_rows(self.cache.pool(self.queries[:, :, order], self.last_query, stride)[0])
 
     def scores(self, start, end):
         """Predicted scores of the middle blocks [start, end): (L', heads, end - start) float32."""
-        history, contributions = (
-            self.history.flatten(0, 1),
-            self.contributions.flatten(0, 1),
-        )  # (L' * heads, H, capacity)
+        history = self.history.flatten(0, 1)  # (L' * heads, H, capacity)
+        contributions = self.contributions.flatten(0, 1)  # (L' * heads, H, capacity)
         valid_end = max(start, self.predicted_end)
         if self.step:  # the first prediction belongs to prefill
             shape = *history.shape[:2], self.new_rows, start, end, valid_end
@@ -573,9 +575,8 @@ class SparseDecoder:
         scores is None where all of the middle is selected, or nothing.
         """
         c, n, device = self.config, end - start, self.history.device
-        offset = torch.arange(self.heads, device=device)[:, None] * n  # (heads, 1)
         if scores is None:
-            best = (offset + torch.arange(n if self.fits else 0, device=device)).expand(self.sparse_layers, -1, -1)
+            best = torch.arange(self.heads * n if self.fits else 0, device=device).expand(self.sparse_layers, -1)
         else:
             layers, shared = len(scores), c.share_budget == "layer"
             rows = scores.flatten(1) if shared else scores.flatten(0, 1)  # (rows, n'): a row shares its budget
@@ -584,16 +585,16 @@ class SparseDecoder:
                 held = self.selected // self.capacity * n + self.selected % self.capacity - start  # (layers, heads * K)
                 held = (held if shared else held % n).view(best.shape)  # (rows, k)
                 best = limit_exchange(rows, best, held, c.exchanged(best.shape[1]), self.backend)
-            best = best if shared else best.unflatten(0, (layers, -1)) + offset
-        best = best.flatten(1)  # (layers, k) in heads * n
+            if not shared:
+                best = best.view(layers, self.heads, -1) + torch.arange(self.heads, device=device)[:, None] * n
+            best = best.flatten(1)  # (layers, k) in heads * n
         selected = best // n * self.capacity + best % n + start  # (layers, k) ids
         self.selected = None if scores is None else selected
         tail = c.tail_blocks(self.n_tokens)
         sink = min(start, c.n_blocks(self.n_tokens + 1))
         end = end if end > start else sink  # without a middle, the tail follows the sink
-        self.attended_tokens = selected.shape[1] * c.block_size + self.heads * (
-            self.n_tokens - (end - sink) * c.block_size
-        )
+        left_out = self.heads * (end - sink) - selected.shape[1]  # blocks of a layer's middle
+        self.attended_tokens = self.heads * self.n_tokens - left_out * c.block_size  # of a layer
         return BlockLists.build(selected, self.heads, self.capacity, self.n_tokens, sink, end, tail, c.block_size)
 
     # What it knows of itself
@@ -688,14 +689,17 @@ def host_memory(shape, dtype, device, owner) -> torch.Tensor:
     memory = torch.zeros(shape, dtype=dtype)
     if device.type == "cuda" and memory.numel():
         cuda = torch.cuda.cudart()
-        if int(cuda.cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)):
-            raise InputError(f"{memory.numel() * memory.element_size() / 1e9:,.2f} GB of host memory cannot be pinned")
+        error = int(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        require(not error, f"{memory.nbytes / 1e9:,.2f} GB of host memory cannot be pinned")
         weakref.finalize(owner, lambda: (torch.cuda.synchronize(device), cuda.cudaHostUnregister(memory.data_ptr())))
     return memory
 
 
 class KVCache:
-    """K and V of all layers, resident on the device, in blocks. Capacity is fixed; memory is touched as tokens come."""
+    """K and V of all layers, or of the first n_layers, resident on the device, in blocks.
+
+    Capacity is fixed; memory is touched as tokens come.
+    """
 
     holds_everything = True  # so while the text fits the budget, attend_all serves
 
@@ -707,15 +711,22 @@ class KVCache:
         shape = (2, n_layers, m.n_kv_heads, self.capacity, c.block_size, m.head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.k, self.v = self.kv  # (L, Hk, capacity, b, D) each
+        self.blocks = self.kv.flatten(1, 3)  # (2, L * Hk * capacity, b, D): what lists.table addresses
         self.dense_layers = min(c.dense_layers, m.n_layers)
-        self.lists = None
-        padded = backend == "torch" and self.kv.is_cpu and c.history_rows == "true"  # so kernels.attend_padded serves
+        self.lists = self.block_max = None
+        self.needs_max = backend == "triton" or c.history_rows == "every"  # each block's largest logit
+        padded = self.kv.is_cpu and not self.needs_max  # so kernels.attend_padded serves
         self.padded = [] if padded else None  # a sparse layer's addresses (heads, n) each
         if backend == "triton":  # a dense layer's lists: every block of each head
             every_block = torch.arange(m.n_kv_heads * self.capacity, dtype=torch.int32, device=device)
             lengths = torch.zeros(m.n_kv_heads, dtype=torch.int32, device=device)
             self.every_block = every_block, every_block[:: self.capacity].contiguous(), lengths
             self.every_max = self.kv.new_empty(m.n_heads // m.n_kv_heads, len(every_block), dtype=torch.float32)
+
+    @property
+    def device_bytes(self) -> int:
+        """K and V that the device has room for."""
+        return self.kv.nbytes
 
     def write_prompt(self, layer, k, v, first=0):
         """Store k, v (Hk, T, D) of the tokens from `first` on. Returns K and V up to there: (Hk, first + T, D) each."""
@@ -730,8 +741,9 @@ class KVCache:
         """The next writes and reads belong to token n_tokens - 1, which attends to these lists."""
         self.n_tokens = n_tokens
         if lists is not self.lists:
-            self.lists, n_listed = lists, lists.ids.numel()  # L' * A
-            self.block_max = self.kv.new_zeros(self.group, n_listed, dtype=torch.float32)  # (G, L' * A)
+            self.lists = lists
+            if self.needs_max:
+                self.block_max = self.kv.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
 
     def advance(self):
         """All lists have grown by the token."""
@@ -747,7 +759,7 @@ class KVCache:
         if layer < self.dense_layers or self.lists is None:
             return *self.kv[:, layer].flatten(1, 2), *self.every_block
         sparse = layer - self.dense_layers
-        return *self.kv.flatten(1, 3), self.lists.table, self.lists.first[sparse], self.lists.lengths[sparse]
+        return *self.blocks, self.lists.table, self.lists.first[sparse], self.lists.lengths[sparse]
 
     def write_token(self, layer, k, v):
         """Store k, v (Hk, D) of the current token."""
@@ -775,7 +787,7 @@ class KVCache:
     def attend(self, layer, q):
         """Attention of q (Hq, D) over the lists of a sparse layer -> out (Hq, D), log-sum-exp (Hq,)."""
         k, v, *lists = self.pool_and_lists(layer + self.dense_layers)
-        if self.padded is not None:
+        if self.padded:
             n = self.longest[layer]
             address, mask = self.padded[layer][:, :n], self.mask[layer, :, : n * self.block_size]
             return kernels.attend_padded(q, k, v, address, mask)  # of (heads, n), (heads, n * b)
@@ -804,34 +816,33 @@ class KVCache:
         kernels.write_rows(self.block_max, lse, *lists, rows, self.block_size, self.backend)
 
 
-class OffloadedCache:
-    """Stands in for KVCache where K and V live in host memory, a block's K and V side by side.
+class OffloadedCache(KVCache):
+    """A KVCache whose sparse layers have their K and V in host memory, a block's K and V side by side.
 
     The device has slots: for each sparse layer those of the selected blocks and spare ones, and for each head those of
     the sink and of the tail. A new selection copies only the blocks that no slot holds yet, into spare slots, while
     tokens that attend to the selection before it go on. A calibration runs where the keys are: a thread pools them in
-    host memory. Before each of both the tail's new blocks are written to the host. Dense layers stay on the device.
+    host memory. Before each of both the tail's new blocks are written to the host.
     """
 
     holds_everything = False
 
     def __init__(self, c: Config, m: LlamaConfig, heads, capacity_tokens, dtype, device, backend):
-        self.block_size, self.heads, self.backend = c.block_size, heads, backend
-        self.n_kv_heads, self.group = m.n_kv_heads, m.n_heads // heads
-        self.capacity, self.device = c.n_blocks(capacity_tokens), torch.device(device)
-        self.dense_layers = min(c.dense_layers, m.n_layers)
-        self.dense = KVCache(c, m, heads, capacity_tokens, dtype, device, backend, n_layers=self.dense_layers)
-        self.keeps_rows = c.history_rows == "every"  # so each block's largest logit is needed
+        dense_layers = min(c.dense_layers, m.n_layers)
+        super().__init__(c, m, heads, capacity_tokens, dtype, device, backend, n_layers=dense_layers)
+        self.device = self.kv.device
         self.sink, self.ring = c.sink_tokens // c.block_size, c.tail_blocks(capacity_tokens)
-        self.selectable = self.selected_slots(c, heads, capacity_tokens)
-        n_layers, block = m.n_layers - self.dense_layers, (2, c.block_size, m.head_dim)
+        rows, k = (1, heads * c.topk_blocks) if c.share_budget == "layer" else (heads, c.topk_blocks)
+        spare = max(rows * c.exchanged(k), heads * c.new_blocks(capacity_tokens))  # all that a selection may bring
+        self.selectable = heads * c.topk_blocks + spare  # slots of a layer for selected blocks
+        n_layers, block = m.n_layers - dense_layers, (2, c.block_size, m.head_dim)
         host = n_layers, m.n_kv_heads, self.capacity, *block
         self.host = host_memory(host, dtype, self.device, self)  # (L', Hk, capacity, 2, b, D)
         n_slots = self.selectable + heads * (self.sink + self.ring)
         self.slots = torch.zeros(n_layers, n_slots, *block, dtype=dtype, device=device)  # (L', slots, 2, b, D)
+        self.blocks = self.slots.flatten(0, 1).unbind(1)  # (L' * slots, b, D): K's, V's
         self.home = self.slots[:, self.selectable :].unflatten(1, (heads, -1))  # (L', heads, sink + ring, 2, b, D)
         self.held = torch.full((n_layers, self.selectable), -1, dtype=torch.int32, device=device)  # ids in the slots
-        self.lists = None
         self.written = 0  # tokens that the host has
         self.worker = None
         if uses_streams(self.device):
@@ -844,21 +855,14 @@ class OffloadedCache:
         self.selected = 0  # blocks selected, of all heads
         self.written_bytes = 0  # to the host
 
-    @staticmethod
-    def selected_slots(c, heads, n_tokens):
-        """Slots of a layer for selected blocks: heads * K, and spare ones for all that a selection may bring."""
-        rows, k = (1, heads * c.topk_blocks) if c.share_budget == "layer" else (heads, c.topk_blocks)
-        return heads * c.topk_blocks + max(rows * c.exchanged(k), heads * c.new_blocks(n_tokens))
-
     @property
     def block_bytes(self) -> int:
         """K and V of one head's block."""
-        return self.slots[0, 0].numel() * self.slots.element_size()
+        return self.slots[0, 0].nbytes
 
     @property
     def device_bytes(self) -> int:
-        """K and V that the device has room for."""
-        return sum(t.numel() * t.element_size() for t in (self.slots, self.dense.kv))
+        return self.kv.nbytes + self.slots.nbytes
 
     def home_of(self, block):
         """The places in `home` of blocks of the sink or the tail."""
@@ -867,7 +871,7 @@ class OffloadedCache:
     def write_prompt(self, layer, k, v, first=0):
         """As KVCache.write_prompt, `first` the start of a block. Earlier K and V are copied back from the host."""
         if layer < self.dense_layers:
-            return self.dense.write_prompt(layer, k, v, first)
+            return super().write_prompt(layer, k, v, first)
         blocks = torch.stack((k, v), 1)  # (Hk, 2, T, D)
         blocks = F.pad(blocks, (0, 0, 0, -k.shape[1] % self.block_size)).unflatten(2, (-1, self.block_size))
         blocks = blocks.transpose(1, 2)  # (Hk, blocks, 2, b, D)
@@ -882,27 +886,10 @@ class OffloadedCache:
         self.written = first + k.shape[1]
         return [torch.cat((old.flatten(1, 2), new), 1) for old, new in zip(earlier.unbind(2), (k, v))]
 
-    def begin_token(self, n_tokens, lists):
-        """As KVCache.begin_token."""
-        self.dense.begin_token(n_tokens, None)
-        if lists is not self.lists:
-            self.lists = lists
-            self.block_max = self.slots.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
-
-    def advance(self):
-        if self.dense_layers:
-            self.dense.advance()
-
-    def pool_and_lists(self, layer):
-        """As KVCache.pool_and_lists, of a sparse layer."""
-        sparse = layer - self.dense_layers
-        k, v = self.slots.flatten(0, 1).unbind(1)  # (L' * slots, b, D) each
-        return k, v, self.lists.table, self.lists.first[sparse], self.lists.lengths[sparse]
-
     def write_token(self, layer, k, v):
         """Store k, v (Hk, D) of the current token in its block's slots."""
         if layer < self.dense_layers:
-            return self.dense.write_token(layer, k, v)
+            return super().write_token(layer, k, v)
         kernels.append_token(k, v, *self.pool_and_lists(layer), self.backend)
 
     def keep(self, n_tokens):
@@ -940,15 +927,6 @@ class OffloadedCache:
         table = self.selectable + head * (self.sink + self.ring) + self.home_of(block)
         lists.table.copy_((row + table.scatter_(1, lists.places, slots.long())).flatten())
 
-    def attend(self, layer, q):
-        """As KVCache.attend."""
-        block_max = self.block_max if self.keeps_rows or self.backend == "triton" else None
-        return kernels.sparse_decode(q, *self.pool_and_lists(layer + self.dense_layers), block_max, self.backend)
-
-    def attend_all(self, layer, q):
-        """A dense layer's attention."""
-        return self.dense.attend_all(layer, q)
-
     def pool(self, q, n_tokens, stride=1):
         """As KVCache.pool, on the host: the queries go there, the rows come back."""
         rows, lse = self.pool_on_host(q.cpu(), n_tokens, stride)
@@ -962,7 +940,7 @@ class OffloadedCache:
     def begin_pooling(self, q, n_tokens):
         """As KVCache.begin_pooling. Beside a GPU a thread pools, as soon as queries and keys are in host memory."""
         if not self.worker:
-            return KVCache.begin_pooling(self, q, n_tokens)
+            return super().begin_pooling(q, n_tokens)
         self.host_q.copy_(q.contiguous(), non_blocking=True)  # (L', Hq, 1, D)
         pooled = self.worker.submit(self.pool_after, torch.cuda.current_stream().record_event(), n_tokens)
         return lambda: [x.to(self.device, non_blocking=True) for x in pooled.result()]
@@ -974,12 +952,9 @@ class OffloadedCache:
         pinned = self.host_rows, self.host_lse
         return [p.flatten()[: x.numel()].view(x.shape).copy_(x) for p, x in zip(pinned, results)]
 
-    write_rows = KVCache.write_rows
-
     def format_stats(self, n_tokens, steps) -> list[str]:
         """Lines for people about `steps` decoded tokens, n_tokens in all."""
-        whole = self.host.numel() // self.capacity * n_tokens // self.block_size * self.host.element_size()
-        whole += self.dense.kv.numel() // self.capacity * n_tokens // self.block_size * self.host.element_size()
+        whole = (self.host.nbytes + self.kv.nbytes) // (self.capacity * self.block_size) * n_tokens
         fetched, selected = (int(n) * self.block_bytes / steps / 1e6 for n in (self.fetched, self.selected))
         return [
             f"device     {self.device_bytes / 1e6:,.2f} MB of KV slots; the whole cache is {whole / 1e6:,.2f} MB",
@@ -1104,9 +1079,8 @@ def format_stats(decoder: SparseDecoder) -> str:
 def format_summary(decoder: SparseDecoder) -> str:
     """One line: speed, and bytes read against dense decoding."""
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
-    line = (
-        f"{decoder.stats.decode_tokens:,} tokens, {stats.decode_tokens / max(stats.decode_seconds, 1e-9):,.1f} tokens/s"
-    )
+    speed = stats.decode_tokens / max(stats.decode_seconds, 1e-9)
+    line = f"{stats.decode_tokens:,} tokens, {speed:,.1f} tokens/s"
     if stats.decode_tokens:
         read, dense = stats.read_bytes / steps / 1e6, stats.dense_bytes / steps / 1e6
         line += f", KV read {read:,.1f} MB a token, dense {dense:,.1f} MB"
@@ -1184,10 +1158,8 @@ def read_prompt(args) -> str:
         parts.append(read_document(args.prompt_file))
     if args.prompt is not None:
         parts.append(args.prompt)
-    if not parts:
-        raise InputError("there is no prompt: give --prompt, --prompt-file or both (--help lists the options)")
-    if not all(part.strip() for part in parts):
-        raise InputError("the prompt is empty: give it some text")
+    require(parts, "there is no prompt: give --prompt, --prompt-file or both (--help lists the options)")
+    require(all(part.strip() for part in parts), "the prompt is empty: give it some text")
     return parts[0].rstrip() + "\n\n" + parts[1] if len(parts) == 2 else parts[0]
 
 
@@ -1208,8 +1180,7 @@ def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name} is not available: try cpu")
+    require(device is not None and device.type in ("cpu", "cuda"), f"device {name} is not available: try cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
     dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -1251,20 +1222,16 @@ def prefill_memory(c: Config, m: LlamaConfig, n_tokens, dtype, offload) -> int:
 
 
 def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, offload) -> tuple[int, int]:
-    """Bytes that prefill and decoding allocate on the device and in host memory, beside the weights."""
-    heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
-    dense = min(c.dense_layers, m.n_layers)
-    block = 2 * c.block_size * m.head_dim * dtype.itemsize  # K and V of one head
-    every_block = m.n_kv_heads * c.n_blocks(capacity_tokens) * block  # of one layer
-    rows = 2 * heads * c.history_len * c.n_blocks(capacity_tokens) * HISTORY_DTYPE.itemsize  # history, contributions
-    kept = m.n_heads * c.history_len * m.head_dim * dtype.itemsize  # queries
-    slots = heads * (c.sink_tokens // c.block_size + c.tail_blocks(capacity_tokens))
-    slots += OffloadedCache.selected_slots(c, heads, capacity_tokens)
-    sparse = rows + kept + slots * block * offload
-    resident = m.n_layers - (m.n_layers - dense) * offload
-    activations = prefill_memory(c, m, capacity_tokens, dtype, offload)
-    device = resident * every_block + (m.n_layers - dense) * sparse + activations
-    return device, (m.n_layers - resident) * every_block
+    """Bytes that prefill and decoding allocate on the device and in host memory, beside the weights.
+
+    They are those of a decoder whose tensors have no memory.
+    """
+    with torch.device("meta") as meta:  # takes what would be host memory as well
+        model = SimpleNamespace(config=m, device=meta, kv_dtype=dtype)
+        decoder = SparseDecoder(c, model, Predictor(), capacity_tokens, offload=offload)
+    cache, rings = decoder.cache, (decoder.history, decoder.contributions, decoder.queries)
+    device = cache.device_bytes + sum(ring.nbytes for ring in rings)
+    return device + prefill_memory(c, m, capacity_tokens, dtype, offload), cache.host.nbytes if offload else 0
 
 
 def check_memory(c: Config, m: LlamaConfig, capacity_tokens, dtype, device, offload):
@@ -1300,13 +1267,11 @@ def run(args, make_decoder=SparseDecoder) -> SparseDecoder:
         text = tokenizer.chat([{"role": "user", "content": text}]) if tokenizer.has_chat_template else text
     tokens = tokenizer.encode(text)
     room = m.context_len - len(tokens)
-    if room < 1:
-        raise InputError(f"the prompt has {len(tokens):,} tokens, the model's context {m.context_len:,}: shorten it")
+    require(room >= 1, f"the prompt has {len(tokens):,} tokens, the model's context {m.context_len:,}: shorten it")
     max_new_tokens = min(args.max_new_tokens, room)
-    check_memory(config, m, len(tokens) + max_new_tokens, model.kv_dtype, device, args.offload)
-    decoder = make_decoder(
-        config, model, predictor, len(tokens) + max_new_tokens, backend, args.offload, not args.no_graph
-    )
+    capacity_tokens = len(tokens) + max_new_tokens
+    check_memory(config, m, capacity_tokens, model.kv_dtype, device, args.offload)
+    decoder = make_decoder(config, model, predictor, capacity_tokens, backend, args.offload, not args.no_graph)
     stream = TextStream(tokenizer)
     try:
         for token in generate(model, decoder, tokens, max_new_tokens, args.temperature, args.top_p, args.seed):

@@ -212,7 +212,7 @@ def test_a_prompt_in_chunks_equals_one_in_one_piece(config, prompt_len, chunk, o
             decoder.queries.fill_(torch.nan), decoder.history.fill_(0.25)  # what is not written shows
             logits = prefill(model, decoder, tokens)
         cache = decoder.cache
-        tensors = [cache.host, cache.home, cache.dense.kv] if offload else [cache.kv]
+        tensors = [cache.host, cache.home, cache.kv] if offload else [cache.kv]
         rows = decoder.queries[:, :, : decoder.n_queries], decoder.history
         if decoder.sparse_layers:
             assert not rows[0].isnan().any() and decoder.queries[:, :, decoder.n_queries :].isnan().all()

@@ -58,7 +58,7 @@ def test_offloaded_decoding_equals_resident_decoding(config, prompt_len, seed, h
     full = two.cache.written // config.block_size
     host = two.cache.host[:, :, :full].movedim(3, 0)  # (2, L', Hk, full, b, D)
     torch.testing.assert_close(host.to(DEVICE), one.cache.kv[:, dense:, :, :full], **close)
-    torch.testing.assert_close(two.cache.dense.kv, one.cache.kv[:, :dense], **close)
+    torch.testing.assert_close(two.cache.kv, one.cache.kv[:, :dense], **close)
 
 
 def test_counters_are_exact():
@@ -87,7 +87,7 @@ def test_memory_that_is_allocated_is_counted(offload):
     model = tiny_llama()
     decoder = SparseDecoder(CONFIG, model, random_predictor(), 180, offload=offload)
     cache, rings = decoder.cache, [decoder.history, decoder.contributions, decoder.queries]
-    kv = [cache.slots, cache.dense.kv] if offload else [cache.kv]
+    kv = [cache.slots, cache.kv] if offload else [cache.kv]
     device = sum(t.numel() * t.element_size() for t in rings + kv)
     device += attnpred.prefill_memory(CONFIG, model.config, 180, torch.float32, offload)
     host = cache.host.numel() * 4 if offload else 0
