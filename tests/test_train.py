@@ -212,6 +212,11 @@ def test_validation_leaves_out_what_decoding_does(share, M, P, tmp_path, monkeyp
             at = torch.tensor([8 + i * P // M])
             found = train_predictor.left_out(window, predictor.state_dict(), config, P // M, at)[budget]  # (1, Hq, 1)
             torch.testing.assert_close(found[0, :, 0], expected[:, i], atol=1e-5, rtol=1e-2)  # float16
+        at = torch.arange(8, rows, P // M)  # all at once: no more is left out than each one's middle has
+        found = train_predictor.left_out(window, predictor.state_dict(), config, P // M, at)[budget][0]  # (Hq, n)
+        for i, pos in enumerate(range(n_prompt, len(tokens), P)):
+            middle = mass[:, pos : pos + P, slice(*config.middle(pos + 1))].square().sum(-1).mean(1)  # (Hq,)
+            assert (found[:, i] <= middle + 1e-4).all()
 
 
 def write_window(path, pooled, mass, **about):
