@@ -69,7 +69,8 @@ def test_what_is_drawn_is_what_happened():
     model.hidden(torch.tensor(tokens + out[: n - len(tokens)]), torch.arange(n), attend)
     q, k = seen[0]  # the first layer's input does not depend on attention
     p = (q[:, -1:] @ k.repeat_interleave(2, 0).mT * q.shape[-1] ** -0.5).softmax(-1)[:, 0]  # (Hq, T)
-    pooled = F.pad(p, (0, -n % 8)).unflatten(-1, (-1, 8)).amax(-1).unflatten(0, (2, 2)).mean(1)  # (Hk, N)
+    pooled = F.pad(p, (0, -n % 8)).unflatten(-1, (-1, 8)).amax(-1)  # (Hq, N)
+    pooled = pooled.unflatten(0, (2, 2)).square().mean(1).sqrt()  # (Hk, N)
     torch.testing.assert_close(recorder.true_rows[-1][0], pooled, atol=1e-5, rtol=1e-4)
     assert recorder.served is recorder.true_rows[-1]
     history, start, scores = recorder.prediction
