@@ -336,6 +336,14 @@ def test_counters_are_exact():
     assert all((r > 0).all() and (r <= 1 + 1e-5).all() and r.shape == (2, 4) for r in decoder.stats.recovery)
 
 
+def test_calibration_reads_a_key_once_however_heads_select():
+    config = Config(block_size=8, local_tokens=8, budget=32, calibration_interval=4, select_heads="q")
+    model = tiny_llama()
+    decoder = SparseDecoder(config, model, random_predictor(), 200)
+    list(generate(model, decoder, list(range(50)), 10))
+    assert decoder.stats.calibration_bytes == sum(3 * 2 * 16 * 4 * (50 + step) for step in (4, 8))
+
+
 def test_nothing_is_counted_as_chosen_while_everything_fits():
     model = tiny_llama()
     decoder = SparseDecoder(Config(budget=256), model, random_predictor(), 200)

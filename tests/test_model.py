@@ -256,6 +256,8 @@ def test_more_stop_tokens_and_superfluous_tensors(tmp_path):
     old = {"lm_head.weight": head, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     change(tmp_path / "model.safetensors", old)
     assert load(tmp_path)[0].config.eos_token_ids == (7, 9)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
+    assert load(tmp_path)[0].config.eos_token_ids == (2,)  # of config.json
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -110,12 +110,22 @@ def test_installed_documents_are_of_many_kinds_and_none_is_torch():
 def test_contexts_have_the_length_asked_for_and_are_drawn_from_the_seed():
     documents = {"text": [(f"{i}", f"{i} words " * 300) for i in range(40)]}
 
-    def draw(seed, lengths=(900, 1200)):
-        return list(train_predictor.draw_contexts(documents, "train", lengths, 6, 3, 40, LetterTokenizer(), seed))
+    class Shrinking(LetterTokenizer):
+        """What it decodes, it encodes in fewer tokens, as a real tokenizer may."""
+
+        def decode(self, ids):
+            return super().decode(ids[::2])
+
+    def draw(seed, lengths=(900, 1200), window_tokens=40, tokenizer=LetterTokenizer):
+        amounts = lengths, 6, 3, window_tokens
+        return list(train_predictor.draw_contexts(documents, "train", *amounts, tokenizer(), seed))
 
     first = draw(0)
-    assert [len(tokens) for _, tokens, _ in first] == [900, 1200] * 3
+    for contexts in (first, draw(0, tokenizer=Shrinking)):
+        assert [len(tokens) for _, tokens, _ in contexts] == [900, 1200] * 3
     assert all(40 <= end <= len(tokens) for _, tokens, ends in first for end in ends)
+    long_windows = [ends for _, _, ends in draw(0, [1200], 1100)]
+    assert max(map(len, long_windows)) > 1 and all(1100 <= end <= 1200 for ends in long_windows for end in ends)
     assert first == draw(0) and first != draw(1)
     assert any("chat" in origin for origin, _, _ in first)
     with pytest.raises(InputError, match="train split has only [0-9]+ tokens for a context of 1000000"):
@@ -250,6 +260,15 @@ def test_targets_are_the_mass_of_the_next_tokens(selection, monkeypatch):
         assert torch.equal(rows, true)
         places.append((first.item(), t.max().item(), columns[0].item()))
     assert len(set(places)) > 20 and max(last for _, last, _ in places) > 55 - selection
+
+
+def test_batches_reach_both_ends_of_the_middle(monkeypatch):
+    for name, value in dict(SPAN=12, COLUMNS=20, TARGETS=3).items():
+        monkeypatch.setattr(train_predictor, name, value)
+    mass = torch.arange(60.0).expand(1, 1, 60, 60)
+    window = argparse.Namespace(layers=1, rows=60, middle=[(4, 25)] * 60, load=lambda layers: (mass, mass))
+    batches = (train_predictor.draw_batch([window], random.Random(seed), 1, 8, 1) for seed in range(40))
+    assert {rows[0, 0, 0].item() for rows, *_ in batches} == {4, 5}  # the first column of 20, of a middle of 21
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -457,6 +476,19 @@ def test_train_refuses(spoil, options, words, tmp_path, text, tiny_llm, capsys, 
     assert train(tmp_path, *options.split()) == 2
     one_line(capsys, words)
     assert kept is None or out.read_bytes() == kept
+
+
+def test_an_interrupted_context_is_completed(tmp_path, text, monkeypatch):
+    model = tiny_llama(context_len=1200)
+    monkeypatch.setattr(train_predictor, "load_model", lambda *_: (model, LetterTokenizer()))
+    monkeypatch.setattr(train_predictor, "fetch_default_llm", lambda: "tiny")
+    more = "--windows", 2, "--lengths", 1200
+    assert collect(tmp_path, text, *more) == 0
+    files = sorted((tmp_path / "data").iterdir())
+    assert len(files) == 6  # two windows of each of three contexts
+    whole = content(files[0])
+    files[0].unlink()
+    assert collect(tmp_path, text, *more) == 0 and content(files[0]) == whole
 
 
 def test_windows_of_other_settings_do_not_mix(tmp_path, text, tiny_llm, capsys):
