@@ -879,8 +879,8 @@ class OffloadedCache(KVCache):
         end = start + blocks.shape[1]
         earlier = self.host[layer, :, :start].to(self.device)  # (Hk, start, 2, b, D)
         self.host[layer, :, start:end].copy_(blocks)
-        block = torch.arange(start, end, device=self.device)
-        block = block[(block < self.sink) | (block >= end - self.ring)]  # of the sink, or of the tail
+        kept = [block for block in range(start, end) if block < self.sink or block >= end - self.ring]  # sink and tail
+        block = torch.tensor(kept, device=self.device)  # (n,); a mask on the device would make the host wait
         each = blocks[:, block - start].repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, n, 2, b, D)
         self.home[layer, :, self.home_of(block)] = each
         self.written = first + k.shape[1]

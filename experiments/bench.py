@@ -569,13 +569,12 @@ def bench_launches(args, config, device):
         steps, offload = roofline.intervals(config, context), name == "offloaded"
         c = roofline.offloaded(config) if offload else config
         decoder, counts = roofline.decode(model, c, context, steps, offload)
-        kv = decoder.cache.device_bytes if offload else decoder.cache.kv.nbytes
         tokens = Counter((len(one.launches), one.operations.total(), one.link_bytes) for one in counts[-steps:])
         for (triton, operations, link), count in tokens.most_common():
             row = {"context": f"{context:,}", "cache": name, "tokens": f"{count} of {steps}", "Triton": f"{triton:,}"}
             row |= {"PyTorch": f"{operations:,}", "launches": f"{triton + operations:,}"}
             row |= {"MB over the link, selected blocks apart": f"{1e-6 * link:,.2f}"}
-            rows.append(row | {"KV on the device, MB": f"{1e-6 * kv:,.0f}"})
+            rows.append(row | {"KV on the device, MB": f"{1e-6 * decoder.cache.device_bytes:,.0f}"})
     show(rows)
 
 
