@@ -304,7 +304,6 @@ class Stats:
     choosing_bytes: int = 0  # history and contributions read by prediction
     dense_bytes: int = 0  # K and V that dense attention would have read
     choosing_seconds: float = 0.0  # calibration, prediction and selection, where the host waits for them: on a CPU
-    predict_multiply_adds: int = 0
     recovery: list = field(default_factory=list)  # (L', Hq) tensors: share of true attention, on calibrated steps
 
     @property
@@ -429,11 +428,11 @@ class SparseDecoder:
         self.position += 1
         if self.lists is not None:
             self.lists.lengths += 1
-        self.cache.advance()
+        self.cache.advance(self.position)
 
     def decode_attention(self, layer, q, k, v):
         """Attention of one token over its selected blocks: q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)."""
-        self.cache.write_token(layer, k[:, 0], v[:, 0])
+        self.cache.write_token(layer, k, v)
         if layer < self.dense_layers or self.lists is None:
             out = self.cache.attend_all(layer, q[:, 0])  # (Hq, D)
         else:
@@ -560,8 +559,6 @@ class SparseDecoder:
         contributions = self.contributions.flatten(0, 1)  # (L' * heads, H, capacity)
         valid_end = max(start, self.predicted_end)
         if self.step:  # the first prediction belongs to prefill
-            shape = *history.shape[:2], self.new_rows, start, end, valid_end
-            self.stats.predict_multiply_adds += kernels.predict_multiply_adds(*shape)
             rows = history.shape[1] + 4  # H - 4 - new rows of contributions, new rows + 8 of history
             self.stats.choosing_bytes += len(history) * rows * (end - start) * history.element_size()
         scores = kernels.predict(
@@ -683,6 +680,11 @@ def pool_rows(q, keys, heads, n_tokens, stride, backend):
     return group_rms(pooled.unflatten(0, q.shape[:2]), heads), lse.unflatten(0, q.shape[:2])
 
 
+def write_at(memory, position, values):
+    """Store values (..., n, D) at the positions (n,) int64 of memory (..., capacity, D), known on the device only."""
+    memory.index_copy_(-2, position, values)
+
+
 def host_memory(shape, dtype, device, owner) -> torch.Tensor:
     """Zeros in host memory, which a GPU reads and writes until `owner` is gone. PyTorch's own pinned memory would be
     rounded up to a power of two."""
@@ -745,8 +747,9 @@ class KVCache:
             if self.needs_max:
                 self.block_max = self.kv.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
 
-    def advance(self):
-        """All lists have grown by the token."""
+    def advance(self, position):
+        """The token is at position (1,) int64; all lists have grown by it."""
+        self.position = position
         if self.backend == "triton" and (self.dense_layers or self.lists is None):
             self.every_block[2].add_(1)
         elif self.padded:  # one operation for all layers
@@ -754,19 +757,9 @@ class KVCache:
             self.longest = (-(-lengths // self.block_size)).amax(1).tolist()  # of a layer's lists, in blocks
             self.mask = kernels.length_mask(lengths, max(self.longest) * self.block_size)  # (L', heads, tokens)
 
-    def pool_and_lists(self, layer):
-        """For kernels: the blocks of K and of V (blocks, b, D), and what a layer attends to."""
-        if layer < self.dense_layers or self.lists is None:
-            return *self.kv[:, layer].flatten(1, 2), *self.every_block
-        sparse = layer - self.dense_layers
-        return *self.blocks, self.lists.table, self.lists.first[sparse], self.lists.lengths[sparse]
-
     def write_token(self, layer, k, v):
-        """Store k, v (Hk, D) of the current token."""
-        if self.backend == "triton":
-            kernels.append_token(k, v, *self.pool_and_lists(layer), self.backend)
-        else:
-            self.kv[:, layer].flatten(2, 3)[:, :, self.n_tokens - 1] = torch.stack((k, v))  # (2, Hk, D)
+        """Store k, v (Hk, 1, D) of the current token."""
+        write_at(self.kv[:, layer].flatten(2, 3), self.position, torch.stack((k, v)))
 
     def keep(self, n_tokens):
         """Everything is kept where it is."""
@@ -778,20 +771,24 @@ class KVCache:
         layer = torch.arange(layers.start, layers.stop, device=ids.device)[:, None] + self.dense_layers  # (layers, 1)
         kv_head = ids // self.capacity * self.n_kv_heads // self.heads  # (layers, A)
         lists.table.copy_(((layer * self.n_kv_heads + kv_head) * self.capacity + ids % self.capacity).flatten())
+        self.pad(lists, layers)
+
+    def pad(self, lists, layers):
+        """On a CPU: note the addresses of these sparse layers as rectangles."""
         if self.padded is not None:
-            end = torch.full_like(lists.starts[:, :1], ids.shape[1])  # (layers, 1)
+            end = torch.full_like(lists.starts[:, :1], lists.ids.shape[1])  # (layers, 1)
             sizes = lists.starts.diff(append=end).tolist()  # blocks, with room for the tokens up to the next selection
-            rows = zip(lists.table.view(ids.shape), sizes)
+            rows = zip(lists.table.view(lists.ids.shape), sizes)
             self.padded[layers] = [kernels.pad_lists(row.split(size)) for row, size in rows]
 
     def attend(self, layer, q):
         """Attention of q (Hq, D) over the lists of a sparse layer -> out (Hq, D), log-sum-exp (Hq,)."""
-        k, v, *lists = self.pool_and_lists(layer + self.dense_layers)
         if self.padded:
             n = self.longest[layer]
             address, mask = self.padded[layer][:, :n], self.mask[layer, :, : n * self.block_size]
-            return kernels.attend_padded(q, k, v, address, mask)  # of (heads, n), (heads, n * b)
-        return kernels.sparse_decode(q, k, v, *lists, self.block_max, self.backend)
+            return kernels.attend_padded(q, *self.blocks, address, mask)  # of (heads, n), (heads, n * b)
+        lists = self.lists.table, self.lists.first[layer], self.lists.lengths[layer]
+        return kernels.sparse_decode(q, *self.blocks, *lists, self.block_max, self.backend)
 
     def attend_all(self, layer, q):
         """Dense attention of q (Hq, D) -> (Hq, D)."""
@@ -813,7 +810,7 @@ class KVCache:
     def write_rows(self, lse, rows):
         """The rows (L' * heads, capacity) that this step's attention leaves, from its lse (L' * Hq,)."""
         lists = self.lists.columns, self.lists.first.flatten(), self.lists.lengths.flatten()
-        kernels.write_rows(self.block_max, lse, *lists, rows, self.block_size, self.backend)
+        kernels.write_rows(self.block_max, lse, *lists, rows, self.block_size)
 
 
 class OffloadedCache(KVCache):
@@ -842,6 +839,7 @@ class OffloadedCache(KVCache):
         self.slots = torch.zeros(n_layers, n_slots, *block, dtype=dtype, device=device)  # (L', slots, 2, b, D)
         self.blocks = self.slots.flatten(0, 1).unbind(1)  # (L' * slots, b, D): K's, V's
         self.home = self.slots[:, self.selectable :].unflatten(1, (heads, -1))  # (L', heads, sink + ring, 2, b, D)
+        self.home_cells = self.home.unflatten(1, (m.n_kv_heads, -1)).flatten(3, 5)  # (L', Hk, heads / Hk, cells, D)
         self.held = torch.full((n_layers, self.selectable), -1, dtype=torch.int32, device=device)  # ids in the slots
         self.written = 0  # tokens that the host has
         self.worker = None
@@ -886,11 +884,17 @@ class OffloadedCache(KVCache):
         self.written = first + k.shape[1]
         return [torch.cat((old.flatten(1, 2), new), 1) for old, new in zip(earlier.unbind(2), (k, v))]
 
+    def advance(self, position):
+        super().advance(position)
+        key = self.home_of(position // self.block_size) * 2 * self.block_size + position % self.block_size  # (1,)
+        self.cells = torch.cat((key, key + self.block_size))  # (2,): where a head's slots keep the token's K and V
+
     def write_token(self, layer, k, v):
-        """Store k, v (Hk, D) of the current token in its block's slots."""
+        """Store k, v (Hk, 1, D) of the current token in its block's slots."""
         if layer < self.dense_layers:
             return super().write_token(layer, k, v)
-        kernels.append_token(k, v, *self.pool_and_lists(layer), self.backend)
+        cells = self.home_cells[layer - self.dense_layers]  # (Hk, heads / Hk, cells, D)
+        write_at(cells, self.cells, torch.cat((k, v), 1)[:, None].expand(-1, cells.shape[1], -1, -1))
 
     def keep(self, n_tokens):
         """Write the blocks that the host does not have yet back to it, up to a text of n_tokens."""
@@ -926,6 +930,7 @@ class OffloadedCache(KVCache):
         head, block = lists.ids // self.capacity, lists.ids % self.capacity  # (L', A)
         table = self.selectable + head * (self.sink + self.ring) + self.home_of(block)
         lists.table.copy_((row + table.scatter_(1, lists.places, slots.long())).flatten())
+        self.pad(lists, slice(None))
 
     def pool(self, q, n_tokens, stride=1):
         """As KVCache.pool, on the host: the queries go there, the rows come back."""
@@ -1066,11 +1071,9 @@ def format_stats(decoder: SparseDecoder) -> str:
     if stats.recovery:
         recovery = torch.stack(stats.recovery).mean().item()
         lines.append(f"recovery   {recovery:.3f} of the true attention, mean of {len(stats.recovery)} calibrated steps")
-    if stats.predict_multiply_adds:
-        lines.append(
-            f"predictor  {stats.predict_multiply_adds / steps / 1e6:,.1f} M multiply-adds a token; calibrating, "
-            f"predicting and selecting took {stats.choosing_seconds / stats.decode_seconds:.0%} of the time"
-        )
+        if not decoder.side:
+            share = stats.choosing_seconds / stats.decode_seconds
+            lines.append(f"choosing   {share:.0%} of the time: to calibrate, predict and select")
     if isinstance(decoder.cache, OffloadedCache):
         lines += decoder.cache.format_stats(decoder.n_tokens, steps)
     return "\n".join(lines)

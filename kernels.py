@@ -3,8 +3,7 @@
     1. pool_history    queries x keys      ->  block-max attention probabilities, one row per query
     2. predict         rows of history     ->  one score per block
     3. select_blocks   scores              ->  the best blocks
-    4. sparse_decode   query, those blocks ->  attention output, after `append_token` has stored the token's K and V;
-                                               `write_rows` makes the next row of history
+    4. sparse_decode   query, those blocks ->  attention output; `write_rows` makes a row of history of it
     5. copy_blocks     host memory         ->  device slots, for the blocks that `assign_slots` does not find there
 
 Each section gives the mathematics, a PyTorch reference that can be checked by eye, the Triton kernel, and the launcher
@@ -376,16 +375,6 @@ def predict(history, contributions, newest, new_rows, start, end, valid_end, wei
     return contributions[:, :, start:end].mean(1, dtype=torch.float32) + weights["conv3.bias"]
 
 
-def predict_multiply_adds(heads, history_len, new_rows, start, end, valid_end):
-    """Multiply-adds of that call of `predict`, padding counted as data; the network alone, not the mean."""
-    total = 0
-    for top, bottom, first in stale_strips(history_len, new_rows, start, end, valid_end):
-        conv1 = (min(bottom + 1, history_len) - max(top - 1, 0)) * (end - max(first - 1, start))  # cells
-        conv2 = (bottom - top) * (end - first)
-        total += heads * (conv1 * 16 * 9 + conv2 * (32 * 16 * 9 + 32))
-    return total
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # 3. Block selection.   The k highest scores of each row; equal scores: the lower index first; NaN counts as -inf.
 # --------------------------------------------------------------------------------------------------------------------
@@ -504,8 +493,6 @@ def sparse_decode_reference(q, k_pool, v_pool, table, starts, lengths, block_max
     starts, blocks = starts.tolist(), (-(-lengths // block_size)).tolist()
     address = pad_lists([table[start : start + n] for start, n in zip(starts, blocks)])  # (heads, longest)
     mask = length_mask(lengths, address.shape[1] * block_size)  # (heads, tokens)
-    if block_max is None and q.is_cpu and all(blocks):
-        return attend_padded(q, k_pool, v_pool, address, mask)
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, v = (gather_blocks(pool, address).to(dtype) for pool in (k_pool, v_pool))  # (heads, tokens, D)
     groups = q.view(len(starts), -1, head_dim).to(dtype) * head_dim**-0.5  # (heads, G, D)
@@ -628,8 +615,8 @@ def sparse_decode(q, k_pool, v_pool, table, starts, lengths, block_max, backend=
     table      (A,) int32: addresses of blocks in the pool
     starts     (heads,) int32: where each list starts in the table
     lengths    (heads,) int32: tokens in each list, which are all in full blocks but the last; may be 0
-    block_max  (G, A) float32, written at the lists' places: the largest scaled logit of each block. The torch backend
-               takes None, too, and is faster then
+    block_max  (G, A) float32, written at the lists' places: the largest scaled logit of each block; for the torch
+               backend perhaps None
     returns    out (Hq, D) in q's dtype, and the log-sum-exp of scaled logits (Hq,) float32; 0 and -inf for empty lists
     """
     (n_heads, head_dim), heads = q.shape, len(starts)
@@ -661,101 +648,23 @@ def sparse_decode(q, k_pool, v_pool, table, starts, lengths, block_max, backend=
     return out, lse
 
 
-def append_token_reference(k, v, k_pool, v_pool, table, starts, lengths):
-    """See `append_token`."""
-    last = lengths.long() - 1  # (heads,)
-    block_size, shared = k_pool.shape[1], len(starts) // len(k)
-    address = table[starts + last // block_size].long()  # (heads,)
-    for pool, new in ((k_pool, k), (v_pool, v)):
-        pool[address, last % block_size] = new.repeat_interleave(shared, 0)
-
-
-# Grid: (heads,). Traffic: one key and one value.
-@triton.jit
-def _append_kernel(
-    k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, table_ptr, starts_ptr, lengths_ptr, stride_kh, stride_vh, stride_n, stride_t,
-    SHARED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    head, d = tl.program_id(0), tl.arange(0, HEAD_DIM)
-    last = tl.load(lengths_ptr + head) - 1
-    address = tl.load(table_ptr + tl.load(starts_ptr + head) + last // BLOCK_SIZE).to(tl.int64)
-    cell = address * stride_n + last % BLOCK_SIZE * stride_t + d  # (D,)
-    kv_head = head // SHARED
-    tl.store(k_pool_ptr + cell, tl.load(k_ptr + kv_head * stride_kh + d))
-    tl.store(v_pool_ptr + cell, tl.load(v_ptr + kv_head * stride_vh + d))
-
-
-def append_token(k, v, k_pool, v_pool, table, starts, lengths, backend="torch"):
-    """Store the key and the value of a token at the end of every list.
-
-    k, v                                  (Hk, D); the lists of heads / Hk selection heads get the same
-    k_pool, v_pool, table, starts, lengths  as in `sparse_decode`; the lengths, at least 1, count the token already
-    """
-    heads, (n_kv_heads, head_dim) = len(starts), k.shape
-    assert heads % n_kv_heads == 0 and len(lengths) == heads and k.shape == v.shape and k_pool.shape == v_pool.shape
-    if not use_triton(backend, k.device):
-        return append_token_reference(k, v, k_pool, v_pool, table, starts, lengths)
-    check_caches(k, k_pool, v_pool)
-    check_lists(table, starts, lengths)
-    assert v.stride(1) == 1 and v.dtype == k.dtype
-    _append_kernel[(heads,)](
-        k, v, k_pool, v_pool, table, starts, lengths,
-        k.stride(0), v.stride(0), k_pool.stride(0), k_pool.stride(1),
-        SHARED=heads // n_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=k_pool.shape[1], num_warps=1,
-    )  # fmt: skip
-
-
-def write_rows_reference(block_max, lse, columns, starts, lengths, rows, block_size):
-    """See `write_rows`."""
-    heads, group = len(starts), len(block_max)
-    place = torch.arange(len(columns), device=columns.device)  # (A,)
-    first, blocks = starts[:, None], -(-lengths // block_size)[:, None]  # (heads, 1)
-    head, place = torch.nonzero((place >= first) & (place < first + blocks), as_tuple=True)  # (listed,) each
-    p = torch.exp(block_max[:, place] - lse.view(heads, group).T[:, head]).square().mean(0).sqrt()  # (listed,)
-    rows.zero_()
-    rows[head, columns[place].long()] = p.to(rows.dtype)
-
-
-# Grid: (heads, tiles of the longest list). Traffic: block maxima once, the row's listed cells once.
-@triton.jit(do_not_specialize=["stride_row"])
-def _write_rows_kernel(
-    block_max_ptr, lse_ptr, columns_ptr, starts_ptr, lengths_ptr, rows_ptr, stride_mg, stride_row,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    start, n_listed = tl.load(starts_ptr + head), tl.cdiv(tl.load(lengths_ptr + head), BLOCK_SIZE)
-    g = tl.arange(0, GROUP_PAD)
-    lse = tl.load(lse_ptr + head * GROUP + g, mask=g < GROUP, other=0.0)  # (GROUP_PAD,)
-    for tile in range(tl.program_id(1) * TILE, n_listed, tl.num_programs(1) * TILE):
-        place = tile + tl.arange(0, TILE)  # (TILE,) in the list
-        listed = place < n_listed
-        cell = block_max_ptr + g[:, None] * stride_mg + start + place[None, :]
-        block_max = tl.load(cell, mask=(g < GROUP)[:, None] & listed[None, :], other=float("-inf"))
-        p = tl.sqrt(tl.sum(tl.exp(2 * (block_max - lse[:, None])), 0) / GROUP)  # (TILE,)
-        column = tl.load(columns_ptr + start + place, mask=listed, other=0)
-        tl.store(rows_ptr + head * stride_row + column, p.to(rows_ptr.dtype.element_ty), mask=listed)
-
-
-def write_rows(block_max, lse, columns, starts, lengths, rows, block_size, backend="torch"):
+def write_rows(block_max, lse, columns, starts, lengths, rows, block_size):
     """The history rows that sparse attention leaves: the largest probability of each listed block.
 
-    The queries of a group share a row, their root mean square.
+    The queries of a group share a row, their root mean square. One call serves all layers, and only the paper's setting
+    makes one for each token, so it needs no kernel of its own.
 
-    block_max, starts, lengths  as in `sparse_decode`, for the heads of all layers at once; lse (heads * G,) float32
+    block_max, starts, lengths  as in `sparse_decode`, the starts in ascending order; lse (heads * G,) float32
     columns                     (A,) int32: the number of each listed block
     rows                        (heads, capacity) float32 or float16, overwritten; zero where nothing was attended
     """
-    assert len(lse) == len(starts) * len(block_max) and len(rows) == len(starts) and rows.stride(1) == 1
-    if not use_triton(backend, rows.device):
-        return write_rows_reference(block_max, lse, columns, starts, lengths, rows, block_size)
-    check_lists(columns, starts, lengths)
-    assert lse.is_contiguous() and block_max.stride(1) == 1
-    group = len(block_max)
-    rows.zero_()
-    _write_rows_kernel[(len(rows), 4)](
-        block_max, lse, columns, starts, lengths, rows, block_max.stride(0), rows.stride(0),
-        GROUP=group, GROUP_PAD=triton.next_power_of_2(group), BLOCK_SIZE=block_size, TILE=64, num_warps=4,
-    )  # fmt: skip
+    place = torch.arange(len(columns), device=columns.device, dtype=torch.int32)  # (A,)
+    head = (torch.searchsorted(starts, place, right=True) - 1).clamp(min=0)  # (A,)
+    at = place - starts[head]  # (A,) in the head's list
+    listed = (at >= 0) & (at * block_size < lengths[head])
+    p = torch.exp(block_max - lse.view(len(starts), -1).T[:, head]).square().mean(0).sqrt()  # (A,)
+    p = torch.where(listed, p, 0.0).to(rows.dtype)
+    rows.zero_().index_put_((head, torch.where(listed, columns, 0).long()), p, accumulate=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

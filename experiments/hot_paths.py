@@ -48,6 +48,16 @@ def prediction_bytes(heads, history_len, new_rows, start, end, valid_end):
     return heads * (end - start) * (rows * attnpred.HISTORY_DTYPE.itemsize + 4)
 
 
+def predict_multiply_adds(heads, history_len, new_rows, start, end, valid_end):
+    """Multiply-adds of that call of `predict`, padding counted as data; the network alone, not the mean."""
+    total = 0
+    for top, bottom, first in kernels.stale_strips(history_len, new_rows, start, end, valid_end):
+        conv1 = (min(bottom + 1, history_len) - max(top - 1, 0)) * (end - max(first - 1, start))  # cells
+        conv2 = (bottom - top) * (end - first)
+        total += heads * (conv1 * 16 * 9 + conv2 * (32 * 16 * 9 + 32))
+    return total
+
+
 def prediction_paths(m, c, n_tokens, dtype, device, backend):
     weights = kernels.prepare_weights(Predictor().requires_grad_(False).state_dict(), device)
     heads, (start, end) = m.n_layers * m.n_kv_heads, c.middle(n_tokens)
@@ -65,7 +75,7 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
         rivals["convolutions, tf32"] = partial(convolve, True)
     for name, rows, valid_end in (("whole image", 0, start), (f"{new_rows} new rows", new_rows, end)):
         window = rows, start, end, valid_end
-        work = [count(heads, c.history_len, *window) for count in (prediction_bytes, kernels.predict_multiply_adds)]
+        work = [count(heads, c.history_len, *window) for count in (prediction_bytes, predict_multiply_adds)]
         call = partial(kernels.predict, history, contributions, 0, *window, weights, backend)
         yield f"predict, {name}, all layers", *work, call, rivals
 
@@ -109,10 +119,6 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
         elements = pool[:, :1].numel() * len(table)  # of the K and V listed
         moved = elements * pool.element_size() + 2 * q.nbytes + table.nbytes + block_max.nbytes
         yield f"sparse_decode, {name}, one layer", moved, group * elements, call, rivals if counts is not uneven else {}
-    rows = torch.zeros(m.n_kv_heads, n_blocks, device=device, dtype=attnpred.HISTORY_DTYPE)
-    columns, lse = table % n_blocks, torch.zeros(m.n_heads, device=device)
-    call = partial(kernels.write_rows, block_max, lse, columns, starts, lengths, rows, c.block_size, backend)
-    yield "write_rows, one layer", block_max.nbytes + columns.nbytes + rows.nbytes, 0, call, {}
 
 
 def copy_paths(m, c, n_tokens, dtype, device, backend):

@@ -284,7 +284,7 @@ class RivalDecoder(SparseDecoder):
             chosen.first += index * len(chosen.table)
             for all_layers, one in zip(self.lists.tensors(), chosen.tensors()):
                 all_layers.view(self.sparse_layers, -1)[index] = one.flatten()
-            self.cache.advance()
+            self.cache.advance(self.position)
         out = super().decode_attention(layer, q, k, v)  # (Hq, 1, D)
         if index >= 0 and self.measure_every and self.step % self.measure_every == 0:
             self.measure(index, q)

@@ -37,6 +37,21 @@ def test_work_by_hand():
     assert multiply_adds["predict, whole image, all layers"] > multiply_adds["predict, 1 new rows, all layers"]
 
 
+def test_predict_multiply_adds():
+    """Cells counted by hand: 144 multiply-adds in conv1, 4,608 in conv2 and 32 in conv3."""
+    conv1, conv2 = 144, 4608 + 32
+
+    def count(new_rows, valid_end, history_len=8, end=13):
+        return hot_paths.predict_multiply_adds(2, history_len, new_rows, 3, end, valid_end)
+
+    assert count(0, 3) == 2 * (80 * conv1 + 80 * conv2)  # nothing is valid: 8 x 10 cells
+    assert count(4, 13) == count(0, 3) != count(3, 13)  # with H - 4 new rows, no kept row is left
+    edges = (3 + 4) * 10 * conv1 + (2 + 3) * 10 * conv2  # rows 0-1 need rows 0-2 of conv1, rows 5-7 need rows 4-7
+    assert count(1, 13) == 2 * edges
+    assert count(1, 11) == 2 * (edges + 5 * 5 * conv1 + 3 * 4 * conv2)  # and rows 2-4 of the last 2 + 2 columns
+    assert count(1, 6) == 2 * (edges + 5 * 10 * conv1 + 3 * 10 * conv2)  # too few valid columns to keep any
+
+
 def test_prediction_reads_what_its_rows_need():
     """The rows of history and contributions that new rows touch, marked one by one."""
     history_len, start, end = 16, 2, 12

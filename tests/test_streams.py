@@ -50,13 +50,8 @@ def touched_by_copy_blocks(a):
     return [a.source_index, a.destination_index, *(a.source[i] for i, _ in pairs)], [a.destination[j] for _, j in pairs]
 
 
-def touched_by_append_token(a):
-    reads, writes, block_size = [a.k, a.v, a.starts, a.lengths], [], a.k_pool.shape[1]
-    for start, length in zip(a.starts.tolist(), a.lengths.tolist()):
-        place = start + (length - 1) // block_size
-        reads.append(a.table[place])
-        writes += [pool[a.table[place], (length - 1) % block_size] for pool in (a.k_pool, a.v_pool)]
-    return reads, writes
+def touched_by_write_at(a):
+    return [a.position, a.values], [a.memory[..., at : at + 1, :] for at in a.position.tolist()]
 
 
 DECLARED = {
@@ -64,11 +59,11 @@ DECLARED = {
     (kernels, "predict"): touched_by_predict,
     (kernels, "select_blocks"): lambda a: ([a.scores], []),
     (kernels, "sparse_decode"): touched_by_sparse_decode,
-    (kernels, "append_token"): touched_by_append_token,
     (kernels, "write_rows"): lambda a: ([a.block_max, a.lse, a.columns, a.starts, a.lengths], [a.rows]),
     (kernels, "assign_slots"): lambda a: ([a.wanted, a.held], []),
     (kernels, "copy_blocks"): touched_by_copy_blocks,
     (attnpred, "causal_attention"): lambda a: ([a.q, a.k, a.v], []),
+    (attnpred, "write_at"): touched_by_write_at,
 }
 
 
