@@ -251,7 +251,6 @@ class BlockLists:
     starts: torch.Tensor  # (L', heads) int64: where each head's list starts in ids
     lengths: torch.Tensor  # (L', heads) int32: tokens attended; one more with each token
     places: torch.Tensor  # (L', k) int64: where the selected blocks stand in ids
-    columns: torch.Tensor  # (L' * A,) int32: the block numbers, for kernels
     table: torch.Tensor  # (L' * A,) int32: addresses of the blocks in the cache's pool, for kernels; by cache.select
     first: torch.Tensor  # (L', heads) int32: where each list starts in the table
     capacity: int
@@ -266,18 +265,18 @@ class BlockLists:
         starts = size.cumsum(1) - size  # (L', heads)
         rank = torch.arange(k, device=device) - (count.cumsum(1) - count).gather(1, head)  # (L', k) in the head's own
         places = starts.gather(1, head) + sink + rank  # (L', k)
-        first = torch.arange(heads, device=device)[:, None] * capacity  # (heads, 1): the id of each head's block 0
+        block_0 = torch.arange(heads, device=device)[:, None] * capacity  # (heads, 1): its id
         block = torch.arange(max(sink, tail), device=device)
-        sink_ids = (first + block[:sink]).flatten().expand(layers, -1)  # (L', heads * sink)
-        tail_ids = (first + (end + block[:tail]).clamp(max=capacity - 1)).flatten().expand(layers, -1)
+        sink_ids = (block_0 + block[:sink]).flatten().expand(layers, -1)  # (L', heads * sink)
+        tail_ids = (block_0 + (end + block[:tail]).clamp(max=capacity - 1)).flatten().expand(layers, -1)
         ids = selected.new_empty(layers, heads * (sink + tail) + k)  # (L', A)
         ids.scatter_(1, places, selected)
         ids.scatter_(1, (starts[..., None] + block[:sink]).flatten(1), sink_ids)
         ids.scatter_(1, ((starts + sink + count)[..., None] + block[:tail]).flatten(1), tail_ids)
         lengths = ((sink + count) * block_size + n_tokens - end * block_size).int()
-        columns = (ids % capacity).flatten().int()
-        in_table = (starts + torch.arange(layers, device=device)[:, None] * ids.shape[1]).int()
-        return cls(ids, starts, lengths, places, columns, torch.empty_like(columns), in_table, capacity)
+        table = torch.empty(ids.numel(), dtype=torch.int32, device=device)
+        first = (starts + torch.arange(layers, device=device)[:, None] * ids.shape[1]).int()
+        return cls(ids, starts, lengths, places, table, first, capacity)
 
     def tensors(self):
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
@@ -809,7 +808,7 @@ class KVCache:
 
     def write_rows(self, lse, rows):
         """The rows (L' * heads, capacity) that this step's attention leaves, from its lse (L' * Hq,)."""
-        lists = self.lists.columns, self.lists.first.flatten(), self.lists.lengths.flatten()
+        lists = self.lists.ids.flatten() % self.capacity, self.lists.first.flatten(), self.lists.lengths.flatten()
         kernels.write_rows(self.block_max, lse, *lists, rows, self.block_size)
 
 
@@ -1023,22 +1022,16 @@ def generate(
     token.item()  # waits for a GPU
     stats.prefill_tokens, stats.prefill_seconds = len(tokens), time.perf_counter() - began
 
-    def following():
-        stats.decode_tokens += 1
-        return sample(decode_one_token(model, decoder, token), temperature, top_p, generator)  # (1,)
-
     for left in reversed(range(max_new_tokens)):
-        began, value, ahead = time.perf_counter(), read_later(token), left and uses_streams(device)
-        token = following() if ahead else token  # launched before the host knows the token that it follows
+        began, value = time.perf_counter(), read_later(token)
+        if left:  # on a GPU the next step is launched before the host knows the token that it follows
+            stats.decode_tokens += 1
+            token = sample(decode_one_token(model, decoder, token), temperature, top_p, generator)  # (1,)
         value = value()
         stats.decode_seconds += time.perf_counter() - began
         if value in model.config.eos_token_ids:
             return
         yield value
-        if left and not ahead:
-            began = time.perf_counter()
-            token = following()
-            stats.decode_seconds += time.perf_counter() - began
 
 
 def read_later(token) -> Callable[[], int]:

@@ -316,9 +316,9 @@ def _contributions_kernel(
     w1 = tl.load(w1_ptr + tap[:, None] * 16 + c1[None, :])  # (16 taps, 16 channels)
     b1, b2, w3 = tl.load(b1_ptr + c1), tl.load(b2_ptr + c2), tl.load(w3_ptr + c2)
     bias = tl.zeros([TILE, 32], tl.float32) + b2[None, :]  # (TILE, 32): a row of conv2 before any tap
-    above, here = bias, bias  # conv2's rows row - 1 and row, as far as they are complete
+    acc_previous, acc = bias, bias  # conv2's rows row - 1 and row, as far as they are complete
     for row in range(first_row - 1, last_row + 1):  # of conv1
-        below = bias
+        acc_next = bias
         tap_row = row - 1 + tap // 3  # (16,)
         slot = (newest + 1 + tap_row + H) % H
         row_mask = (tap < 9) & (tap_row >= 0) & (tap_row < H)
@@ -332,14 +332,14 @@ def _contributions_kernel(
             in_image = (x_column >= start) & (x_column < end) & (row >= 0) & (row < H)
             x = tl.where(in_image[:, None], tl.maximum(x, 0.0), 0.0)
             w2 = w2_ptr + (dx * 16 + c1[:, None]) * 32 + c2[None, :]  # (16, 32) of tap (0, dx); a row of taps is 1536
-            above = tl.dot(x, tl.load(w2 + 3072), above, input_precision=PRECISION)
-            here = tl.dot(x, tl.load(w2 + 1536), here, input_precision=PRECISION)
-            below = tl.dot(x, tl.load(w2), below, input_precision=PRECISION)
+            acc_previous = tl.dot(x, tl.load(w2 + 3072), acc_previous, input_precision=PRECISION)
+            acc = tl.dot(x, tl.load(w2 + 1536), acc, input_precision=PRECISION)
+            acc_next = tl.dot(x, tl.load(w2), acc_next, input_precision=PRECISION)
         if row > first_row:  # row - 1 is complete, and the program's own
-            p = tl.sum(tl.maximum(above, 0.0) * w3[None, :], 1)  # (TILE,)
+            p = tl.sum(tl.maximum(acc_previous, 0.0) * w3[None, :], 1)  # (TILE,)
             out = head * stride_ph + (newest + row) % H * stride_pr + column
             tl.store(contributions_ptr + out, p, mask=column < end)
-        above, here = here, below
+        acc_previous, acc = acc, acc_next
 
 
 def predict(history, contributions, newest, new_rows, start, end, valid_end, weights, backend="torch"):
@@ -655,7 +655,7 @@ def write_rows(block_max, lse, columns, starts, lengths, rows, block_size):
     makes one for each token, so it needs no kernel of its own.
 
     block_max, starts, lengths  as in `sparse_decode`, the starts in ascending order; lse (heads * G,) float32
-    columns                     (A,) int32: the number of each listed block
+    columns                     (A,) int64: the number of each listed block
     rows                        (heads, capacity) float32 or float16, overwritten; zero where nothing was attended
     """
     place = torch.arange(len(columns), device=columns.device, dtype=torch.int32)  # (A,)
@@ -664,7 +664,7 @@ def write_rows(block_max, lse, columns, starts, lengths, rows, block_size):
     listed = (at >= 0) & (at * block_size < lengths[head])
     p = torch.exp(block_max - lse.view(len(starts), -1).T[:, head]).square().mean(0).sqrt()  # (A,)
     p = torch.where(listed, p, 0.0).to(rows.dtype)
-    rows.zero_().index_put_((head, torch.where(listed, columns, 0).long()), p, accumulate=True)
+    rows.zero_().index_put_((head, torch.where(listed, columns, 0)), p, accumulate=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -439,7 +439,7 @@ def test_write_rows(lengths, group, dtype, seed):
                 expected[h, columns[place]] = p.square().mean().sqrt()
             else:
                 block_max[:, place] = INF if i % 2 else NAN
-    inputs = block_max, lse, int32(columns), int32(starts), int32(lengths)
+    inputs = block_max, lse, columns.to(DEVICE), int32(starts), int32(lengths)
     with guarded(*inputs, ring.view[:, 0], ring.view[:, 2]):
         kernels.write_rows(*inputs, ring.view[:, 1], block_size)
     ring.assert_intact()
