@@ -250,7 +250,7 @@ class BlockLists:
     ids: torch.Tensor  # (L', A) int64: head * capacity + block
     starts: torch.Tensor  # (L', heads) int64: where each head's list starts in ids
     lengths: torch.Tensor  # (L', heads) int32: tokens attended; one more with each token
-    places: torch.Tensor  # (L', k) int64: where the selected blocks stand in ids
+    entries: torch.Tensor  # (L', k) int64: where the selected blocks are in ids
     table: torch.Tensor  # (L' * A,) int32: addresses of the blocks in the cache's pool, for kernels; by cache.select
     first: torch.Tensor  # (L', heads) int32: where each list starts in the table
     capacity: int
@@ -264,19 +264,19 @@ class BlockLists:
         size = sink + count + tail  # (L', heads)
         starts = size.cumsum(1) - size  # (L', heads)
         rank = torch.arange(k, device=device) - (count.cumsum(1) - count).gather(1, head)  # (L', k) in the head's own
-        places = starts.gather(1, head) + sink + rank  # (L', k)
+        entries = starts.gather(1, head) + sink + rank  # (L', k)
         block_0 = torch.arange(heads, device=device)[:, None] * capacity  # (heads, 1): its id
         block = torch.arange(max(sink, tail), device=device)
         sink_ids = (block_0 + block[:sink]).flatten().expand(layers, -1)  # (L', heads * sink)
         tail_ids = (block_0 + (end + block[:tail]).clamp(max=capacity - 1)).flatten().expand(layers, -1)
         ids = selected.new_empty(layers, heads * (sink + tail) + k)  # (L', A)
-        ids.scatter_(1, places, selected)
+        ids.scatter_(1, entries, selected)
         ids.scatter_(1, (starts[..., None] + block[:sink]).flatten(1), sink_ids)
         ids.scatter_(1, ((starts + sink + count)[..., None] + block[:tail]).flatten(1), tail_ids)
         lengths = ((sink + count) * block_size + n_tokens - end * block_size).int()
         table = torch.empty(ids.numel(), dtype=torch.int32, device=device)
         first = (starts + torch.arange(layers, device=device)[:, None] * ids.shape[1]).int()
-        return cls(ids, starts, lengths, places, table, first, capacity)
+        return cls(ids, starts, lengths, entries, table, first, capacity)
 
     def tensors(self):
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
@@ -363,11 +363,6 @@ class SparseDecoder:
         self.graph, self.uses_graph = None, graph and self.side is not None
         self.stats = Stats()
 
-    def __del__(self):
-        """The next tensors may be given a dropped decoder's memory: wait until the side stream is done with it."""
-        if getattr(self, "ready", None) and not sys.is_finalizing():
-            self.join()
-
     # Prefill
 
     def begin_prompt(self, n_tokens):
@@ -392,17 +387,6 @@ class SparseDecoder:
             self.queries[layer - self.dense_layers, :, row : row + kept.shape[1]] = kept
         return causal_attention(layer, q, k, v)
 
-    def warm_up(self):
-        """On a GPU: compile now what calibration and selection would else compile in the middle of an answer."""
-        start = self.config.sink_tokens // self.config.block_size
-        if self.side is None or self.capacity - start <= self.config.topk_blocks:
-            return
-        if self.cache.holds_everything:
-            self.cache.pool(self.queries[:, :, :1], 1)
-        if self.fits and self.config.topk_blocks:  # else the prompt's own selection has compiled them
-            self.choose(self.scores(start, self.capacity), start, self.capacity)
-            self.selected = None
-
     # One token
 
     def begin_token(self):
@@ -422,6 +406,10 @@ class SparseDecoder:
             self.before = torch.cuda.current_stream().record_event()
         self.cache.begin_token(self.n_tokens, self.lists)
 
+    def run_layers(self, model, token):
+        self.advance()
+        return model(token, self.position, self.decode_attention)
+
     def advance(self):
         """The part of `begin_token` that runs on the device, and so in a CUDA graph."""
         self.position += 1
@@ -439,31 +427,6 @@ class SparseDecoder:
         if layer >= self.dense_layers and self.last_query == self.n_tokens:
             self.queries[layer - self.dense_layers, :, (self.n_queries - 1) % self.config.history_len] = q[:, 0]
         return out[:, None]
-
-    def forward(self, model, token):
-        """Run the model on token (1,) -> logits (V,), which the next step may overwrite.
-
-        A step that keeps no query is captured once and then replayed.
-        """
-        if not self.uses_graph or self.last_query == self.n_tokens:
-            return self.run_layers(model, token)
-        if self.graph is None:  # run this step, which compiles the kernels; capture it for the next ones
-            self.graph, self.graph_token = torch.cuda.CUDAGraph(), token.clone()
-            capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")  # a thread may pool beside it
-            stream = capture.capture_stream
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # AMD's library makes a handle for each stream, which a capture forbids
-                logits = self.run_layers(model, token)
-            with capture:  # waits for the whole device first
-                self.graph_logits = self.run_layers(model, self.graph_token)
-            return logits
-        self.graph_token.copy_(token)
-        self.graph.replay()
-        return self.graph_logits
-
-    def run_layers(self, model, token):
-        self.advance()
-        return model(token, self.position, self.decode_attention)
 
     def finish_token(self):
         """After a step, or the prompt (step 0): calibrate, then predict and select where it is time to.
@@ -492,24 +455,7 @@ class SparseDecoder:
                 if self.step == self.selection_due:
                     self.select_next()
 
-    @contextmanager
-    def beside_the_token(self, delay):
-        """Run what follows on the side stream, beside the step under way, which it waits for only if it needs to."""
-        if not self.side:
-            yield
-            return
-        if not delay or self.fits or self.config.history_rows == "every":  # the newest query, keys or row are needed
-            self.before = torch.cuda.current_stream().record_event()
-        self.side.wait_event(self.before)
-        with torch.cuda.stream(self.side):
-            yield
-            self.ready = self.side.record_event()
-
-    def join(self):
-        """Have the current stream wait for what the side stream has been given."""
-        if self.ready:
-            torch.cuda.current_stream().wait_event(self.ready)
-            self.ready = None
+    # After a token: calibrate, predict, select
 
     def begin_calibration(self):
         """Pool the true attention row of this step: on the device at once, of an offloaded cache on the host."""
@@ -593,7 +539,7 @@ class SparseDecoder:
         self.attended_tokens = self.heads * self.n_tokens - left_out * c.block_size  # of a layer
         return BlockLists.build(selected, self.heads, self.capacity, self.n_tokens, sink, end, tail, c.block_size)
 
-    # What it knows of itself
+    # The history, and what is attended and counted
 
     def count_query(self, rows):
         self.n_queries, self.last_query = self.n_queries + rows, self.n_tokens
@@ -620,8 +566,8 @@ class SparseDecoder:
         if lists is None:
             return torch.ones(self.heads, n_blocks, dtype=torch.bool, device=self.history.device)
         ids, starts, lengths = (x[layer] for x in (lists.ids, lists.starts, lists.lengths))
-        place = torch.arange(len(ids), device=ids.device)  # (A,)
-        listed = (place >= starts[:, None]) & (place < (starts + -(-lengths // self.config.block_size))[:, None])
+        entry = torch.arange(len(ids), device=ids.device)  # (A,)
+        listed = (entry >= starts[:, None]) & (entry < (starts + -(-lengths // self.config.block_size))[:, None])
         mask = torch.zeros(self.heads * self.capacity, dtype=torch.bool, device=ids.device)
         mask[ids[listed.any(0)]] = True
         return mask.view(self.heads, -1)[:, :n_blocks]
@@ -637,6 +583,64 @@ class SparseDecoder:
             sparse = self.attended_tokens
         self.stats.attention_bytes += row_bytes * (self.dense_layers * dense + self.sparse_layers * sparse)
         self.stats.dense_bytes += row_bytes * m.n_layers * dense
+
+    # On a GPU: a step is captured once and replayed; selections run beside the tokens, on a stream of their own
+
+    def forward(self, model, token):
+        """Run the model on token (1,) -> logits (V,), which the next step may overwrite.
+
+        A step that keeps no query is captured once and then replayed.
+        """
+        if not self.uses_graph or self.last_query == self.n_tokens:
+            return self.run_layers(model, token)
+        if self.graph is None:  # run this step, which compiles the kernels; capture it for the next ones
+            self.graph, self.graph_token = torch.cuda.CUDAGraph(), token.clone()
+            capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")  # a thread may pool beside it
+            stream = capture.capture_stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # AMD's library makes a handle for each stream, which a capture forbids
+                logits = self.run_layers(model, token)
+            with capture:  # waits for the whole device first
+                self.graph_logits = self.run_layers(model, self.graph_token)
+            return logits
+        self.graph_token.copy_(token)
+        self.graph.replay()
+        return self.graph_logits
+
+    @contextmanager
+    def beside_the_token(self, delay):
+        """Run what follows on the side stream, beside the step under way, which it waits for only if it needs to."""
+        if not self.side:
+            yield
+            return
+        if not delay or self.fits or self.config.history_rows == "every":  # the newest query, keys or row are needed
+            self.before = torch.cuda.current_stream().record_event()
+        self.side.wait_event(self.before)
+        with torch.cuda.stream(self.side):
+            yield
+            self.ready = self.side.record_event()
+
+    def join(self):
+        """Have the current stream wait for what the side stream has been given."""
+        if self.ready:
+            torch.cuda.current_stream().wait_event(self.ready)
+            self.ready = None
+
+    def warm_up(self):
+        """On a GPU: compile now what calibration and selection would else compile in the middle of an answer."""
+        start = self.config.sink_tokens // self.config.block_size
+        if self.side is None or self.capacity - start <= self.config.topk_blocks:
+            return
+        if self.cache.holds_everything:
+            self.cache.pool(self.queries[:, :, :1], 1)
+        if self.fits and self.config.topk_blocks:  # else the prompt's own selection has compiled them
+            self.choose(self.scores(start, self.capacity), start, self.capacity)
+            self.selected = None
+
+    def __del__(self):
+        """The next tensors may be given a dropped decoder's memory: wait until the side stream is done with it."""
+        if getattr(self, "ready", None) and not sys.is_finalizing():
+            self.join()
 
 
 def limit_exchange(scores, best, held, limit, backend):
@@ -862,7 +866,7 @@ class OffloadedCache(KVCache):
         return self.kv.nbytes + self.slots.nbytes
 
     def home_of(self, block):
-        """The places in `home` of blocks of the sink or the tail."""
+        """The slots in `home` of blocks of the sink or the tail."""
         return torch.where(block < self.sink, block, self.sink + block % self.ring)
 
     def write_prompt(self, layer, k, v, first=0):
@@ -914,7 +918,7 @@ class OffloadedCache(KVCache):
     def select(self, lists):
         """Copy the selected blocks that no slot holds yet, and note which slots the lists are in."""
         layer = torch.arange(len(lists.ids), device=lists.ids.device)[:, None]  # (L', 1)
-        wanted = lists.ids.gather(1, lists.places).int()  # (L', k)
+        wanted = lists.ids.gather(1, lists.entries).int()  # (L', k)
         slots, fetch, held = kernels.assign_slots(wanted, self.held)
         self.held.copy_(held)
         source = (layer * self.n_kv_heads + fetch // self.capacity * self.n_kv_heads // self.heads) * self.capacity
@@ -925,10 +929,10 @@ class OffloadedCache(KVCache):
             source.flatten().int(), (row + slots).flatten().int(), self.backend,
         )  # fmt: skip
         self.fetched += (fetch >= 0).sum()
-        self.selected += lists.places.numel()
+        self.selected += lists.entries.numel()
         head, block = lists.ids // self.capacity, lists.ids % self.capacity  # (L', A)
         table = self.selectable + head * (self.sink + self.ring) + self.home_of(block)
-        lists.table.copy_((row + table.scatter_(1, lists.places, slots.long())).flatten())
+        lists.table.copy_((row + table.scatter_(1, lists.entries, slots.long())).flatten())
         self.pad(lists, slice(None))
 
     def pool(self, q, n_tokens, stride=1):
@@ -1233,10 +1237,10 @@ def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, offload) ->
 def check_memory(c: Config, m: LlamaConfig, capacity_tokens, dtype, device, offload):
     """Raise InputError, before anything is computed, where decoding would not fit into memory; say what to do."""
     needs = zip(memory_needed(c, m, capacity_tokens, dtype, offload), (device, torch.device("cpu")))
-    for need, place in needs:
-        free = free_memory(place)
+    for need, at in needs:
+        free = free_memory(at)
         if free is not None and need > free:
-            where = "host memory" if place.type == "cpu" else f"memory of {place}"
+            where = "host memory" if at.type == "cpu" else f"memory of {at}"
             remedy = "a shorter prompt, fewer --max-new-tokens" + ("" if offload else " or --offload")
             raise InputError(
                 f"a text of {capacity_tokens:,} tokens needs {need / 1e9:,.2f} GB of {where}, {free / 1e9:,.2f} GB are "

@@ -298,7 +298,7 @@ def update_contributions_reference(history, contributions, newest, strips, start
 
 
 # Grid: (heads, tiles of TILE columns, chunks of ROWS rows). A program walks down its columns. Both convolutions are
-# matrix products on tensor cores: a cell's 3 x 3 patch (9 of 16 places) times conv1's taps (16, 16), then conv1's 16
+# matrix products on tensor cores: a cell's 3 x 3 patch (9 of 16 columns) times conv1's taps (16, 16), then conv1's 16
 # channels times (16, 32) for each of conv2's 9 taps. Each row of conv1 is added to the three rows of conv2 that look at
 # it, so that only history and p touch global memory. Outside the image conv1's output is zero, as conv2's padding
 # demands. Traffic: ROWS + 4 rows of history read (27 taps hit the cache), ROWS rows of p written; weights stay cached.
@@ -561,9 +561,9 @@ def _decode_kernel(
         logits = tl.dot(q, k, input_precision="ieee") * scale  # (GROUP_PAD, TILE)
         logits = tl.where(listed[None, :], logits, float("-inf"))
         block_max = tl.max(tl.reshape(logits, (GROUP_PAD, TILE_BLOCKS, BLOCK_SIZE)), 2)  # (GROUP_PAD, TILE_BLOCKS)
-        place = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)  # (TILE_BLOCKS,) in the list
-        max_mask = in_group[:, None] & (place * BLOCK_SIZE < length)[None, :]
-        tl.store(block_max_ptr + g[:, None] * stride_mg + start + place[None, :], block_max, mask=max_mask)
+        entry = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)  # (TILE_BLOCKS,) in the list
+        max_mask = in_group[:, None] & (entry * BLOCK_SIZE < length)[None, :]
+        tl.store(block_max_ptr + g[:, None] * stride_mg + start + entry[None, :], block_max, mask=max_mask)
         m_new = tl.maximum(m, tl.max(block_max, 1))  # (GROUP_PAD,)
         p = tl.exp(logits - m_new[:, None])  # (GROUP_PAD, TILE)
         rescale = tl.exp(m - m_new)
@@ -615,7 +615,7 @@ def sparse_decode(q, k_pool, v_pool, table, starts, lengths, block_max, backend=
     table      (A,) int32: addresses of blocks in the pool
     starts     (heads,) int32: where each list starts in the table
     lengths    (heads,) int32: tokens in each list, which are all in full blocks but the last; may be 0
-    block_max  (G, A) float32, written at the lists' places: the largest scaled logit of each block; for the torch
+    block_max  (G, A) float32, written at the lists' entries: the largest scaled logit of each block; for the torch
                backend perhaps None
     returns    out (Hq, D) in q's dtype, and the log-sum-exp of scaled logits (Hq,) float32; 0 and -inf for empty lists
     """
@@ -658,10 +658,10 @@ def write_rows(block_max, lse, columns, starts, lengths, rows, block_size):
     columns                     (A,) int64: the number of each listed block
     rows                        (heads, capacity) float32 or float16, overwritten; zero where nothing was attended
     """
-    place = torch.arange(len(columns), device=columns.device, dtype=torch.int32)  # (A,)
-    head = (torch.searchsorted(starts, place, right=True) - 1).clamp(min=0)  # (A,)
-    at = place - starts[head]  # (A,) in the head's list
-    listed = (at >= 0) & (at * block_size < lengths[head])
+    entry = torch.arange(len(columns), device=columns.device, dtype=torch.int32)  # (A,)
+    head = (torch.searchsorted(starts, entry, right=True) - 1).clamp(min=0)  # (A,)
+    offset = entry - starts[head]  # (A,) in the head's list
+    listed = (offset >= 0) & (offset * block_size < lengths[head])
     p = torch.exp(block_max - lse.view(len(starts), -1).T[:, head]).square().mean(0).sqrt()  # (A,)
     p = torch.where(listed, p, 0.0).to(rows.dtype)
     rows.zero_().index_put_((head, torch.where(listed, columns, 0)), p, accumulate=True)

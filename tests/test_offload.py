@@ -69,7 +69,7 @@ def test_counters_are_exact():
     for step in range(22):
         if step % 3 == 0:  # a selection has just been made, and the host has everything
             lists = decoder.next_lists
-            sets.append([set(row.tolist()) for row in lists.ids.gather(1, lists.places)])
+            sets.append([set(row.tolist()) for row in lists.ids.gather(1, lists.entries)])
             wrote += -(-decoder.n_tokens // 8) - written // 8 if step else 0
             written = decoder.n_tokens
         if step < 21:
