@@ -1237,10 +1237,10 @@ def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, offload) ->
 def check_memory(c: Config, m: LlamaConfig, capacity_tokens, dtype, device, offload):
     """Raise InputError, before anything is computed, where decoding would not fit into memory; say what to do."""
     needs = zip(memory_needed(c, m, capacity_tokens, dtype, offload), (device, torch.device("cpu")))
-    for need, at in needs:
-        free = free_memory(at)
+    for need, memory in needs:
+        free = free_memory(memory)
         if free is not None and need > free:
-            where = "host memory" if at.type == "cpu" else f"memory of {at}"
+            where = "host memory" if memory.type == "cpu" else f"memory of {memory}"
             remedy = "a shorter prompt, fewer --max-new-tokens" + ("" if offload else " or --offload")
             raise InputError(
                 f"a text of {capacity_tokens:,} tokens needs {need / 1e9:,.2f} GB of {where}, {free / 1e9:,.2f} GB are "
