@@ -105,27 +105,17 @@ class Config:
     def __post_init__(self):
         if self.sink_tokens is None:
             object.__setattr__(self, "sink_tokens", self.block_size)
-        b, least = self.block_size, self.sink_tokens + self.local_tokens
+        b = self.block_size
+        least = dict(sink_tokens=0, local_tokens=b, budget=self.sink_tokens + self.local_tokens, history_len=5)
+        least |= dict(dense_layers=0, calibration_interval=1, selection_interval=1)
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             require(not choices or value in choices, f"{f.name} = {value!r} is unknown: use one of {choices}")
+            if f.name in least and value not in ("auto", None):
+                require(value >= least[f.name], f"{f.name} = {value} is too small: use at least {least[f.name]}")
         for name in ("sink_tokens", "local_tokens", "budget"):
             value = getattr(self, name)
-            rounded = max(0, value) // b * b + b
-            require(
-                value >= 0 and value % b == 0, f"{name} = {value} is not a multiple of the block size: try {rounded}"
-            )
-        require(self.local_tokens >= b, f"local_tokens = {self.local_tokens} must hold at least one block: try {b}")
-        require(
-            self.budget >= least, f"budget = {self.budget} is below sink_tokens + local_tokens: use at least {least}"
-        )
-        require(
-            self.history_len >= 5, f"history_len = {self.history_len} is too short for the convolution: use at least 5"
-        )
-        require(self.dense_layers >= 0, f"dense_layers = {self.dense_layers} must not be negative")
-        for name in ("calibration_interval", "selection_interval"):
-            value = getattr(self, name)
-            require(value in ("auto", None) or value >= 1, f"{name} = {value} must be at least 1")
+            require(value % b == 0, f"{name} = {value} is not a multiple of the block size: try {value // b * b + b}")
         delay, longest = self.selection_delay, self.longest_delay(0)
         require(
             delay == "auto" or 0 <= delay < longest,
