@@ -40,72 +40,6 @@ PROGRAMS_PER_MULTIPROCESSOR = 2  # how many programs a split pass over K aims at
 TILE_BYTES = 16384  # of K or of V that a program loads at once; several such loads are in flight
 
 
-def interpreted():
-    return triton.knobs is not None and triton.knobs.runtime.interpret
-
-
-def use_triton(backend, device):
-    """Whether to run the kernel rather than the reference. Raises RuntimeError where the kernel cannot run."""
-    if backend not in ("triton", "torch"):
-        raise ValueError(f'backend must be "triton" or "torch", not {backend!r}')
-    if backend == "torch":
-        return False
-    if triton.knobs is None:
-        raise RuntimeError('backend="triton" needs Triton (pip install triton); backend="torch" works without it')
-    if device.type == "cpu" and not interpreted():
-        raise RuntimeError('backend="triton" needs a GPU, or the interpreter: set TRITON_INTERPRET=1')
-    return True
-
-
-def is_amd():
-    """Whether kernels are compiled for AMD: 64 KB of local memory, and no tf32x3 products."""
-    return torch.version.hip is not None
-
-
-@cache
-def n_multiprocessors(device):
-    """Processors to keep busy: the GPU's own number, an H100's for the meta device, few for the interpreter."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132 if device.type == "meta" else 4
-
-
-def kv_tile(head_dim, block_size, element_size):
-    """How many blocks of K or V a program loads at once, and over how many pipeline stages."""
-    tokens = max(32, block_size, min(128, TILE_BYTES // (head_dim * element_size)))
-    fits = tokens * head_dim * element_size <= TILE_BYTES and not is_amd()
-    return tokens // block_size, 3 if fits else 2
-
-
-def dot_operand(dtype):
-    """The dtype in which tl.dot multiplies: the inputs' own, but float32 in the interpreter, which has no bfloat16."""
-    if interpreted():
-        return tl.float32
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
-
-
-def supports(head_dim, block_size, element_size):
-    """Whether there are attention kernels: powers of two, and tiles of 32 tokens or more that fit in shared memory."""
-    tile_bytes = max(32, block_size) * head_dim * element_size
-    powers_of_two = head_dim in (16, 32, 64, 128, 256) and block_size in (8, 16, 32, 64)
-    return powers_of_two and tile_bytes <= (16384 if is_amd() else 32768)
-
-
-def check_caches(q, *caches):
-    """What the attention kernels assume of q (..., D) and of caches (..., b, D)."""
-    block_size, head_dim = caches[0].shape[-2:]
-    assert supports(head_dim, block_size, q.element_size()), f"no kernel for D = {head_dim}, b = {block_size}"
-    assert q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"no kernel for {q.dtype}"
-    for x in (q, *caches):
-        assert x.dtype == q.dtype and x.shape[-1] == head_dim and x.stride(-1) == 1, "a head must be contiguous"
-    assert all(cache.stride() == caches[0].stride() for cache in caches)
-
-
-def check_lists(*lists):
-    """What the kernels assume of lists of blocks, and of indices."""
-    assert all(x.dtype == torch.int32 and x.stride(-1) == 1 for x in lists), "lists must be contiguous int32"
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # 1. History pooling.   pooled[h, r, n] = max over the keys t of block n, t <= position of r, of softmax(q k / sqrt(D))
 #
@@ -748,3 +682,74 @@ def copy_blocks(source, destination, source_index, destination_index, backend="t
         len(source_index), source.stride(0), destination.stride(0),
         LANES=lanes, TILE=min(2048, triton.next_power_of_2(lanes)), CHUNK=COPY_CHUNK, num_warps=4,
     )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the launchers share
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def interpreted():
+    return triton.knobs is not None and triton.knobs.runtime.interpret
+
+
+def use_triton(backend, device):
+    """Whether to run the kernel rather than the reference. Raises RuntimeError where the kernel cannot run."""
+    if backend not in ("triton", "torch"):
+        raise ValueError(f'backend must be "triton" or "torch", not {backend!r}')
+    if backend == "torch":
+        return False
+    if triton.knobs is None:
+        raise RuntimeError('backend="triton" needs Triton (pip install triton); backend="torch" works without it')
+    if device.type == "cpu" and not interpreted():
+        raise RuntimeError('backend="triton" needs a GPU, or the interpreter: set TRITON_INTERPRET=1')
+    return True
+
+
+def is_amd():
+    """Whether kernels are compiled for AMD: 64 KB of local memory, and no tf32x3 products."""
+    return torch.version.hip is not None
+
+
+@cache
+def n_multiprocessors(device):
+    """Processors to keep busy: the GPU's own number, an H100's for the meta device, few for the interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 4
+
+
+def kv_tile(head_dim, block_size, element_size):
+    """How many blocks of K or V a program loads at once, and over how many pipeline stages."""
+    tokens = max(32, block_size, min(128, TILE_BYTES // (head_dim * element_size)))
+    fits = tokens * head_dim * element_size <= TILE_BYTES and not is_amd()
+    return tokens // block_size, 3 if fits else 2
+
+
+def dot_operand(dtype):
+    """The dtype in which tl.dot multiplies: the inputs' own, but float32 in the interpreter, which has no bfloat16."""
+    if interpreted():
+        return tl.float32
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def supports(head_dim, block_size, element_size):
+    """Whether there are attention kernels: powers of two, and tiles of 32 tokens or more that fit in shared memory."""
+    tile_bytes = max(32, block_size) * head_dim * element_size
+    powers_of_two = head_dim in (16, 32, 64, 128, 256) and block_size in (8, 16, 32, 64)
+    return powers_of_two and tile_bytes <= (16384 if is_amd() else 32768)
+
+
+def check_caches(q, *caches):
+    """What the attention kernels assume of q (..., D) and of caches (..., b, D)."""
+    block_size, head_dim = caches[0].shape[-2:]
+    assert supports(head_dim, block_size, q.element_size()), f"no kernel for D = {head_dim}, b = {block_size}"
+    assert q.dtype in (torch.float32, torch.float16, torch.bfloat16), f"no kernel for {q.dtype}"
+    for x in (q, *caches):
+        assert x.dtype == q.dtype and x.shape[-1] == head_dim and x.stride(-1) == 1, "a head must be contiguous"
+    assert all(cache.stride() == caches[0].stride() for cache in caches)
+
+
+def check_lists(*lists):
+    """What the kernels assume of lists of blocks, and of indices."""
+    assert all(x.dtype == torch.int32 and x.stride(-1) == 1 for x in lists), "lists must be contiguous int32"
