@@ -2,14 +2,12 @@
 
     python -m experiments.evaluate texts --grid "ours,paper,quest bytes=1/16,1/8,1/4"
     python -m experiments.evaluate texts --grid "ours M=5,8,16 P=1,M share=head,layer budget=256,512"
-    python -m experiments.evaluate needles
     python -m experiments.evaluate recovery
     python -m experiments.evaluate lm-eval --lm-tasks my_task --include-path FOLDER
     python -m experiments.evaluate table
 
 texts     A prompt is read densely, once. Then every setting reads the text's own next tokens, one by one, with what its
           cache lets it attend to: for each token the KL divergence from full attention, its rank and perplexity.
-needles   Keys hidden in a text: does the greedy answer hold the one that is asked for?
 recovery  Share of the true attention in the attended blocks, each step with full attention's hidden states.
 lm-eval   Tasks of the `lm-eval` package, with their own prompts and metrics, through lm_eval_adapter.py.
 table     Prints the tables of earlier results and computes nothing.
@@ -41,8 +39,6 @@ import importlib.metadata
 import itertools
 import json
 import pathlib
-import random
-import re
 import sys
 from dataclasses import dataclass
 from fractions import Fraction
@@ -64,7 +60,6 @@ RIVAL_GRID = (
 )
 GRIDS = {  # what a task compares without --grid
     "texts": ["full", RIVAL_GRID, "paper heads=kv bytes=1/4,1/3"],
-    "needles": ["full,ours,paper,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle budget=512"],
     "recovery": [
         "oracle,ours,decayed-mean:0,decayed-mean:1,decayed-mean:0.9,quest,mean-std,random "
         "M=1 P=1 dense=2 share=head heads=q budget=256,512,1024"
@@ -431,58 +426,6 @@ def run_texts(bench):
                 bench.store.add(setting, **values, **row)
 
 
-COLOURS = "red", "blue", "green", "yellow"
-
-
-def hidden_keys(tokenizer, filler, length, depth, n_keys, rng):
-    """A prompt of `length` tokens with `n_keys` five-digit keys, and the one that it asks for, at `depth` (0 ... 1).
-
-    The other keys lie at random depths. A single key is called the pass key.
-    """
-    names = [f"{colour} key" for colour in COLOURS[:n_keys]] if n_keys > 1 else ["pass key"]
-    values = [str(rng.randrange(10000, 100000)) for _ in names]
-    asked = rng.randrange(n_keys)
-    needles = [f"\n\nThe {name} is {key}. Remember it: {key} is the {name}.\n\n" for name, key in zip(names, values)]
-    opening = "Some keys are hidden in the text that follows. Remember them.\n\n"
-    question = f"\n\nWhat is the {names[asked]}? The {names[asked]} is"
-    opening, question, *needles = (tokenizer.encode(t, special_tokens=False) for t in (opening, question, *needles))
-    room = length - len(opening) - len(question) - sum(map(len, needles))
-    if room < 0:
-        raise InputError(f"{length} tokens have no room for {n_keys} keys: use at least {length - room}")
-    offset = rng.randrange(len(filler))
-    body = (filler * (2 + room // len(filler)))[offset : offset + room]
-    depths = [depth if i == asked else rng.random() for i in range(n_keys)]
-    for pos, needle in sorted(((round(d * room), needle) for d, needle in zip(depths, needles)), reverse=True):
-        body[pos:pos] = needle
-    return opening + body + question, values[asked]
-
-
-def run_needles(bench):
-    """Rows have `keys`, `depth`, the `answer` and whether it begins with the key, `found`."""
-    args = bench.args
-    filler = [token for name in args.texts for token in bench.tokenizer.encode(read_text(name), special_tokens=False)]
-    cases = list(itertools.product(args.keys, args.lengths, args.depths, range(args.trials)))
-    for n_keys, length, depth, trial in tqdm(cases, "needles", unit="prompt", disable=args.quiet):
-        case = f"{n_keys} keys, depth {depth:g}, trial {trial}"
-        tokens, key = hidden_keys(bench.tokenizer, filler, length, depth, n_keys, random.Random(f"{length} {case}"))
-        n_new = len(bench.tokenizer.encode(f" {key}.", special_tokens=False))
-        values = dict(task=args.task, text=case, sha256=digest(tokens), n_prompt=length, n_new=n_new)
-        for prompt, settings in bench.batches(values, tokens):
-            for setting, ids in zip(settings, answer(prompt, settings, n_new).T.tolist()):
-                text = bench.tokenizer.decode(ids)
-                found = int(re.findall(r"\d+", text)[:1] == [key])
-                bench.store.add(setting, **values, keys=n_keys, depth=depth, answer=text, found=found)
-
-
-def answer(prompt, settings, n_new):
-    """n_new greedy tokens of each setting: (n_new, M)."""
-    decoders = [prompt.decoder(setting, n_new) for setting in settings]
-    tokens = [prompt.logits[0].argmax().expand(len(settings))]  # (M,) each
-    while len(tokens) < n_new:
-        tokens.append(decode_together(prompt.model, decoders, tokens[-1]).argmax(-1))
-    return torch.stack(tokens)
-
-
 def run_lm_eval(bench):
     """Rows have `scores`: the task's own metrics by name."""
     try:
@@ -503,11 +446,8 @@ def parse_args(argv):
     parser.add_argument("--grid", action="append", help="settings to compare (see above); may be repeated")
     parser.add_argument("--results", default="results/evaluate.jsonl", metavar="FILE", help="results go here")
     parser.add_argument("--texts", nargs="+", default=[*TEXTS, "readme"], help="held-out texts by name, or files")
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; texts and recovery: decoded ones included")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192], help="tokens, decoded ones included")
     parser.add_argument("--n-new", type=int, default=512, help="tokens decoded after the prompt")
-    parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="of the key; 0: first")
-    parser.add_argument("--keys", type=int, nargs="+", default=[1, 4], choices=range(1, 5), help="hidden in a text")
-    parser.add_argument("--trials", type=int, default=1, help="prompts for each depth")
     parser.add_argument("--lm-tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval")
     parser.add_argument("--include-path", metavar="FOLDER", help="your own tasks of lm-eval")
     parser.add_argument("--limit", type=int, help="only so many examples of each task of lm-eval")
@@ -519,14 +459,11 @@ def parse_args(argv):
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     args.settings = [setting for grid in args.grid or GRIDS.get(args.task, []) for setting in parse_grid(grid)]
-    args.lengths = args.lengths or ([1024, 2048, 4096] if args.task == "needles" else [4096, 8192])
-    for name in ("n_new", "together", "trials", *["limit"] * (args.limit is not None)):
+    for name in ("n_new", "together", *["limit"] * (args.limit is not None)):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
     if args.task in ("texts", "recovery") and min(args.lengths) <= args.n_new:
         raise InputError("--lengths must exceed --n-new")
-    if not all(0 <= depth <= 1 for depth in args.depths):
-        raise InputError("--depths must lie in 0 ... 1")
     return args
 
 
@@ -535,11 +472,10 @@ def run(args):
     weights = digest(b"".join(w.contiguous().numpy().tobytes() for w in predictor.state_dict().values()))
     name = pathlib.Path(args.model).name if args.model else "default"
     store = Store(args.results, dict(model=name, dtype=args.dtype, predictor=weights))
-    tasks = {"texts": run_texts, "needles": run_needles, "recovery": run_texts, "lm-eval": run_lm_eval}
+    tasks = {"texts": run_texts, "recovery": run_texts, "lm-eval": run_lm_eval}
     if args.task in tasks:
         model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
-        needed = max(args.lengths) + (16 if args.task == "needles" else 0)  # 16: for the answer
-        if args.task != "lm-eval" and needed > model.config.context_len:
+        if args.task != "lm-eval" and max(args.lengths) > model.config.context_len:
             raise InputError(f"--lengths must fit the model's context of {model.config.context_len} tokens")
         tasks[args.task](Bench(model, tokenizer, predictor, store, args))
     found = {task: store.of(task) for task in ([args.task] if args.task in tasks else tasks)}

@@ -79,14 +79,9 @@ def recovery(rows, against):
     return pivot("recovery, by length and budget", rows, "mean", "setting", ["length", "budget"], "{:.4f}")
 
 
-def needles(rows, against):
-    columns = ["keys", "n_prompt", "depth"]
-    return pivot("keys found, by keys, length and depth", rows, "found", ["setting", "budget"], columns, "{:.0%}")
-
-
 def lm_eval(rows, against):
     rows = [row | {"metric": metric, "score": score} for row in rows for metric, score in row["scores"].items()]
     return pivot("scores of lm-eval", rows, "score", ["setting", "budget"], ["text", "metric"], "{:.3f}")
 
 
-TABLES = {"texts": texts, "needles": needles, "recovery": recovery, "lm-eval": lm_eval}
+TABLES = {"texts": texts, "recovery": recovery, "lm-eval": lm_eval}

@@ -9,14 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from attnpred import InputError, SparseDecoder, decode_one_token, prefill
 from experiments import evaluate, tables
 from experiments.evaluate import Bench, Prompt, Setting, Store, decode_together, main, parse_grid
 from model import causal_attention
-from tests.helpers import random_predictor, tiny_llama
+from tests.helpers import LetterTokenizer, random_predictor, tiny_llama
 
 SHAPE = "block_size=8 history_len=8 sink_tokens=8 local_tokens=16"
 TOKENS = torch.randint(0, 61, (200,), generator=torch.Generator().manual_seed(3))
@@ -152,37 +150,6 @@ def test_grids_multiply_out(capsys):
     assert capsys.readouterr().err == "skipped: no budget of 'ours' reads 1/1000 of dense's bytes\n"
 
 
-# Prompts with keys
-
-
-class Characters:
-    """A tokenizer for tests: a token is a character."""
-
-    def __init__(self, vocabulary=1 << 20):
-        self.vocabulary = vocabulary
-
-    def encode(self, text, special_tokens=True):
-        return [ord(char) % self.vocabulary for char in text]
-
-    def decode(self, tokens):
-        return "".join(map(chr, tokens))
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(700, 3000), st.floats(0, 1), st.integers(1, 4), st.integers())
-def test_hidden_keys(length, depth, n_keys, seed):
-    tokens, key = evaluate.hidden_keys(
-        Characters(), list(map(ord, "~" * 50)), length, depth, n_keys, random.Random(seed)
-    )
-    text = "".join(map(chr, tokens))
-    assert len(tokens) == length and text.count("Remember it:") == n_keys
-    name = text.rsplit("The ", 1)[1].removesuffix(" is")
-    assert f"The {name} is {key}. Remember it: {key} is the {name}." in text and text.count(f"is {key}.") == 1
-    filler = text[text.index("\n\n") + 2 : text.rindex("\n\nWhat")]
-    before = filler[: filler.index(f"The {name}")].count("~")
-    assert abs(before - depth * text.count("~")) <= 0.5
-
-
 # Results on disk
 
 
@@ -214,7 +181,7 @@ def test_results_survive_a_stop_and_two_runs_share_a_file(tmp_path):
 def tiny(monkeypatch, tmp_path):
     """The command with a Llama of random weights and a text of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "load_model", lambda *args: (tiny_llama(context_len=1024), Characters(61)))
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: (tiny_llama(context_len=1024), LetterTokenizer()))
     monkeypatch.setattr(evaluate, "fetch_default_llm", lambda: "tiny")
     (tmp_path / "text.txt").write_text("".join(random.Random(0).choices("abcdefg hij", k=600)))
     return tmp_path
@@ -245,10 +212,7 @@ def test_texts_and_a_second_run(tiny, capsys, monkeypatch):
     assert main(["table"]) == 0 and capsys.readouterr().out == printed
 
 
-def test_needles_and_recovery(tiny, capsys):
-    options = ["--texts", "text.txt", "--quiet"]
-    assert main(["needles", *options, "--lengths", "400", "--keys", "1", "--depths", "0.5", "--grid", "full,ours"]) == 0
-    assert "| full | 1024 | 0% |" in capsys.readouterr().out
+def test_recovery(tiny, capsys):
     assert main(["recovery", *SHORT, "--grid", "oracle,ours,random M=1 P=1 budget=176"]) == 0
     means = {line.split()[1]: float(line.split("|")[2]) for line in capsys.readouterr().out.splitlines()[4:7]}
     assert 1 > means["oracle"] > max(means["ours"], means["random"])
@@ -288,7 +252,7 @@ def test_log_likelihood_by_one_dense_pass():
     pytest.importorskip("lm_eval")
     from experiments.lm_eval_adapter import SparseLM
 
-    model, tokenizer = tiny_llama(), Characters(61)
+    model, tokenizer = tiny_llama(), LetterTokenizer()
     lm = SparseLM(Bench(model, tokenizer, random_predictor(), None, Namespace(quiet=True)), *parse_grid("full"))
     text, end = "some words", " and more"
     tokens = torch.tensor(tokenizer.encode(text + end))
@@ -313,13 +277,10 @@ REFUSED = {
     "multiple of the block size": ["texts", "--grid", "budget=257"],
     "--share-budget: invalid choice: 'some'": ["texts", "--grid", "share=some"],
     "--n-new must be at least 1": ["texts", "--n-new", "0"],
-    "--depths must lie in 0": ["needles", "--depths", "2"],
     "must exceed --n-new": ["texts", *SHORT, "--lengths", "8"],
     "fit the model's context of 1024 tokens": ["texts", *SHORT, "--lengths", "1025"],
-    "fit the model's context of 1024": ["needles", *SHORT, "--lengths", "1020"],
     "text nowhere cannot be read": ["texts", *SHORT, "--texts", "nowhere"],
     "text text.txt has 600 tokens, 801 are needed": ["texts", *SHORT, "--lengths", "800"],
-    "300 tokens have no room": ["needles", *SHORT, "--keys", "4"],
     "does not exist": ["texts", "--predictor", "nowhere.safetensors"],
     "cannot use": ["texts", *SHORT, "--results", "text.txt/results"],
 }
