@@ -2,13 +2,11 @@
 
     python -m experiments.evaluate texts --grid "ours,paper,quest bytes=1/16,1/8,1/4"
     python -m experiments.evaluate texts --grid "ours M=5,8,16 P=1,M share=head,layer budget=256,512"
-    python -m experiments.evaluate recovery
     python -m experiments.evaluate lm-eval --lm-tasks my_task --include-path FOLDER
     python -m experiments.evaluate table
 
 texts     A prompt is read densely, once. Then every setting reads the text's own next tokens, one by one, with what its
           cache lets it attend to: for each token the KL divergence from full attention, its rank and perplexity.
-recovery  Share of the true attention in the attended blocks, each step with full attention's hidden states.
 lm-eval   Tasks of the `lm-eval` package, with their own prompts and metrics, through lm_eval_adapter.py.
 table     Prints the tables of earlier results and computes nothing.
 
@@ -60,10 +58,6 @@ RIVAL_GRID = (
 )
 GRIDS = {  # what a task compares without --grid
     "texts": ["full", RIVAL_GRID, "paper heads=kv bytes=1/4,1/3"],
-    "recovery": [
-        "oracle,ours,decayed-mean:0,decayed-mean:1,decayed-mean:0.9,quest,mean-std,random "
-        "M=1 P=1 dense=2 share=head heads=q budget=256,512,1024"
-    ],
     "lm-eval": ["full,ours"],
 }
 METHODS = {"ours": Config(), "paper": Config.paper(), "full": Config(dense_layers=1 << 20)}  # none with a rival
@@ -409,19 +403,17 @@ def digest(data):
 
 
 def run_texts(bench):
-    """The tasks texts and recovery."""
-    args, dense, needed = bench.args, bench.args.task == "recovery", max(bench.args.lengths) + 1
+    args, needed = bench.args, max(bench.args.lengths) + 1
     texts = {name: bench.tokenizer.encode(read_text(name), special_tokens=False)[:needed] for name in args.texts}
     for name, tokens in texts.items():
         if len(tokens) < needed:
             raise InputError(f"text {name} has {len(tokens)} tokens, {needed} are needed: use shorter --lengths")
-    options = dict(measure_every=4 if dense else 16, follow_dense=dense)
     for (name, tokens), length in itertools.product(texts.items(), args.lengths):
         tokens, n_prompt = tokens[: length + 1], length - args.n_new
         values = dict(task=args.task, text=pathlib.Path(name).name, sha256=digest(tokens))
         values |= dict(n_prompt=n_prompt, n_new=args.n_new)
         for prompt, settings in bench.batches(values, tokens):
-            rows = read_on(prompt, settings, torch.tensor(tokens[n_prompt:]), **options)
+            rows = read_on(prompt, settings, torch.tensor(tokens[n_prompt:]), measure_every=16)
             for setting, row in zip(settings, rows):
                 bench.store.add(setting, **values, **row)
 
@@ -451,7 +443,6 @@ def parse_args(argv):
     parser.add_argument("--lm-tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval")
     parser.add_argument("--include-path", metavar="FOLDER", help="your own tasks of lm-eval")
     parser.add_argument("--limit", type=int, help="only so many examples of each task of lm-eval")
-    parser.add_argument("--against", default="ours", metavar="SETTING", help="the table has the ratio of KLs to it")
     parser.add_argument("--together", type=int, default=12, help="settings decoded in lockstep; memory grows with them")
     parser.add_argument("--model", help="Hugging Face folder or hub id; default: the bundled one")
     parser.add_argument("--predictor", default=attnpred.DEFAULT_PREDICTOR, help="the convolution")
@@ -462,7 +453,7 @@ def parse_args(argv):
     for name in ("n_new", "together", *["limit"] * (args.limit is not None)):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-    if args.task in ("texts", "recovery") and min(args.lengths) <= args.n_new:
+    if args.task == "texts" and min(args.lengths) <= args.n_new:
         raise InputError("--lengths must exceed --n-new")
     return args
 
@@ -472,10 +463,10 @@ def run(args):
     weights = digest(b"".join(w.contiguous().numpy().tobytes() for w in predictor.state_dict().values()))
     name = pathlib.Path(args.model).name if args.model else "default"
     store = Store(args.results, dict(model=name, dtype=args.dtype, predictor=weights))
-    tasks = {"texts": run_texts, "recovery": run_texts, "lm-eval": run_lm_eval}
+    tasks = {"texts": run_texts, "lm-eval": run_lm_eval}
     if args.task in tasks:
         model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
-        if args.task != "lm-eval" and max(args.lengths) > model.config.context_len:
+        if args.task == "texts" and max(args.lengths) > model.config.context_len:
             raise InputError(f"--lengths must fit the model's context of {model.config.context_len} tokens")
         tasks[args.task](Bench(model, tokenizer, predictor, store, args))
     found = {task: store.of(task) for task in ([args.task] if args.task in tasks else tasks)}
@@ -483,7 +474,7 @@ def run(args):
         raise InputError(f"{args.results} has no results of this --model, --dtype and --predictor")
     for task, rows in found.items():
         if rows:
-            print(tables.TABLES[task](rows, args.against), end="\n\n")
+            print(tables.TABLES[task](rows), end="\n\n")
 
 
 def main(argv=None) -> int:

@@ -217,16 +217,6 @@ class AdaKV(SnapKV):
         return scores.scatter_add(1, safe, torch.ones_like(safe, dtype=scores.dtype))  # votes are probabilities
 
 
-class Random(Rival):
-    """A lower bound."""
-
-    changes = StreamingLLM.changes
-
-    def score(self, seen):
-        generator = torch.Generator().manual_seed(seen.decoder.n_tokens * 1000 + seen.layer)
-        return torch.rand(seen.decoder.heads, seen.end - seen.start, generator=generator).to(seen.k_cache.device)
-
-
 RIVALS = {
     "oracle": Oracle,
     "decayed-mean": DecayedMean,
@@ -235,7 +225,7 @@ RIVALS = {
     "mean-std": MeanStd,
     "snapkv": SnapKV,
 }
-RIVALS |= {"ada-snapkv": AdaKV, "h2o": H2O, "streaming-llm": StreamingLLM, "random": Random}
+RIVALS |= {"ada-snapkv": AdaKV, "h2o": H2O, "streaming-llm": StreamingLLM}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -247,13 +237,12 @@ class RivalDecoder(SparseDecoder):
     """A SparseDecoder whose blocks a rival chooses (None: the predictor), and which measures recovery.
 
     `recovery` has a (L', Hq) tensor for every `measure_every`-th decoded token: the share of the true attention, given
-    the hidden states that decoding has led to, that the attended blocks carry. With `follow_dense` the output of every
-    layer is full attention's, so all rivals see the same hidden states. `notes` has a dict per sparse layer.
+    the hidden states that decoding has led to, that the attended blocks carry. `notes` has a dict per sparse layer.
     """
 
-    def __init__(self, *args, rival=None, notes=None, measure_every=0, follow_dense=False):
+    def __init__(self, *args, rival=None, notes=None, measure_every=0):
         super().__init__(*args)
-        self.rival, self.measure_every, self.follow_dense = rival, measure_every, follow_dense
+        self.rival, self.measure_every = rival, measure_every
         self.notes = [dict(note) for note in notes or [{}] * self.sparse_layers]
         self.recovery = []
 
@@ -288,7 +277,7 @@ class RivalDecoder(SparseDecoder):
         out = super().decode_attention(layer, q, k, v)  # (Hq, 1, D)
         if index >= 0 and self.measure_every and self.step % self.measure_every == 0:
             self.measure(index, q)
-        return self.cache.attend_all(layer, q[:, 0])[:, None] if self.follow_dense else out
+        return out
 
     def measure(self, index, q):
         """Note the recovery of the sparse layer `index` in this step: q (Hq, 1, D)."""
