@@ -1,6 +1,7 @@
-"""Lets the `lm-eval` package (EleutherAI's lm-evaluation-harness) measure a setting on its tasks, such as LongBench.
+"""Lets the `lm-eval` package (EleutherAI's lm-evaluation-harness) measure a setting on its tasks, such as RULER's.
 
-The context of a request is read densely; every token after it is decoded as the setting says.
+The prompt of a request is read densely; every token after it is decoded as the setting says. Only tasks that generate
+text are supported, because an answer that is merely rated is mostly the token after the prompt, which is always dense.
 """
 
 import lm_eval
@@ -17,41 +18,19 @@ from weights.fetch_llm import fetch_default_llm
 class SparseLM(LM):
     def __init__(self, bench, setting):
         super().__init__()
-        self.bench, self.model, self.tokenizer = bench, bench.model, bench.tokenizer
-        self.setting, self.tokens = setting, None
-
-    def read(self, tokens, n_new):
-        """A decoder after the prompt `tokens`, and the next token's logits (V,). The last prompt is kept for reuse."""
-        tokens = tokens[-(self.model.config.context_len - n_new) :]  # as the package does for other models
-        if self.tokens != tokens:
-            self.tokens = tokens
-            self.prompt = Prompt(self.model, self.bench.predictor, torch.tensor(tokens), len(tokens), [self.setting])
-        return self.prompt.decoder(self.setting, n_new), self.prompt.logits[-1]
-
-    def loglikelihood(self, requests):
-        return [self.judge(*r.args) for r in tqdm(requests, "loglikelihood", disable=self.bench.args.quiet)]
-
-    def judge(self, context, continuation):
-        """(log-probability of the continuation, whether it is the greedy one)."""
-        text = context.rstrip()  # the blanks before the continuation belong to it
-        tokens = self.tokenizer.encode(text) or list(self.model.config.eos_token_ids[:1])
-        targets = self.tokenizer.encode(context + continuation)[len(self.tokenizer.encode(text)) :]
-        decoder, logits = self.read(tokens, len(targets))
-        rows = [logits]  # (V,) each
-        for token in targets[:-1]:
-            rows.append(decode_together(self.model, [decoder], torch.tensor([token]))[0])
-        log_p, targets = torch.stack(rows).log_softmax(-1), torch.tensor(targets)  # (n, V), (n,)
-        return log_p.gather(1, targets[:, None]).sum().item(), bool((log_p.argmax(-1) == targets).all())
+        self.bench, self.model, self.tokenizer, self.setting = bench, bench.model, bench.tokenizer, setting
 
     def generate_until(self, requests):
         return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=self.bench.args.quiet)]
 
     def generate(self, context, options):
-        """Greedy text up to the first of the stop strings."""
+        """Greedy text up to the first of the stop strings. A prompt that is too long loses its beginning."""
         if options.get("do_sample") and options.get("temperature", 1):
             raise InputError("tasks of lm-eval that sample are not supported: use one that decodes greedily")
         stops, limit = options.get("until") or [], options.get("max_gen_toks", 256)
-        decoder, logits = self.read(self.tokenizer.encode(context), limit)
+        tokens = self.tokenizer.encode(context)[-(self.model.config.context_len - limit) :]
+        prompt = Prompt(self.model, self.bench.predictor, torch.tensor(tokens), len(tokens), [self.setting])
+        decoder, logits = prompt.decoder(self.setting, limit), prompt.logits[-1]  # (V,)
         ids, text = [], ""
         while len(ids) < limit and (token := logits.argmax().item()) not in self.model.config.eos_token_ids:
             ids.append(token)
@@ -62,8 +41,10 @@ class SparseLM(LM):
             logits = decode_together(self.model, [decoder], torch.tensor([token]))[0]
         return text
 
-    def loglikelihood_rolling(self, requests):
-        raise InputError("tasks of lm-eval that rate whole texts are not supported: use `evaluate texts`")
+    def loglikelihood(self, requests):
+        raise InputError("tasks of lm-eval that rate given answers are not supported: use one that generates text")
+
+    loglikelihood_rolling = loglikelihood
 
 
 def run_tasks(bench):

@@ -14,7 +14,7 @@ from attnpred import InputError, SparseDecoder, decode_one_token, prefill
 from experiments import evaluate, tables
 from experiments.evaluate import Bench, Prompt, Setting, Store, decode_together, main, parse_grid
 from model import causal_attention
-from tests.helpers import LetterTokenizer, random_predictor, tiny_llama
+from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tiny_llama
 
 SHAPE = "block_size=8 history_len=8 sink_tokens=8 local_tokens=16"
 TOKENS = torch.randint(0, 61, (200,), generator=torch.Generator().manual_seed(3))
@@ -220,43 +220,41 @@ def texts(tokenizer, max_seq_lengths, **_):
 """  # as RULER's tasks make theirs
 
 
-def test_lm_eval_on_local_tasks(tiny, capsys, monkeypatch):
+def test_lm_eval_on_a_local_task(tiny, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tiny / "cache"))
-    (tiny / "data.jsonl").write_text('{"question": "abc", "choices": ["d", "ef"], "answer": 0}\n')
     (tiny / "made.py").write_text(MADE_TEXTS)
-    common = dict(test_split="test", doc_to_text="{{question}}")
-    choose = common | dict(task="choose", output_type="multiple_choice", metric_list=[dict(metric="acc")])
-    choose |= dict(doc_to_choice="{{choices}}", doc_to_target="{{answer}}", dataset_path="json")
-    choose |= dict(dataset_kwargs=dict(data_files=dict(test=str(tiny / "data.jsonl"))))
-    write = common | dict(task="write", output_type="generate_until", metric_list=[dict(metric="exact_match")])
-    write |= dict(doc_to_target="d", generation_kwargs=dict(until=["!"], max_gen_toks=4))
-    (tiny / "choose.yaml").write_text(json.dumps(choose))  # JSON is YAML
-    (tiny / "write.yaml").write_text(json.dumps(write)[:-1] + ', "custom_dataset": !function made.texts}')
+    task = dict(task="write", output_type="generate_until", metric_list=[dict(metric="exact_match")], test_split="test")
+    task |= dict(doc_to_text="{{question}}", doc_to_target="d", generation_kwargs=dict(until=["!"], max_gen_toks=4))
+    yaml = json.dumps(task)[:-1] + ', "custom_dataset": !function made.texts}'  # JSON is YAML
+    (tiny / "write.yaml").write_text(yaml)
     command = ["lm-eval", "--quiet", "--grid", "full,ours", "--include-path", str(tiny), "--lengths", "30", "20"]
-    assert main([*command, "--lm-tasks", "choose", "write"]) == 0
-    rows = results()
-    assert [row["text"] for row in rows] == ["choose", "choose", "write", "write"]
-    assert "acc,none" in rows[0]["scores"] and "exact_match,none" in rows[3]["scores"]
+    assert main([*command, "--lm-tasks", "write"]) == 0
+    assert [(row["text"], [*row["scores"]]) for row in results()] == 2 * [("write", ["exact_match,none"])]
     assert "| ours | 1024 |" in capsys.readouterr().out
 
 
-def test_log_likelihood_by_one_dense_pass():
+def test_generated_text_is_the_greedy_one():
+    """By dense passes; the prompt loses its beginning where the context is too short for it and the answer."""
     pytest.importorskip("lm_eval")
     from experiments.lm_eval_adapter import SparseLM
 
-    model, tokenizer = tiny_llama(), LetterTokenizer()
+    model, tokenizer = tiny_llama(context_len=16), LetterTokenizer()
     lm = SparseLM(Bench(model, tokenizer, random_predictor(), None, Namespace(quiet=True)), *parse_grid("full"))
-    text, end = "some words", " and more"
-    tokens = torch.tensor(tokenizer.encode(text + end))
-    log_p = model.logits(model.hidden(tokens, torch.arange(len(tokens)), causal_attention)).log_softmax(-1)
-    expected = log_p[len(text) - 1 : -1].gather(1, tokens[len(text) :, None]).sum().item()
-    assert lm.judge(text, end)[0] == pytest.approx(expected, abs=1e-3)
-    assert lm.judge(text + " ", end[1:])[0] == pytest.approx(expected, abs=1e-3)
-    answer = lm.generate(text, dict(until=[], max_gen_toks=6))
-    assert len(answer) == 6 and lm.judge(text, answer)[1]
-    assert lm.generate(text, dict(until=[answer[3]], max_gen_toks=6)) == answer[: answer.index(answer[3])]
+    tokens = tokenizer.encode("some words")
+    for _ in range(6):
+        hidden = model.hidden(torch.tensor(tokens), torch.arange(len(tokens)), causal_attention)
+        tokens.append(model.logits(hidden)[-1].argmax().item())
+    answer = tokenizer.decode(tokens[10:])
+    assert lm.generate("lost some words", dict(until=[], max_gen_toks=6)) == answer
+    assert lm.generate("some words", dict(until=answer[3], max_gen_toks=6)) == answer[: answer.index(answer[3])]
+    model.config = replace(model.config, eos_token_ids=(tokens[12],))
+    assert lm.generate("some words", dict(max_gen_toks=6)) == answer[:2]
+    with pytest.raises(InputError, match="that sample"):
+        lm.generate("some words", dict(do_sample=True))
+    with pytest.raises(InputError, match="that rate"):
+        lm.loglikelihood([])
 
 
 REFUSED = {
