@@ -11,17 +11,18 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from attnpred import InputError
-from experiments.evaluate import Prompt, decode_together, digest
+from experiments.evaluate import Prompt, decode_together, digest, with_budgets
 from weights.fetch_llm import fetch_default_llm
 
 
 class SparseLM(LM):
-    def __init__(self, bench, setting):
+    def __init__(self, setting, model, tokenizer, predictor, quiet):
         super().__init__()
-        self.bench, self.model, self.tokenizer, self.setting = bench, bench.model, bench.tokenizer, setting
+        self.setting, self.model, self.tokenizer, self.predictor = setting, model, tokenizer, predictor
+        self.quiet = quiet  # no progress bar
 
     def generate_until(self, requests):
-        return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=self.bench.args.quiet)]
+        return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=self.quiet)]
 
     def generate(self, context, options):
         """Greedy text up to the first of the stop strings. A prompt that is too long loses its beginning."""
@@ -29,7 +30,7 @@ class SparseLM(LM):
             raise InputError("tasks of lm-eval that sample are not supported: use one that decodes greedily")
         stops, limit = options.get("until") or [], options.get("max_gen_toks", 256)
         tokens = self.tokenizer.encode(context)[-(self.model.config.context_len - limit) :]
-        prompt = Prompt(self.model, self.bench.predictor, torch.tensor(tokens), len(tokens), [self.setting])
+        prompt = Prompt(self.model, self.predictor, torch.tensor(tokens), len(tokens), [self.setting])
         decoder, logits = prompt.decoder(self.setting, limit), prompt.logits[-1]  # (V,)
         ids, text = [], ""
         while len(ids) < limit and (token := logits.argmax().item()) not in self.model.config.eos_token_ids:
@@ -47,17 +48,17 @@ class SparseLM(LM):
     loglikelihood_rolling = loglikelihood
 
 
-def run_tasks(bench):
-    """Adds a row of scores per task and setting. RULER's tasks make texts of `--lengths` tokens of the tokenizer."""
-    args, length = bench.args, bench.model.config.context_len
+def run_tasks(args, store, model, tokenizer, predictor):
+    """Adds a row of `scores` per task and setting. RULER's tasks make texts of `--lengths` tokens of the tokenizer."""
     metadata = {"tokenizer": args.model or str(fetch_default_llm()), "max_seq_lengths": args.lengths}
-    manager = TaskManager(include_path=args.include_path, metadata=metadata)
+    manager, length = TaskManager(include_path=args.include_path, metadata=metadata), model.config.context_len
     for task in args.lm_tasks:
         if not manager.match_tasks([task]):
             raise InputError(f"task {task!r} of lm-eval is unknown: give the folder of your own with --include-path")
         values = dict(task=args.task, text=task, sha256=digest([args.limit, args.lengths]), n_prompt=length, n_new=0)
-        for setting in bench.store.missing(bench.settings(length - 1, 1), **values):
-            model, options = SparseLM(bench, setting), dict(limit=args.limit, bootstrap_iters=0)
-            found = lm_eval.simple_evaluate(model, tasks=[task], task_manager=manager, **options)["results"][task]
+        for setting in store.missing(with_budgets(args.settings, model, length - 1, 1), values):
+            lm = SparseLM(setting, model, tokenizer, predictor, args.quiet)
+            options = dict(tasks=[task], task_manager=manager, limit=args.limit, bootstrap_iters=0)
+            found = lm_eval.simple_evaluate(lm, **options)["results"][task]
             scores = {name: value for name, value in found.items() if isinstance(value, float)}
-            bench.store.add(setting, **values, scores=scores)
+            store.add(setting, values, dict(scores=scores))
