@@ -25,13 +25,12 @@ where it was, and several runs may share a file. A row of `texts` has
     attention_bytes calibration_bytes choosing_bytes            counted, per decoded token, ...
     read_bytes dense_bytes                                      ... their sum, and what dense attention would read
 
-Reading order: `Setting` and `parse_grid`, `counted_bytes`, `Prompt`, `decode_together` (the closed loop), `Store`, the
+Reading order: `Setting` and `parse_grid`, `counted_bytes`, `read_prompt`, `decode_together` (the closed loop), `Store`, the
 tasks, the command line. The tables are in tables.py.
 """
 
 import argparse
 import bisect
-import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -198,50 +197,32 @@ def with_budgets(settings, model, n_prompt, n_new) -> list[Setting]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One prompt, many decoders
+# Many decoders, one text
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Prompt:
-    """A text read densely, once. The decoders of all settings go on from its first n_prompt tokens.
+@torch.inference_mode()
+def read_prompt(model, predictor, settings, tokens, n_prompt, n_new, measure_every=0):
+    """Read tokens (T,) densely, once, for all settings.
 
-    `logits` (1 + the tokens after the prompt, V) are full attention's, from the prompt's last token on.
+    Returns a decoder per setting, at the end of the first n_prompt tokens and with room for n_new more, and what full
+    attention predicts from there on: logits (1 + T - n_prompt, V).
     """
+    decoders = []
+    for setting in settings:
+        options = dict(rival=make_rival(setting.method), measure_every=measure_every)
+        decoders.append(RivalDecoder(setting.config, model, predictor, n_prompt + n_new, **options))
+        decoders[-1].begin_prompt(n_prompt)
 
-    def __init__(self, model, predictor, tokens, n_prompt, settings):
-        self.model, self.predictor, self.n_prompt = model, predictor, n_prompt
-        strides = [s.config.row_stride(n_prompt) * (s.config.history_len - 1) for s in settings]
-        self.n_queries = min(n_prompt, 1 + max(strides))
-        self.layers = []  # K and V of the prompt, (Hk, n_prompt, D) each, and its last n_queries, (Hq, n_queries, D)
-        self.rivals = {(s.method, s.config.block_size): make_rival(s.method) for s in settings}
-        hidden = model.hidden(tokens, torch.arange(len(tokens)), self.attend)  # (T, C)
-        self.logits = model.logits(hidden[n_prompt - 1 :])  # (1 + T - n_prompt, V)
-
-    def attend(self, layer, q, k, v):
-        n = self.n_prompt
-        self.layers.append([k[:, :n].clone(), v[:, :n].clone(), q[:, n - self.n_queries : n].clone()])
-        for (_, block_size), rival in self.rivals.items():
-            if rival:
-                blocks = F.pad(k[:, :n], (0, 0, 0, -n % block_size)).unflatten(1, (-1, block_size))  # (Hk, N, b, D)
-                rival.notes.append(rival.prefill(q[:, :n], blocks, n))
+    def attend(layer, q, k, v):  # (Hq, T, D), (Hk, T, D), (Hk, T, D)
+        for decoder in decoders:
+            decoder.take_prompt(layer, *(x[:, :n_prompt] for x in (q, k, v)))
         return causal_attention(layer, q, k, v)
 
-    def decoder(self, setting, n_new, measure_every=0) -> RivalDecoder:
-        """A decoder of this setting at the end of the prompt, with room for n_new tokens."""
-        c, n = setting.config, self.n_prompt
-        rival = copy.deepcopy(self.rivals[setting.method, c.block_size])
-        if rival:
-            del rival.notes[: c.dense_layers]
-        decoder = RivalDecoder(c, self.model, self.predictor, n + n_new, rival=rival, measure_every=measure_every)
-        decoder.begin_prompt(n)
-        rows, stride = decoder.n_queries, c.row_stride(n)
-        for layer, (k, v, q) in enumerate(self.layers):
-            decoder.cache.write_prompt(layer, k, v)
-            if layer >= c.dense_layers:
-                kept = q[:, self.n_queries - 1 - (rows - 1) * stride :: stride]  # (Hq, rows, D)
-                decoder.queries[layer - c.dense_layers, :, :rows] = kept
+    hidden = model.hidden(tokens, torch.arange(len(tokens)), attend)  # (T, C)
+    for decoder in decoders:
         decoder.finish_token()
-        return decoder
+    return decoders, model.logits(hidden[n_prompt - 1 :])
 
 
 @torch.inference_mode()
@@ -262,12 +243,16 @@ def decode_together(model, decoders, tokens):
     return logits
 
 
-def read_on(prompt, settings, tokens, measure_every):
-    """Decode `tokens` (n + 1,): n are read and n predicted. Yields, per setting, what a row of results measures."""
-    decoders = [prompt.decoder(setting, len(tokens) - 1, measure_every) for setting in settings]
-    kl, nll, same = [], [], []  # n of (M,) each; the first token follows the dense prompt and is the same for all
-    for token, target, full in zip(tokens[:-1], tokens[1:], prompt.logits[1:]):
-        logits = decode_together(prompt.model, decoders, token.expand(len(decoders)))  # (M, V)
+def read_on(model, predictor, settings, tokens, n_prompt, measure_every=16):
+    """Decode tokens (T,) from n_prompt on, the last one apart, which is only predicted.
+
+    Yields, per setting, what a row of results measures.
+    """
+    n_new = len(tokens) - 1 - n_prompt
+    decoders, dense = read_prompt(model, predictor, settings, tokens[:-1], n_prompt, n_new, measure_every)
+    kl, nll, same = [], [], []  # n_new of (M,) each; the first token follows the dense prompt and is the same for all
+    for token, target, full in zip(tokens[n_prompt:-1], tokens[n_prompt + 1 :], dense[1:]):
+        logits = decode_together(model, decoders, token.expand(len(decoders)))  # (M, V)
         log_p = full.log_softmax(-1).expand_as(logits)  # (M, V)
         kl.append(F.kl_div(logits.log_softmax(-1), log_p, reduction="none", log_target=True).sum(-1))
         nll.append(F.cross_entropy(logits, target.expand(len(decoders)), reduction="none"))
@@ -278,7 +263,7 @@ def read_on(prompt, settings, tokens, measure_every):
             recovery = torch.stack(decoder.recovery).mean(2)  # (steps, L')
             row |= dict(recovery=rounded(recovery.mean(1)), recovery_by_layer=rounded(recovery.mean(0)))
         counters = ("attention_bytes", "calibration_bytes", "choosing_bytes", "dense_bytes", "read_bytes")
-        yield row | {name: getattr(decoder.stats, name) / len(kl) for name in counters}
+        yield row | {name: getattr(decoder.stats, name) / n_new for name in counters}
 
 
 def rounded(x):
@@ -375,10 +360,9 @@ def run_texts(args, store, model, tokenizer, predictor):
         if not settings:
             continue
         tokens = torch.tensor(tokens)  # (length + 1,)
-        prompt = Prompt(model, predictor, tokens[:length], n_prompt, settings)
         batches = [settings[i : i + args.together] for i in range(0, len(settings), args.together)]
         for batch in tqdm(batches, f"{name}, {length} tokens", unit="batch", leave=False, disable=args.quiet):
-            for setting, measured in zip(batch, read_on(prompt, batch, tokens[n_prompt:], measure_every=16)):
+            for setting, measured in zip(batch, read_on(model, predictor, batch, tokens, n_prompt)):
                 store.add(setting, values, measured)
 
 

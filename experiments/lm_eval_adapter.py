@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from attnpred import InputError
-from experiments.evaluate import Prompt, decode_together, digest, with_budgets
+from experiments.evaluate import decode_together, digest, read_prompt, with_budgets
 from weights.fetch_llm import fetch_default_llm
 
 
@@ -30,8 +30,10 @@ class SparseLM(LM):
             raise InputError("tasks of lm-eval that sample are not supported: use one that decodes greedily")
         stops, limit = options.get("until") or [], options.get("max_gen_toks", 256)
         tokens = self.tokenizer.encode(context)[-(self.model.config.context_len - limit) :]
-        prompt = Prompt(self.model, self.predictor, torch.tensor(tokens), len(tokens), [self.setting])
-        decoder, logits = prompt.decoder(self.setting, limit), prompt.logits[-1]  # (V,)
+        tokens = torch.tensor(tokens)
+        decoders, logits = read_prompt(
+            self.model, self.predictor, [self.setting], tokens, len(tokens), limit
+        )  # 1 of each
         ids, text = [], ""
         while len(ids) < limit and (token := logits.argmax().item()) not in self.model.config.eos_token_ids:
             ids.append(token)
@@ -39,7 +41,7 @@ class SparseLM(LM):
             cuts = [text.index(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop in text]
             if cuts:
                 return text[: min(cuts)]
-            logits = decode_together(self.model, [decoder], torch.tensor([token]))[0]
+            logits = decode_together(self.model, decoders, torch.tensor([token]))  # (1, V)
         return text
 
     def loglikelihood(self, requests):

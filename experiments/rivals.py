@@ -234,6 +234,17 @@ class RivalDecoder(SparseDecoder):
         self.rival, self.measure_every = rival, measure_every
         self.recovery = []
 
+    def take_prompt(self, layer, q, k, v):
+        """A layer of a whole prompt, whose attention others compute: q (Hq, T, D), k and v (Hk, T, D)."""
+        self.cache.write_prompt(layer, k, v)
+        if layer >= self.dense_layers:
+            stride = self.config.row_stride(self.n_tokens)
+            rows = q[:, self.n_tokens - 1 - (self.n_queries - 1) * stride :: stride]  # (Hq, rows, D)
+            self.queries[layer - self.dense_layers, :, : self.n_queries] = rows
+            if self.rival:
+                blocks = self.cache.k[layer, :, : self.config.n_blocks(self.n_tokens)]  # (Hk, N, b, D)
+                self.rival.notes.append(self.rival.prefill(q, blocks, self.n_tokens))
+
     # What a rival may look at
 
     def keys(self, layer):

@@ -10,7 +10,7 @@ import torch
 
 from attnpred import InputError, SparseDecoder, decode_one_token, prefill
 from experiments import evaluate, tables
-from experiments.evaluate import Prompt, Setting, Store, counted_bytes, main, parse_grid, read_on
+from experiments.evaluate import Setting, Store, counted_bytes, main, parse_grid, read_on
 from model import causal_attention
 from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tiny_llama
 
@@ -31,11 +31,10 @@ def settings_of(*grids):
 
 
 def test_lockstep_is_each_setting_alone():
-    """Each row against a decoder of its own, one dense pass and `counted_bytes`; twice from a prompt, the same rows."""
+    """Each row against a decoder of its own, one dense pass and `counted_bytes`."""
     model, predictor, choices = tiny_llama(), random_predictor(), settings_of(*GRIDS)
-    prompt = Prompt(model, predictor, TOKENS[:180], 150, choices)
     log_p = model.logits(model.hidden(TOKENS[:180], torch.arange(180), causal_attention))[150:].log_softmax(-1)
-    for setting, row in zip(choices, read_on(prompt, choices, TOKENS[150:181], 2)):
+    for setting, row in zip(choices, read_on(model, predictor, choices, TOKENS[:181], 150, 2)):
         assert row["read_bytes"] == pytest.approx(counted_bytes(setting, model.config, 4, 150, 30)), setting
         if setting.method == "full":
             assert row["dense_bytes"] == row["read_bytes"] and max(map(abs, row["kl"])) < 1e-4
@@ -51,8 +50,6 @@ def test_lockstep_is_each_setting_alone():
         assert row["kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(1).tolist(), abs=1e-3)
         assert row["nll"] == pytest.approx((-log_q[range(30), TOKENS[151:181]]).tolist(), abs=1e-3)
         assert row["same"] == (log_q.argmax(1) == log_p.argmax(1)).tolist()
-    rivals = settings_of("h2o,quest,snapkv budget=64")
-    assert [*read_on(prompt, rivals, TOKENS[150:181], 2)] == [*read_on(prompt, rivals, TOKENS[150:181], 2)]
 
 
 @pytest.mark.parametrize("method, share", [("ours", 0.2), ("paper", 0.9), ("quest", 0.6), ("snapkv", 0.3)])
@@ -175,7 +172,7 @@ def test_texts_and_a_second_run(tiny, capsys, monkeypatch):
     assert main(command) == 0
     printed, again = capsys.readouterr().out, results(tiny)
     assert again[:3] == rows[:3] and again[3]["kl"] == pytest.approx(rows[3]["kl"], abs=1e-4)
-    monkeypatch.setattr(evaluate, "Prompt", None)  # nothing is computed anew
+    monkeypatch.setattr(evaluate, "read_prompt", None)  # nothing is computed anew
     assert main(command) == 0 and capsys.readouterr().out == printed
     monkeypatch.setattr(evaluate, "load_model", None)
     assert main(["table"]) == 0 and capsys.readouterr().out == printed

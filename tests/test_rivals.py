@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpred import Config, decode_one_token
-from experiments.evaluate import Prompt, Setting
+from experiments.evaluate import Setting, read_prompt
 from experiments.rivals import RIVALS
 from model import causal_attention
 from tests.helpers import random_predictor, tiny_llama
@@ -21,8 +21,7 @@ def decoded(name, n_new=20, **changes):
     """A decoder after a prompt and n_new tokens with the rival's choices."""
     intervals = dict(calibration_interval=3, selection_interval=2)
     model, setting = tiny_llama(), Setting(name, Config(**SHAPE | intervals | RIVALS[name]().changes | changes))
-    prompt = Prompt(model, random_predictor(), TOKENS[:N_PROMPT], N_PROMPT, [setting])
-    decoder = prompt.decoder(setting, 50, measure_every=1)
+    (decoder,), _ = read_prompt(model, random_predictor(), [setting], TOKENS[:N_PROMPT], N_PROMPT, 50, measure_every=1)
     for token in TOKENS[N_PROMPT : N_PROMPT + n_new]:
         decode_one_token(model, decoder, token[None])
     return decoder
@@ -100,7 +99,8 @@ def test_snapkv_votes():
 def test_ada_snapkv_keeps_a_floor_per_head():
     decoder = decoded("ada-snapkv")
     decoder.rival.floor = 0.5
-    decoder.rival.notes[0] *= torch.tensor([1e-3, 1e-3, 1, 1])[:, None]  # the first head's votes are too low
+    scale = torch.tensor([1e-3, 1e-3, 1, 1])[:, None]  # the first head's votes are too low to get anything
+    decoder.rival.notes[0] = decoder.rival.notes[0] * scale
     start, end = decoder.config.middle(decoder.n_tokens)
     with torch.inference_mode():
         decoder.next_lists = decoder.choose(decoder.scores(start, end), start, end)
@@ -151,22 +151,28 @@ def test_streaming_llm_attends_to_the_latest():
 
 @pytest.mark.parametrize("name, rows", [*((name, None) for name in RIVALS), ("quest", "every")])
 def test_decoding_attends_to_what_was_chosen(name, rows):
-    """Outputs and recovery by hand, from the blocks that the decoder says it attends to; how many these are."""
-    decoder, steps, k = decoded(name, **({"history_rows": rows} if rows else {})), [], 5
+    """Outputs and recovery by hand, from the blocks that the decoder says it attends to."""
+    decoder, steps = decoded(name, **({"history_rows": rows} if rows else {})), []
     decode_attention = decoder.decode_attention
 
     def check(layer, q, k, v):
         out = decode_attention(layer, q, k, v)  # (Hq, 1, D)
-        n, expected, recovery = decoder.n_tokens, [], []
+        n, expected, recovery, mass = decoder.n_tokens, [], [], []
         attended = torch.ones(2, 25, dtype=bool) if layer == 0 else decoder.attended(layer - 1, 25)
         tokens = attended.repeat_interleave(8, 1)[:, :n]  # (heads, T)
         for head in range(4):
-            p = probabilities(q[head, 0], decoder.cache.k[layer, head // 2], n) * tokens[head // 2]  # (T,)
+            p = probabilities(q[head, 0], decoder.cache.k[layer, head // 2], n)  # (T,)
+            mass.append(F.pad(p, (0, 200 - n)).view(25, 8).sum(1))  # (N,)
+            p = p * tokens[head // 2]
             expected.append(p / p.sum() @ decoder.cache.v[layer, head // 2].flatten(0, 1)[:n])
             recovery.append(p.sum())
         torch.testing.assert_close(out[:, 0], torch.stack(expected), atol=1e-5, rtol=1e-4)
         if layer:
             torch.testing.assert_close(decoder.recovery[-1][layer - 1], torch.stack(recovery), atol=1e-5, rtol=1e-4)
+        if layer and name == "oracle":
+            middle = slice(*decoder.config.middle(n))
+            chosen, mass = attended[:, middle], group_means(mass)[:, middle]  # (heads, n) each
+            assert chosen.sum() == 10 and mass[chosen].min() >= mass[~chosen].max()  # K = 5, shared
         steps.append(layer)
         return out
 
