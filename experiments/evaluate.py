@@ -25,8 +25,8 @@ where it was, and several runs may share a file. A row of `texts` has
     attention_bytes calibration_bytes choosing_bytes            counted, per decoded token, ...
     read_bytes dense_bytes                                      ... their sum, and what dense attention would read
 
-Reading order: `Setting` and `parse_grid`, `counted_bytes`, `read_prompt`, `decode_together` (the closed loop), `Store`, the
-tasks, the command line. The tables are in tables.py.
+Reading order: `Setting` and `parse_grid`, `counted_bytes`, `read_prompt`, `decode_together` (the closed loop), `Store`,
+the tasks, the command line. The tables are in tables.py.
 """
 
 import argparse
@@ -184,16 +184,11 @@ def budget_for(setting, llm, itemsize, n_prompt, n_new) -> Setting | None:
 
 def with_budgets(settings, model, n_prompt, n_new) -> list[Setting]:
     """All settings, each once: `bytes` becomes a budget. Notes and skips what cannot read so little."""
-    found = {}
-    for setting in settings:
-        if not setting.bytes_share:
-            found[setting] = None
-        elif fitted := budget_for(setting, model.config, model.kv_dtype.itemsize, n_prompt, n_new):
-            found[fitted] = None
-        else:
-            skipped = f"no budget of {setting.name!r} reads {setting.bytes_share} of dense's bytes"
-            print(f"skipped: {skipped}", file=sys.stderr)
-    return list(found)
+    shape = model.config, model.kv_dtype.itemsize, n_prompt, n_new
+    found = {setting: budget_for(setting, *shape) if setting.bytes_share else setting for setting in settings}
+    for setting in (setting for setting, fitted in found.items() if not fitted):
+        print(f"skipped: no budget of {setting.name!r} reads {setting.bytes_share} of dense's bytes", file=sys.stderr)
+    return list(dict.fromkeys(filter(None, found.values())))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -297,8 +292,8 @@ class Store:
             if isinstance(row, dict) and row.keys() >= identity.keys():
                 rows.append(row)
         require(rows or not lines, f"{path} holds no results: give another file with --results")
-        found = (identity, identity | dict(predictor=""))  # see `key`
-        self.rows = [row for row in rows if any(row.items() >= one.items() for one in found)]
+        wanted = (identity, identity | dict(predictor=""))  # see `key`
+        self.rows = [row for row in rows if any(row.items() >= one.items() for one in wanted)]
 
     def key(self, setting, values):
         """What tells a row from all others."""
@@ -308,8 +303,8 @@ class Store:
         return key | vars(setting.config)
 
     def missing(self, settings, values):
-        keys = [(setting, self.key(setting, values)) for setting in settings]
-        return [setting for setting, key in keys if not any(row.items() >= key.items() for row in self.rows)]
+        """The settings without a row of these values."""
+        return [s for s in settings if not any(row.items() >= self.key(s, values).items() for row in self.rows)]
 
     def add(self, setting, values, measured):
         row = self.key(setting, values) | dict(setting=setting.name) | measured

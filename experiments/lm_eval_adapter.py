@@ -29,11 +29,8 @@ class SparseLM(LM):
         if options.get("do_sample") and options.get("temperature", 1):
             raise InputError("tasks of lm-eval that sample are not supported: use one that decodes greedily")
         stops, limit = options.get("until") or [], options.get("max_gen_toks", 256)
-        tokens = self.tokenizer.encode(context)[-(self.model.config.context_len - limit) :]
-        tokens = torch.tensor(tokens)
-        decoders, logits = read_prompt(
-            self.model, self.predictor, [self.setting], tokens, len(tokens), limit
-        )  # 1 of each
+        tokens = torch.tensor(self.tokenizer.encode(context)[-(self.model.config.context_len - limit) :])  # (T,)
+        decoders, logits = read_prompt(self.model, self.predictor, [self.setting], tokens, len(tokens), limit)
         ids, text = [], ""
         while len(ids) < limit and (token := logits.argmax().item()) not in self.model.config.eos_token_ids:
             ids.append(token)
