@@ -188,7 +188,7 @@ def with_budgets(settings, model, n_prompt, n_new) -> list[Setting]:
     found = {setting: budget_for(setting, *shape) if setting.bytes_share else setting for setting in settings}
     for setting in (setting for setting, fitted in found.items() if not fitted):
         print(f"skipped: no budget of {setting.name!r} reads {setting.bytes_share} of dense's bytes", file=sys.stderr)
-    return list(dict.fromkeys(filter(None, found.values())))
+    return list(filter(None, found.values()))
 
 
 # --------------------------------------------------------------------------------------------------------------------

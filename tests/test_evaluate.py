@@ -208,8 +208,8 @@ def test_generated_text_is_the_greedy_one():
         hidden = model.hidden(torch.tensor(tokens), torch.arange(len(tokens)), causal_attention)
         tokens.append(model.logits(hidden)[-1].argmax().item())
     answer = tokenizer.decode(tokens[10:])
-    assert lm.generate("lost some words", dict(until=[], max_gen_toks=6)) == answer
-    assert lm.generate("some words", dict(until=answer[3], max_gen_toks=6)) == answer[: answer.index(answer[3])]
+    assert lm.generate("lost some words", dict(until=answer[0] + "!", max_gen_toks=6)) == answer
+    assert lm.generate("some words", dict(until=["!", answer[3]], max_gen_toks=6)) == answer[: answer.index(answer[3])]
     model.config = replace(model.config, eos_token_ids=(tokens[12],))
     assert lm.generate("some words", dict(max_gen_toks=6)) == answer[:2]
     with pytest.raises(InputError, match="that sample"):
