@@ -25,8 +25,8 @@ where it was, and several runs may share a file. A row of `texts` has
     attention_bytes calibration_bytes choosing_bytes            counted, per decoded token, ...
     read_bytes dense_bytes                                      ... their sum, and what dense attention would read
 
-Reading order: `Setting` and `parse_grid`, `counted_bytes`, `read_prompt`, `decode_together` (the closed loop), `Store`,
-the tasks, the command line. The tables are in tables.py.
+Reading order: `Setting` and `parse_grid`, `counted_bytes`, `prefill_together` and `decode_together` (the closed loop),
+`Store`, the tasks, the command line. The tables are in tables.py.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def with_budgets(settings, model, n_prompt, n_new) -> list[Setting]:
 
 
 @torch.inference_mode()
-def read_prompt(model, predictor, settings, tokens, n_prompt, n_new, measure_every=0):
+def prefill_together(model, predictor, settings, tokens, n_prompt, n_new, measure_every=0):
     """Read tokens (T,) densely, once, for all settings.
 
     Returns a decoder per setting, at the end of the first n_prompt tokens and with room for n_new more, and what full
@@ -244,7 +244,7 @@ def read_on(model, predictor, settings, tokens, n_prompt, measure_every=16):
     Yields, per setting, what a row of results measures.
     """
     n_new = len(tokens) - 1 - n_prompt
-    decoders, dense = read_prompt(model, predictor, settings, tokens[:-1], n_prompt, n_new, measure_every)
+    decoders, dense = prefill_together(model, predictor, settings, tokens[:-1], n_prompt, n_new, measure_every)
     kl, nll, same = [], [], []  # n_new of (M,) each; the first token follows the dense prompt and is the same for all
     for token, target, full in zip(tokens[n_prompt:-1], tokens[n_prompt + 1 :], dense[1:]):
         logits = decode_together(model, decoders, token.expand(len(decoders)))  # (M, V)

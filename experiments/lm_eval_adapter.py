@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from attnpred import InputError
-from experiments.evaluate import decode_together, digest, read_prompt, with_budgets
+from experiments.evaluate import decode_together, digest, prefill_together, with_budgets
 from weights.fetch_llm import fetch_default_llm
 
 
@@ -30,7 +30,7 @@ class SparseLM(LM):
             raise InputError("tasks of lm-eval that sample are not supported: use one that decodes greedily")
         stops, limit = options.get("until") or [], options.get("max_gen_toks", 256)
         tokens = torch.tensor(self.tokenizer.encode(context)[-(self.model.config.context_len - limit) :])  # (T,)
-        decoders, logits = read_prompt(self.model, self.predictor, [self.setting], tokens, len(tokens), limit)
+        decoders, logits = prefill_together(self.model, self.predictor, [self.setting], tokens, len(tokens), limit)
         ids, text = [], ""
         while len(ids) < limit and (token := logits.argmax().item()) not in self.model.config.eos_token_ids:
             ids.append(token)

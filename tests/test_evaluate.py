@@ -65,21 +65,13 @@ def test_budget_for_is_the_nearest_of_all(method, share):
 # Statistics and tables
 
 
-def test_bootstrap_is_resampling():
-    values = np.random.default_rng(1).exponential(size=(2, 300))
-    found = tables.bootstrap(values, 4000)
-    rng = np.random.default_rng(2)
-    naive = [np.mean([rng.choice(text, len(text)).mean() for text in values]) for _ in range(4000)]
-    np.testing.assert_allclose(np.percentile(found, [2.5, 50, 97.5]), np.percentile(naive, [2.5, 50, 97.5]), rtol=0.02)
-    np.testing.assert_allclose(tables.bootstrap(values + 3, 4000) - found, 3)  # the same draws: a paired difference
-
-
 def texts_row(setting, budget, kl, read, text="a", **more):
     row = dict(task="texts", text=text, n_prompt=100, n_new=len(kl), setting=setting, bytes_share="", budget=budget)
     return row | dict(kl=kl, nll=[1.0] * len(kl), same=[1] * len(kl), read_bytes=read, dense_bytes=4e6) | more
 
 
 def test_texts_table():
+    """Of two tokens a bootstrap draws one twice or both."""
     rows = [texts_row("paper", 64, [0.4, 0.8], 2e6, text="b"), texts_row("ours", 64, [0.1, 0.2], 1e6, recovery=[0.5])]
     rows += [texts_row("ours", 128, [0.3, 0.3], 3e6), texts_row("paper", 64, [0.5, 0.5], 2e6)]
     rows += [texts_row("ours", 96, [0.2, 0.4], 1e6, bytes_share="1/8")]
@@ -92,6 +84,7 @@ def test_texts_table():
     assert (ours["MB"], ours["KL"], ours["perplexity"], ours["recovery"]) == ("1.00", "0.1500", "2.718", "0.500")
     assert (h2o["KL ratio"], h2o["bytes"], h2o["99th percentile"]) == ("3.0000", "1/8", "1.1940")
     assert h2o["ratio 95 %"] == "1.5000 to 6.0000" and best["ratio 95 %"] == "1.0000 to 1.0000"
+    assert ours["95 %"] == "0.1000 to 0.2000" and paper["95 %"] == "0.4500 to 0.6500"
     assert paper["KL"] == "0.5500" and paper["KL ratio"] == "–"  # paper was measured on more texts
     swapped = [texts_row("ours", 64, [0.2, 0.4], 2e6, text=text) for text in "ab"]  # paper's texts, in another order
     assert "1.8333" in tables.texts([rows[0], rows[3], *swapped])
@@ -167,7 +160,7 @@ def test_texts_and_a_second_run(tiny, capsys, monkeypatch):
     assert [row["setting"] for row in rows] == ["full", "ours", "paper", "quest"] and printed.count("\n| ") == 2 + 4
     assert all(len(row["kl"]) == 8 and row["text"] == "text.txt" and row["n_prompt"] == 292 for row in rows)
     assert max(map(abs, rows[0]["kl"])) < 1e-4 < np.mean(rows[1]["kl"])
-    monkeypatch.setattr(evaluate, "read_prompt", None)  # nothing is computed anew
+    monkeypatch.setattr(evaluate, "prefill_together", None)  # nothing is computed anew
     assert main(command) == 0 and capsys.readouterr().out == printed
     monkeypatch.setattr(evaluate, "load_model", None)
     assert main(["table"]) == 0 and capsys.readouterr().out == printed

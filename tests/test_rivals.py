@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from attnpred import Config, decode_one_token
-from experiments.evaluate import Setting, read_prompt
+from experiments.evaluate import Setting, prefill_together
 from experiments.rivals import RIVALS
 from model import causal_attention
 from tests.helpers import random_predictor, tiny_llama
@@ -21,7 +21,9 @@ def decoded(name, n_new=20, **changes):
     """A decoder after a prompt and n_new tokens with the rival's choices."""
     intervals = dict(calibration_interval=3, selection_interval=2)
     model, setting = tiny_llama(), Setting(name, Config(**SHAPE | intervals | RIVALS[name]().changes | changes))
-    (decoder,), _ = read_prompt(model, random_predictor(), [setting], TOKENS[:N_PROMPT], N_PROMPT, 50, measure_every=1)
+    (decoder,), _ = prefill_together(
+        model, random_predictor(), [setting], TOKENS[:N_PROMPT], N_PROMPT, 50, measure_every=1
+    )
     for token in TOKENS[N_PROMPT : N_PROMPT + n_new]:
         decode_one_token(model, decoder, token[None])
     return decoder
