@@ -31,14 +31,13 @@ Reading order: `Setting` and `parse_grid`, `counted_bytes`, `prefill_together` a
 
 import argparse
 import bisect
-import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import pathlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -117,7 +116,7 @@ def parse_grid(text):
         changes = vars(parser.parse_args(options))
         share, _ = changes.pop("bytes", ""), changes.pop("paper")
         require(not share or "budget" not in changes, f"the grid {text!r} has both bytes and budget: leave one out")
-        yield Setting(method, dataclasses.replace(base_config(method), **changes), share)
+        yield Setting(method, replace(base_config(method), **changes), share)
 
 
 def bytes_share(text):
@@ -172,7 +171,7 @@ def budget_for(setting, llm, itemsize, n_prompt, n_new) -> Setting | None:
 
     def at(topk):
         budget = c.sink_tokens + c.local_tokens + topk * c.block_size
-        return dataclasses.replace(setting, config=dataclasses.replace(c, budget=budget))
+        return replace(setting, config=replace(c, budget=budget))
 
     def error(topk):
         return counted_bytes(at(topk), *shape) - target

@@ -21,9 +21,8 @@ def decoded(name, n_new=20, **changes):
     """A decoder after a prompt and n_new tokens with the rival's choices."""
     intervals = dict(calibration_interval=3, selection_interval=2)
     model, setting = tiny_llama(), Setting(name, Config(**SHAPE | intervals | RIVALS[name]().changes | changes))
-    (decoder,), _ = prefill_together(
-        model, random_predictor(), [setting], TOKENS[:N_PROMPT], N_PROMPT, 50, measure_every=1
-    )
+    prompt = TOKENS[:N_PROMPT]
+    (decoder,), _ = prefill_together(model, random_predictor(), [setting], prompt, N_PROMPT, 50, measure_every=1)
     for token in TOKENS[N_PROMPT : N_PROMPT + n_new]:
         decode_one_token(model, decoder, token[None])
     return decoder
