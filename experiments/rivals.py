@@ -289,7 +289,7 @@ class RivalDecoder(SparseDecoder):
             self.attended_tokens -= self.heads  # `count_reads` adds this token
             self.cache.select(chosen, index)
             chosen.first += index * len(chosen.table)
-            for all_layers, one in zip(self.lists.tensors(), chosen.tensors()):
+            for all_layers, one in zip(self.lists.tensors(), chosen.tensors()):  # this layer's part of the lists
                 all_layers.view(self.sparse_layers, -1)[index] = one.flatten()
             self.cache.advance()
         out = super().decode_attention(layer, q, k, v)  # (Hq, 1, D)
