@@ -5,6 +5,7 @@ compile them as it would on each target, and prints what the compilers make of e
 1 where a kernel spills registers or needs more shared memory than the target has.
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -83,21 +84,18 @@ def pretend(name):
 
 def compile_all(targets):
     """One row for each distinct kernel and target."""
-    rows = []
-    for name in targets:
+    rows = {}
+    for name, model in itertools.product(targets, MODELS):
         pretend(name)
         backend = TARGETS[name].backend
-        seen = set()
-        for model in MODELS:
-            for launch in record(model, amd=backend == "hip"):
-                compiled = launch.kernel.warmup(**launch.arguments, grid=launch.grid)
-                if compiled.hash in seen:
-                    continue
-                seen.add(compiled.hash)
-                registers, spilled, shared = resources(compiled, backend)
+        for launch in record(model, amd=backend == "hip"):
+            compiled = launch.kernel.warmup(**launch.arguments, grid=launch.grid)
+            if compiled.hash not in rows:
                 row = dict(kernel=launch.kernel.__name__, grid="×".join(map(str, launch.grid)), model=model)
-                rows.append(row | dict(target=name, registers=registers, spilled=spilled, shared=shared))
-    return rows
+                registers, spilled, shared = resources(compiled, backend)
+                row |= dict(target=name, registers=registers, spilled=spilled, shared=shared)
+                rows[compiled.hash] = row
+    return list(rows.values())
 
 
 def run(arguments):

@@ -1,17 +1,13 @@
 """Quality: the method and its rivals on the same model and texts, compared at equal bytes read from the KV cache.
 
     python -m experiments.evaluate texts --grid "ours,paper,quest bytes=1/16,1/8,1/4"
-    python -m experiments.evaluate texts --grid "ours M=5,8,16 P=1,M share=head,layer budget=256,512"
-    python -m experiments.evaluate needles
-    python -m experiments.evaluate recovery
+    python -m experiments.evaluate texts --grid "ours M=5,8,16 P=1,8 share=head,layer budget=256,512"
     python -m experiments.evaluate lm-eval --lm-tasks my_task --include-path FOLDER
     python -m experiments.evaluate table
 
 texts     A prompt is read densely, once. Then every setting reads the text's own next tokens, one by one, with what its
           cache lets it attend to: for each token the KL divergence from full attention, its rank and perplexity.
-needles   Keys hidden in a text: does the greedy answer hold the one that is asked for?
-recovery  Share of the true attention in the attended blocks, each step with full attention's hidden states.
-lm-eval   Tasks of the `lm-eval` package, with their own prompts and metrics, through lm_eval_adapter.py.
+lm-eval   Tasks of the `lm-eval` package that generate text, with their own metrics, through lm_eval_adapter.py.
 table     Prints the tables of earlier results and computes nothing.
 
 A grid is a method, or several with commas, and values for Config's fields: `M`, `P`, `dense`, `share`, `rows`, `heads`,
@@ -29,22 +25,19 @@ where it was, and several runs may share a file. A row of `texts` has
     attention_bytes calibration_bytes choosing_bytes            counted, per decoded token, ...
     read_bytes dense_bytes                                      ... their sum, and what dense attention would read
 
-Reading order: `Setting` and `parse_grid`, `counted_bytes`, `Prompt`, `decode_together` (the closed loop), `Store`, the
-tasks, the command line. The tables are in tables.py.
+Reading order: `Setting` and `parse_grid`, `counted_bytes`, `prefill_together` and `decode_together` (the closed loop),
+`Store`, the tasks, the command line. The tables are in tables.py.
 """
 
 import argparse
 import bisect
-import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import pathlib
-import random
-import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -52,30 +45,24 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import attnpred
-from attnpred import Config, InputError, OneLineParser
+from attnpred import Config, InputError, OneLineParser, require
 from experiments import tables
 from experiments.rivals import RIVALS, RivalDecoder
 from model import causal_attention, load_model
 from weights.fetch_llm import fetch_default_llm
 
-RIVAL_GRID = (
-    "ours,paper,decayed-mean:0.6,decayed-rms:0.8,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle "
-    "bytes=1/16,1/8,1/4,1/3"
-)
 GRIDS = {  # what a task compares without --grid
-    "texts": ["full", RIVAL_GRID, "paper heads=kv bytes=1/4,1/3"],
-    "needles": ["full,ours,paper,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle budget=512"],
-    "recovery": [
-        "oracle,ours,decayed-mean:0,decayed-mean:1,decayed-mean:0.9,quest,mean-std,random "
-        "M=1 P=1 dense=2 share=head heads=q budget=256,512,1024"
+    "texts": [
+        "full",
+        "ours,paper,decayed-mean:0.6,decayed-rms:0.8,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle "
+        "bytes=1/16,1/8,1/4,1/3",
+        "paper heads=kv bytes=1/4,1/3",
     ],
     "lm-eval": ["full,ours"],
 }
 METHODS = {"ours": Config(), "paper": Config.paper(), "full": Config(dense_layers=1 << 20)}  # none with a rival
 SHORT = dict(M="calibration_interval", P="selection_interval", dense="dense_layers", share="share_budget")
 SHORT |= dict(rows="history_rows", heads="select_heads", delay="selection_delay", swap="swap_share")
-LONG = {field: short for short, field in SHORT.items()}
-FIELDS = [field.name for field in dataclasses.fields(Config)]
 
 # --------------------------------------------------------------------------------------------------------------------
 # Settings, and the bytes that they read
@@ -90,10 +77,10 @@ class Setting:
 
     @property
     def name(self):
-        base = base_config(self.method)
-        changed = {f: getattr(self.config, f) for f in FIELDS if getattr(self.config, f) != getattr(base, f)}
-        changed.pop("budget", None)
-        return " ".join([self.method, *(f"{LONG.get(f, f)}={value}" for f, value in changed.items())])
+        """The method and what is changed of it, the budget apart: "ours M=5 share=head"."""
+        base, short = base_config(self.method), {field: short for short, field in SHORT.items()}
+        changed = {f: value for f, value in vars(self.config).items() if f != "budget" and value != getattr(base, f)}
+        return " ".join([self.method, *(f"{short.get(f, f)}={value}" for f, value in changed.items())])
 
 
 def make_rival(method):
@@ -114,29 +101,22 @@ def base_config(method) -> Config:
 
 def parse_grid(text):
     """Yield a Setting for every combination: "ours,quest M=5,8 bytes=1/8" are four."""
-    options = OneLineParser(allow_abbrev=False)
-    options.add_argument("--bytes", type=bytes_share)
-    attnpred.add_method_options(options)
-    methods, axes = [], {}
+    parser = OneLineParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--bytes", type=bytes_share, default=argparse.SUPPRESS)
+    attnpred.add_method_options(parser)
+    methods, axes = [], []
     for word in text.split():
         name, equals, values = word.partition("=")
-        if not equals:
+        if equals:
+            option = "--" + SHORT.get(name, name).replace("_", "-")
+            axes.append([f"{option}={value}" for value in values.split(",")])
+        else:
             methods += name.split(",")
-            continue
-        name = SHORT.get(name, name)
-        if name not in [*FIELDS, "bytes"]:
-            raise InputError(f"{word!r} in the grid {text!r} is unknown: use bytes, {', '.join([*SHORT, *FIELDS])}")
-        given = [f"--{name.replace('_', '-')}={value}" for value in values.split(",")]
-        axes[name] = [
-            None if option == "--selection-interval=M" else getattr(options.parse_args([option]), name)
-            for option in given
-        ]
-    if "bytes" in axes and "budget" in axes:
-        raise InputError(f"the grid {text!r} has both bytes and budget: leave one out")
-    for method, values in itertools.product(methods or ["ours"], itertools.product(*axes.values())):
-        changes = dict(zip(axes, values))
-        share = changes.pop("bytes", "")
-        yield Setting(method, dataclasses.replace(base_config(method), **changes), share)
+    for method, *options in itertools.product(methods or ["ours"], *axes):
+        changes = vars(parser.parse_args(options))
+        share, _ = changes.pop("bytes", ""), changes.pop("paper")
+        require(not share or "budget" not in changes, f"the grid {text!r} has both bytes and budget: leave one out")
+        yield Setting(method, replace(base_config(method), **changes), share)
 
 
 def bytes_share(text):
@@ -149,7 +129,7 @@ def bytes_share(text):
 
 
 def counted_bytes(setting, llm, itemsize, n_prompt, n_new):
-    """What a setting reads per decoded token, counted as `SparseDecoder` counts it: (attention, calibration, choosing).
+    """What a setting reads per decoded token, counted as `SparseDecoder` counts it, but without decoding.
 
     llm is a LlamaConfig; itemsize: bytes of an element of K and V.
     """
@@ -158,100 +138,85 @@ def counted_bytes(setting, llm, itemsize, n_prompt, n_new):
     sparse, vector = llm.n_layers - dense, llm.head_dim * itemsize
     heads = llm.n_kv_heads if c.select_heads == "kv" else llm.n_heads
     every_token = rival is not None and rival.needs_query and c.topk_blocks > 0
-    attention = calibration = choosing = new_rows = 0
+    read = new_rows = 0
     start = end = None  # the middle at the last selection
     for n in range(n_prompt, n_prompt + n_new + 1):
         step, (calibration_interval, selection_interval) = n - n_prompt, c.intervals(n)
+        attended = llm.n_kv_heads * n  # tokens, of a layer
         if step and end is not None:
             start, end = c.middle(n) if every_token else (start, end)
             attended = heads * (c.topk_blocks * c.block_size + n - (end - start) * c.block_size)
             if every_token:
-                choosing += sparse * heads * (end - start) * rival.bytes_per_block(0, vector)
+                read += sparse * heads * (end - start) * rival.bytes_per_block(0, vector)
             calibrated = step % calibration_interval == 0
-            calibration += calibrated * sparse * llm.n_kv_heads * n * vector
+            read += calibrated * sparse * llm.n_kv_heads * n * vector
             new_rows += calibrated or c.history_rows == "every"
-        else:
-            attended = llm.n_kv_heads * n
         if step:
-            attention += 2 * vector * (dense * llm.n_kv_heads * n + sparse * attended)
+            read += 2 * vector * (dense * llm.n_kv_heads * n + sparse * attended)
         if step % selection_interval == 0:
             due = step + (c.delay(n) if step else 0)
         if step == due and sparse and not c.fits(n + 1):
             start, end = c.middle(n + 1)
             if step and c.topk_blocks and not every_token:
                 block = rival.bytes_per_block(new_rows, vector) if rival else 2 * (c.history_len + 4)
-                choosing += sparse * heads * (end - start) * block
+                read += sparse * heads * (end - start) * block
             new_rows = 0
-    return attention / n_new, calibration / n_new, choosing / n_new
+    return read / n_new
 
 
-def dense_bytes(llm, itemsize, n_prompt, n_new):
-    """What dense attention reads per decoded token, in the mean."""
-    return 2 * itemsize * llm.head_dim * llm.n_kv_heads * llm.n_layers * (n_prompt + (n_new + 1) / 2)
-
-
-def budget_for(setting, llm, itemsize, n_prompt, n_new, tolerance=0.1) -> Setting | None:
-    """The setting with the budget whose counted bytes are nearest to its share of dense's; None: none is near."""
-    c, target = setting.config, float(Fraction(setting.bytes_share)) * dense_bytes(llm, itemsize, n_prompt, n_new)
+def budget_for(setting, llm, itemsize, n_prompt, n_new) -> Setting | None:
+    """The setting with the budget whose counted bytes come nearest to its share of dense's; None: by over 10 %."""
+    c, shape = setting.config, (llm, itemsize, n_prompt, n_new)
+    target = float(Fraction(setting.bytes_share)) * counted_bytes(Setting("full", METHODS["full"]), *shape)
 
     def at(topk):
         budget = c.sink_tokens + c.local_tokens + topk * c.block_size
-        return dataclasses.replace(setting, config=dataclasses.replace(c, budget=budget))
+        return replace(setting, config=replace(c, budget=budget))
 
     def error(topk):
-        return sum(counted_bytes(at(topk), llm, itemsize, n_prompt, n_new)) - target
+        return counted_bytes(at(topk), *shape) - target
 
     most = bisect.bisect_left(range(c.n_blocks(n_prompt)), 0, key=error)  # the fewest blocks that read the target
     best = min((max(0, most - 1), most), key=lambda topk: abs(error(topk)))
-    return at(best) if abs(error(best)) <= tolerance * target else None
+    return at(best) if abs(error(best)) <= 0.1 * target else None
+
+
+def with_budgets(settings, model, n_prompt, n_new) -> list[Setting]:
+    """All settings, each once: `bytes` becomes a budget. Notes and skips what cannot read so little."""
+    shape = model.config, model.kv_dtype.itemsize, n_prompt, n_new
+    found = {setting: budget_for(setting, *shape) if setting.bytes_share else setting for setting in settings}
+    for setting in (setting for setting, fitted in found.items() if not fitted):
+        print(f"skipped: no budget of {setting.name!r} reads {setting.bytes_share} of dense's bytes", file=sys.stderr)
+    return list(filter(None, found.values()))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One prompt, many decoders
+# Many decoders, one text
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Prompt:
-    """A text read densely, once. The decoders of all settings go on from its first n_prompt tokens.
+@torch.inference_mode()
+def prefill_together(model, predictor, settings, tokens, n_prompt, n_new, measure_every=0):
+    """Read tokens (T,) densely, once, for all settings.
 
-    `logits` (1 + the tokens after the prompt, V) are full attention's, from the prompt's last token on.
+    Returns a decoder per setting, at the end of the first n_prompt tokens and with room for n_new more, and what full
+    attention predicts from there on: logits (1 + T - n_prompt, V).
     """
+    decoders = []
+    for setting in settings:
+        options = dict(rival=make_rival(setting.method), measure_every=measure_every)
+        decoders.append(RivalDecoder(setting.config, model, predictor, n_prompt + n_new, **options))
+        decoders[-1].begin_prompt(n_prompt)
 
-    def __init__(self, model, predictor, tokens, n_prompt, settings):
-        self.model, self.predictor, self.n_prompt, self.settings = model, predictor, n_prompt, settings
-        strides = [s.config.row_stride(n_prompt) * (s.config.history_len - 1) for s in settings]
-        self.n_queries = min(n_prompt, 1 + max(strides, default=0))
-        self.kv = []  # K and V of each layer, (Hk, n_prompt, D) each
-        self.queries = []  # the last n_queries of each layer, (Hq, n_queries, D)
-        self.notes = {}  # (method, block size) -> a dict for each layer
-        hidden = model.hidden(tokens, torch.arange(len(tokens)), self.attend)  # (T, C)
-        self.logits = model.logits(hidden[n_prompt - 1 :])  # (1 + T - n_prompt, V)
-
-    def attend(self, layer, q, k, v):
-        n = self.n_prompt
-        self.kv.append((k[:, :n].clone(), v[:, :n].clone()))
-        self.queries.append(q[:, n - self.n_queries : n].clone())
-        for method, block_size in dict.fromkeys((s.method, s.config.block_size) for s in self.settings):
-            if rival := make_rival(method):
-                blocks = F.pad(k[:, :n], (0, 0, 0, -n % block_size)).unflatten(1, (-1, block_size))  # (Hk, N, b, D)
-                self.notes.setdefault((method, block_size), []).append(rival.prefill(q[:, :n], blocks, n))
+    def attend(layer, q, k, v):  # (Hq, T, D), (Hk, T, D), (Hk, T, D)
+        for decoder in decoders:
+            decoder.take_prompt(layer, *(x[:, :n_prompt] for x in (q, k, v)))
         return causal_attention(layer, q, k, v)
 
-    def decoder(self, setting, n_new, **options) -> RivalDecoder:
-        """A decoder of this setting at the end of the prompt, with room for n_new tokens."""
-        c, n = setting.config, self.n_prompt
-        notes = self.notes.get((setting.method, c.block_size), [])[c.dense_layers :]
-        options |= dict(rival=make_rival(setting.method), notes=notes)
-        decoder = RivalDecoder(c, self.model, self.predictor, n + n_new, **options)
-        decoder.begin_prompt(n)
-        rows, stride = decoder.n_queries, c.row_stride(n)
-        for layer, (kv, q) in enumerate(zip(self.kv, self.queries)):
-            decoder.cache.write_prompt(layer, *kv)
-            if layer >= c.dense_layers:
-                kept = q[:, self.n_queries - 1 - (rows - 1) * stride :: stride]  # (Hq, rows, D)
-                decoder.queries[layer - c.dense_layers, :, :rows] = kept
+    hidden = model.hidden(tokens, torch.arange(len(tokens)), attend)  # (T, C)
+    for decoder in decoders:
         decoder.finish_token()
-        return decoder
+    return decoders, model.logits(hidden[n_prompt - 1 :])
 
 
 @torch.inference_mode()
@@ -272,23 +237,27 @@ def decode_together(model, decoders, tokens):
     return logits
 
 
-def read_on(prompt, settings, tokens, **options):
-    """Decode `tokens` (n + 1,): n are read and n predicted. Yields, per setting, its rows of the results."""
-    decoders = [prompt.decoder(setting, len(tokens) - 1, **options) for setting in settings]
-    kl, nll, same = [], [], []  # n of (M,) each; the first token follows the dense prompt and is the same for all
-    for token, target, full in zip(tokens[:-1], tokens[1:], prompt.logits[1:]):
-        logits = decode_together(prompt.model, decoders, token.expand(len(decoders)))  # (M, V)
+def read_on(model, predictor, settings, tokens, n_prompt, measure_every=16):
+    """Decode tokens (T,) from n_prompt on, the last one apart, which is only predicted.
+
+    Yields, per setting, what a row of results measures.
+    """
+    n_new = len(tokens) - 1 - n_prompt
+    decoders, dense = prefill_together(model, predictor, settings, tokens[:-1], n_prompt, n_new, measure_every)
+    kl, nll, same = [], [], []  # n_new of (M,) each; the first token follows the dense prompt and is the same for all
+    for token, target, full in zip(tokens[n_prompt:-1], tokens[n_prompt + 1 :], dense[1:]):
+        logits = decode_together(model, decoders, token.expand(len(decoders)))  # (M, V)
         log_p = full.log_softmax(-1).expand_as(logits)  # (M, V)
         kl.append(F.kl_div(logits.log_softmax(-1), log_p, reduction="none", log_target=True).sum(-1))
         nll.append(F.cross_entropy(logits, target.expand(len(decoders)), reduction="none"))
         same.append((logits.argmax(-1) == full.argmax()).int())
     for i, decoder in enumerate(decoders):
         row = {name: rounded(torch.stack(x)[:, i]) for name, x in (("kl", kl), ("nll", nll), ("same", same))}
-        if decoder.recovery and decoder.sparse_layers:
+        if decoder.recovery:
             recovery = torch.stack(decoder.recovery).mean(2)  # (steps, L')
             row |= dict(recovery=rounded(recovery.mean(1)), recovery_by_layer=rounded(recovery.mean(0)))
         counters = ("attention_bytes", "calibration_bytes", "choosing_bytes", "dense_bytes", "read_bytes")
-        yield row | {name: getattr(decoder.stats, name) / len(kl) for name in counters}
+        yield row | {name: getattr(decoder.stats, name) / n_new for name in counters}
 
 
 def rounded(x):
@@ -301,12 +270,13 @@ def rounded(x):
 
 
 class Store:
-    """A file of JSON lines. A line that is not whole, because a run was stopped while it wrote, counts as missing."""
+    """A file of JSON lines. `rows` are those of one identity: model, dtype and predictor.
 
-    key = (*"task text sha256 n_prompt n_new model dtype predictor method bytes_share".split(), *FIELDS)
+    A line that is not whole, because a run was stopped while it wrote, counts as missing.
+    """
 
     def __init__(self, path, identity):
-        self.path, self.identity, self.rows = pathlib.Path(path), identity, []
+        self.path, self.identity, rows = pathlib.Path(path), identity, []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
@@ -316,33 +286,27 @@ class Store:
         for line in lines:
             try:
                 row = json.loads(line)
-                self.key_of(row)
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 continue
-            self.rows.append(row)
-        if lines and not self.rows:
-            raise InputError(f"{path} holds no results: give another file with --results")
+            if isinstance(row, dict) and row.keys() >= identity.keys():
+                rows.append(row)
+        require(rows or not lines, f"{path} holds no results: give another file with --results")
+        wanted = (identity, identity | dict(predictor=""))  # see `key`
+        self.rows = [row for row in rows if any(row.items() >= one.items() for one in wanted)]
 
-    def key_of(self, row):
-        return tuple(row[name] for name in self.key)
-
-    def row(self, setting, **values):
-        names = dict(setting=setting.name, method=setting.method, bytes_share=setting.bytes_share)
+    def key(self, setting, values):
+        """What tells a row from all others."""
+        key = self.identity | values | dict(method=setting.method, bytes_share=setting.bytes_share)
         if setting.method not in ("ours", "paper"):
-            names["predictor"] = ""  # so that a rival's results outlive a new predictor
-        return self.identity | values | names | dataclasses.asdict(setting.config)
+            key["predictor"] = ""  # so that a rival's results outlive a new predictor
+        return key | vars(setting.config)
 
-    def of(self, task):
-        """The rows of a task with this model, dtype and predictor."""
-        wanted = [{**self.identity, "task": task, "predictor": name} for name in (self.identity["predictor"], "")]
-        return [row for row in self.rows if any(row.items() >= w.items() for w in wanted)]
+    def missing(self, settings, values):
+        """The settings without a row of these values."""
+        return [s for s in settings if not any(row.items() >= self.key(s, values).items() for row in self.rows)]
 
-    def missing(self, settings, **values):
-        done = set(map(self.key_of, self.rows))
-        return [s for s in settings if self.key_of(self.row(s, **values)) not in done]
-
-    def add(self, setting, **values):
-        row = self.row(setting, **values)
+    def add(self, setting, values, measured):
+        row = self.key(setting, values) | dict(setting=setting.name) | measured
         try:
             with self.path.open("ab", buffering=0) as file:  # one write, so that runs may share the file; the line
                 file.write(f"\n{json.dumps(row)}".encode())  # break before it ends what a stopped run left unfinished
@@ -372,125 +336,39 @@ def read_text(name):
         raise InputError(f"text {name} is not UTF-8 (byte {error.start}): convert it first")
 
 
-@dataclass
-class Bench:
-    """What every task needs."""
-
-    model: object
-    tokenizer: object
-    predictor: object
-    store: Store
-    args: argparse.Namespace
-
-    def settings(self, n_prompt, n_new) -> list[Setting]:
-        """All settings, each once: `bytes` becomes a budget. Notes and skips what cannot read so little."""
-        settings = {}
-        for setting in self.args.settings:
-            found = setting
-            if setting.bytes_share:
-                found = budget_for(setting, self.model.config, self.model.kv_dtype.itemsize, n_prompt, n_new)
-            if found:
-                settings[found] = None
-            else:
-                skipped = f"no budget of {setting.name!r} reads {setting.bytes_share} of dense's bytes"
-                print(f"skipped: {skipped}", file=sys.stderr)
-        return list(settings)
-
-    def batches(self, values, tokens):
-        """Yield (prompt, settings), for the settings whose rows with these values are missing."""
-        n_prompt, n_new = values["n_prompt"], values["n_new"]
-        settings = self.store.missing(self.settings(n_prompt, n_new), **values)
-        if not settings:
-            return
-        prompt = Prompt(self.model, self.predictor, torch.tensor(tokens[: n_prompt + n_new]), n_prompt, settings)
-        batches = [settings[i : i + self.args.together] for i in range(0, len(settings), self.args.together)]
-        name = f"{values['text']}, {n_prompt + n_new} tokens"
-        for batch in tqdm(batches, name, unit="batch", leave=False, disable=self.args.quiet):
-            yield prompt, batch
-
-
 def digest(data):
     return hashlib.sha256(data if isinstance(data, bytes) else json.dumps(data).encode()).hexdigest()[:12]
 
 
-def run_texts(bench):
-    """The tasks texts and recovery."""
-    args, dense, needed = bench.args, bench.args.task == "recovery", max(bench.args.lengths) + 1
-    texts = {name: bench.tokenizer.encode(read_text(name), special_tokens=False)[:needed] for name in args.texts}
+def run_texts(args, store, model, tokenizer, predictor):
+    context, needed = model.config.context_len, max(args.lengths) + 1
+    require(needed <= context + 1, f"--lengths must fit the model's context of {context} tokens")
+    texts = {name: tokenizer.encode(read_text(name), special_tokens=False)[:needed] for name in args.texts}
     for name, tokens in texts.items():
-        if len(tokens) < needed:
-            raise InputError(f"text {name} has {len(tokens)} tokens, {needed} are needed: use shorter --lengths")
-    options = dict(measure_every=4 if dense else 16, follow_dense=dense)
+        enough = len(tokens) == needed
+        require(enough, f"text {name} has {len(tokens)} tokens, {needed} are needed: use shorter --lengths")
     for (name, tokens), length in itertools.product(texts.items(), args.lengths):
-        tokens, n_prompt = tokens[: length + 1], length - args.n_new
-        values = dict(task=args.task, text=pathlib.Path(name).name, sha256=digest(tokens))
-        values |= dict(n_prompt=n_prompt, n_new=args.n_new)
-        for prompt, settings in bench.batches(values, tokens):
-            rows = read_on(prompt, settings, torch.tensor(tokens[n_prompt:]), **options)
-            for setting, row in zip(settings, rows):
-                bench.store.add(setting, **values, **row)
+        tokens, n_prompt, n_new = tokens[: length + 1], length - args.n_new, args.n_new
+        values = dict(task="texts", text=pathlib.Path(name).name, sha256=digest(tokens), n_prompt=n_prompt, n_new=n_new)
+        settings = store.missing(with_budgets(args.settings, model, n_prompt, n_new), values)
+        if not settings:
+            continue
+        tokens = torch.tensor(tokens)  # (length + 1,)
+        batches = [settings[i : i + args.together] for i in range(0, len(settings), args.together)]
+        for batch in tqdm(batches, f"{name}, {length} tokens", unit="batch", leave=False, disable=args.quiet):
+            for setting, measured in zip(batch, read_on(model, predictor, batch, tokens, n_prompt)):
+                store.add(setting, values, measured)
 
 
-COLOURS = "red", "blue", "green", "yellow"
-
-
-def hidden_keys(tokenizer, filler, length, depth, n_keys, rng):
-    """A prompt of `length` tokens with `n_keys` five-digit keys, and the one that it asks for, at `depth` (0 ... 1).
-
-    The other keys lie at random depths. A single key is called the pass key.
-    """
-    names = [f"{colour} key" for colour in COLOURS[:n_keys]] if n_keys > 1 else ["pass key"]
-    values = [str(rng.randrange(10000, 100000)) for _ in names]
-    asked = rng.randrange(n_keys)
-    needles = [f"\n\nThe {name} is {key}. Remember it: {key} is the {name}.\n\n" for name, key in zip(names, values)]
-    opening = "Some keys are hidden in the text that follows. Remember them.\n\n"
-    question = f"\n\nWhat is the {names[asked]}? The {names[asked]} is"
-    opening, question, *needles = (tokenizer.encode(t, special_tokens=False) for t in (opening, question, *needles))
-    room = length - len(opening) - len(question) - sum(map(len, needles))
-    if room < 0:
-        raise InputError(f"{length} tokens have no room for {n_keys} keys: use at least {length - room}")
-    offset = rng.randrange(len(filler))
-    body = (filler * (2 + room // len(filler)))[offset : offset + room]
-    depths = [depth if i == asked else rng.random() for i in range(n_keys)]
-    for pos, needle in sorted(((round(d * room), needle) for d, needle in zip(depths, needles)), reverse=True):
-        body[pos:pos] = needle
-    return opening + body + question, values[asked]
-
-
-def run_needles(bench):
-    """Rows have `keys`, `depth`, the `answer` and whether it begins with the key, `found`."""
-    args = bench.args
-    filler = [token for name in args.texts for token in bench.tokenizer.encode(read_text(name), special_tokens=False)]
-    cases = list(itertools.product(args.keys, args.lengths, args.depths, range(args.trials)))
-    for n_keys, length, depth, trial in tqdm(cases, "needles", unit="prompt", disable=args.quiet):
-        case = f"{n_keys} keys, depth {depth:g}, trial {trial}"
-        tokens, key = hidden_keys(bench.tokenizer, filler, length, depth, n_keys, random.Random(f"{length} {case}"))
-        n_new = len(bench.tokenizer.encode(f" {key}.", special_tokens=False))
-        values = dict(task=args.task, text=case, sha256=digest(tokens), n_prompt=length, n_new=n_new)
-        for prompt, settings in bench.batches(values, tokens):
-            for setting, ids in zip(settings, answer(prompt, settings, n_new).T.tolist()):
-                text = bench.tokenizer.decode(ids)
-                found = int(re.findall(r"\d+", text)[:1] == [key])
-                bench.store.add(setting, **values, keys=n_keys, depth=depth, answer=text, found=found)
-
-
-def answer(prompt, settings, n_new):
-    """n_new greedy tokens of each setting: (n_new, M)."""
-    decoders = [prompt.decoder(setting, n_new) for setting in settings]
-    tokens = [prompt.logits[0].argmax().expand(len(settings))]  # (M,) each
-    while len(tokens) < n_new:
-        tokens.append(decode_together(prompt.model, decoders, tokens[-1]).argmax(-1))
-    return torch.stack(tokens)
-
-
-def run_lm_eval(bench):
-    """Rows have `scores`: the task's own metrics by name."""
+def run_lm_eval(*args):
     try:
         from experiments.lm_eval_adapter import run_tasks
     except ImportError as error:
         raise InputError(f"lm-eval needs {error.name}: pip install lm-eval") from None
-    run_tasks(bench)
+    run_tasks(*args)
 
+
+TASKS = {"texts": run_texts, "lm-eval": run_lm_eval}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -499,19 +377,15 @@ def run_lm_eval(bench):
 
 def parse_args(argv):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=[*GRIDS, "table"])
+    parser.add_argument("task", choices=[*TASKS, "table"])
     parser.add_argument("--grid", action="append", help="settings to compare (see above); may be repeated")
     parser.add_argument("--results", default="results/evaluate.jsonl", metavar="FILE", help="results go here")
     parser.add_argument("--texts", nargs="+", default=[*TEXTS, "readme"], help="held-out texts by name, or files")
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; texts and recovery: decoded ones included")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192], help="tokens, decoded ones included")
     parser.add_argument("--n-new", type=int, default=512, help="tokens decoded after the prompt")
-    parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="of the key; 0: first")
-    parser.add_argument("--keys", type=int, nargs="+", default=[1, 4], choices=range(1, 5), help="hidden in a text")
-    parser.add_argument("--trials", type=int, default=1, help="prompts for each depth")
     parser.add_argument("--lm-tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval")
     parser.add_argument("--include-path", metavar="FOLDER", help="your own tasks of lm-eval")
     parser.add_argument("--limit", type=int, help="only so many examples of each task of lm-eval")
-    parser.add_argument("--against", default="ours", metavar="SETTING", help="the table has the ratio of KLs to it")
     parser.add_argument("--together", type=int, default=12, help="settings decoded in lockstep; memory grows with them")
     parser.add_argument("--model", help="Hugging Face folder or hub id; default: the bundled one")
     parser.add_argument("--predictor", default=attnpred.DEFAULT_PREDICTOR, help="the convolution")
@@ -519,14 +393,10 @@ def parse_args(argv):
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     args.settings = [setting for grid in args.grid or GRIDS.get(args.task, []) for setting in parse_grid(grid)]
-    args.lengths = args.lengths or ([1024, 2048, 4096] if args.task == "needles" else [4096, 8192])
-    for name in ("n_new", "together", "trials", *["limit"] * (args.limit is not None)):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-    if args.task in ("texts", "recovery") and min(args.lengths) <= args.n_new:
-        raise InputError("--lengths must exceed --n-new")
-    if not all(0 <= depth <= 1 for depth in args.depths):
-        raise InputError("--depths must lie in 0 ... 1")
+    for name in ("n_new", "together", "limit"):
+        value = getattr(args, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1")
+    require(args.task != "texts" or min(args.lengths) > args.n_new, "--lengths must exceed --n-new")
     return args
 
 
@@ -535,19 +405,14 @@ def run(args):
     weights = digest(b"".join(w.contiguous().numpy().tobytes() for w in predictor.state_dict().values()))
     name = pathlib.Path(args.model).name if args.model else "default"
     store = Store(args.results, dict(model=name, dtype=args.dtype, predictor=weights))
-    tasks = {"texts": run_texts, "needles": run_needles, "recovery": run_texts, "lm-eval": run_lm_eval}
-    if args.task in tasks:
+    if args.task in TASKS:
         model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
-        needed = max(args.lengths) + (16 if args.task == "needles" else 0)  # 16: for the answer
-        if args.task != "lm-eval" and needed > model.config.context_len:
-            raise InputError(f"--lengths must fit the model's context of {model.config.context_len} tokens")
-        tasks[args.task](Bench(model, tokenizer, predictor, store, args))
-    found = {task: store.of(task) for task in ([args.task] if args.task in tasks else tasks)}
-    if not any(found.values()):
-        raise InputError(f"{args.results} has no results of this --model, --dtype and --predictor")
+        TASKS[args.task](args, store, model, tokenizer, predictor)
+    found = {task: [row for row in store.rows if row["task"] == task] for task in TASKS if args.task in (task, "table")}
+    require(any(found.values()), f"{args.results} has no results of this --model, --dtype and --predictor")
     for task, rows in found.items():
         if rows:
-            print(tables.TABLES[task](rows, args.against), end="\n\n")
+            print(tables.TABLES[task](rows), end="\n\n")
 
 
 def main(argv=None) -> int:

@@ -1,7 +1,7 @@
 """Other ways to choose blocks, each a small class with one `score`, all run through the same sparse decode path.
 
-Reading order: `Seen` (what a rival may look at), the rivals, `RIVALS` (all by name), `RivalDecoder` (decodes with a
-rival's choice and measures recovery).
+Reading order: `Rival`, the rivals, `RIVALS` (all by name), `RivalDecoder` (decodes with a rival's choice and measures
+recovery).
 
 All rivals choose whole blocks and always attend to sink and local window; the budget counts all three. A rival only
 ranks the middle blocks. Where that makes it differ from its paper, its docstring says so.
@@ -22,38 +22,24 @@ NO_HISTORY = dict(calibration_interval=1 << 30, selection_interval=16, history_r
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Seen:
-    """What a rival may look at in one sparse layer. It ranks the middle blocks start ... end - 1."""
-
-    def __init__(self, decoder, layer, start, end, q=None):
-        self.decoder, self.layer, self.start, self.end = decoder, layer, start, end
-        self.q = q  # (Hq, D): the query of this step, only for a rival with `needs_query`
-        self.k_cache = decoder.cache.k[layer + decoder.dense_layers]  # (Hk, capacity, b, D)
-        self.notes = decoder.notes[layer]  # what the rival noted of the prompt, and may change
-
-    def rows(self, count):
-        """The last `count` rows of the history, oldest first: (heads, count, capacity) float32."""
-        history = self.decoder.history[self.layer]  # (heads, H, capacity)
-        slots = kernels.window_slots(self.decoder.newest, history.shape[1], history.device)  # (H,)
-        return history[:, slots[len(slots) - count :]].float()
-
-    def group_mean(self, per_query):
-        """(Hq, n) -> (heads, n): queries that select together share their mean."""
-        return per_query.unflatten(0, (self.decoder.heads, -1)).mean(1)
-
-
 class Rival:
-    """Ranks the middle blocks with `score`, which returns what broadcasts to (heads, end - start)."""
+    """Ranks the middle blocks of a sparse layer with `score`."""
 
     needs_query = False  # True: a choice is made with the query of each token, so it cannot be prefetched
     changes = {}  # the Config fields that its paper settles
 
-    def score(self, seen: Seen) -> torch.Tensor:
-        raise NotImplementedError
+    def __init__(self):
+        self.notes = []  # what `prefill` noted of each sparse layer; `score` may change it
 
-    def prefill(self, q, k_cache, n_tokens) -> dict:
-        """Notes on a layer's prompt: q (Hq, n_tokens, D), k_cache (Hk, capacity, b, D)."""
-        return {}
+    def prefill(self, q, k_cache, n_tokens):
+        """What to note of a layer's prompt: q (Hq, n_tokens, D), k_cache (Hk, N, b, D)."""
+
+    def score(self, decoder, layer, middle, q) -> torch.Tensor:
+        """Scores of the blocks in the slice `middle`: what broadcasts to (heads, n).
+
+        decoder: a RivalDecoder; layer: among the sparse ones; q (Hq, D): of this step, only with `needs_query`.
+        """
+        raise NotImplementedError
 
     def bytes_per_block(self, new_rows, vector_bytes):
         """Bytes read per middle block and selection head to choose; vector_bytes: of one key; new_rows: of history."""
@@ -66,10 +52,11 @@ class DecayedMean(Rival):
     power = 1
 
     def __init__(self, decay=0.9):
+        super().__init__()
         self.decay = decay
 
-    def score(self, seen):
-        rows = seen.rows(seen.decoder.config.history_len)[..., seen.start : seen.end]  # (heads, H, n)
+    def score(self, decoder, layer, middle, q):
+        rows = decoder.rows(layer, decoder.config.history_len)[..., middle]  # (heads, H, n)
         age = torch.arange(rows.shape[1] - 1, -1, -1, device=rows.device)  # (H,)
         return torch.einsum("hrn,r->hn", rows**self.power, self.decay**age)
 
@@ -89,10 +76,8 @@ class Oracle(Rival):
 
     needs_query, changes = True, NO_HISTORY
 
-    def score(self, seen):
-        k, block_size = seen.k_cache.flatten(1, 2), seen.k_cache.shape[2]  # (Hk, capacity * b, D)
-        mass = block_mass(seen.q[:, None], k, seen.decoder.n_tokens, block_size)[:, 0]  # (Hq, N)
-        return seen.group_mean(mass[:, seen.start : seen.end])
+    def score(self, decoder, layer, middle, q):
+        return decoder.group_mean(decoder.mass(layer, q)[:, middle])
 
 
 class Quest(Rival):
@@ -109,15 +94,17 @@ class Quest(Rival):
     def logits(self, q, low, high):  # (Hk, G, D), (Hk, n, D), (Hk, n, D) -> (Hk, G, n)
         return q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT
 
-    def score(self, seen):
-        known = seen.notes.get("summary")  # (Hk, blocks so far, 2D)
-        if known is None or known.shape[1] < seen.end:
-            new = self.summarise(seen.k_cache[:, 0 if known is None else known.shape[1] : seen.end].float())
-            seen.notes["summary"] = known = new if known is None else torch.cat([known, new], 1)
-        q = seen.q.float().unflatten(0, (len(known), -1))  # (Hk, G, D)
-        halves = known[:, seen.start : seen.end].chunk(2, -1)  # (Hk, n, D) twice
-        logits = self.logits(q, *halves) * q.shape[-1] ** -0.5  # (Hk, G, n)
-        return seen.group_mean(logits.flatten(0, 1).softmax(-1))
+    def prefill(self, q, k_cache, n_tokens):
+        return self.summarise(k_cache[:, : n_tokens // k_cache.shape[2]].float())  # of full blocks
+
+    def score(self, decoder, layer, middle, q):
+        known = self.notes[layer]  # (Hk, full blocks so far, 2D)
+        if known.shape[1] < middle.stop:
+            new = self.summarise(decoder.keys(layer)[:, known.shape[1] : middle.stop].float())
+            self.notes[layer] = known = torch.cat([known, new], 1)
+        q = q.float().unflatten(0, (len(known), -1))  # (Hk, G, D)
+        logits = self.logits(q, *known[:, middle].chunk(2, -1)) * q.shape[-1] ** -0.5  # (Hk, G, n)
+        return decoder.group_mean(logits.flatten(0, 1).softmax(-1))
 
     def bytes_per_block(self, new_rows, vector_bytes):
         return 2 * vector_bytes
@@ -141,8 +128,8 @@ class StreamingLLM(Rival):
 
     changes = NO_HISTORY | dict(share_budget="head")
 
-    def score(self, seen):
-        return torch.arange(seen.start, seen.end, dtype=torch.float32, device=seen.k_cache.device)
+    def score(self, decoder, layer, middle, q):
+        return torch.arange(middle.start, middle.stop, dtype=torch.float32, device=decoder.history.device)
 
 
 class H2O(Rival):
@@ -158,25 +145,25 @@ class H2O(Rival):
     chunk_rows = 256  # query rows of a prompt that are pooled at once
 
     def prefill(self, q, k_cache, n_tokens):
-        total = torch.zeros(len(q), -(-n_tokens // k_cache.shape[2]), device=q.device)  # (Hq, N)
+        """Each block's attention so far, and the step of the last choice."""
+        total = torch.zeros(len(q), k_cache.shape[1], device=q.device)  # (Hq, N)
         for end in range(n_tokens, 0, -self.chunk_rows):
             pooled, _ = kernels.pool_history(q[:, max(0, end - self.chunk_rows) : end], k_cache, end)  # (Hq, rows, N)
             total[:, : pooled.shape[-1]] += pooled.sum(1)
-        return {"total": total, "step": 0}
+        return total, 0
 
-    def score(self, seen):
-        decoder, notes, window = seen.decoder, seen.notes, slice(seen.start, seen.end)
-        if len(notes["total"]) != decoder.heads:
-            notes["total"] = seen.group_mean(notes["total"])  # (heads, N of the prompt)
+    def score(self, decoder, layer, middle, q):
+        total, chosen_at = self.notes[layer]
+        total = decoder.group_mean(total)  # (heads, N of the last choice)
         n_blocks = decoder.config.n_blocks(decoder.n_tokens)
-        paid = seen.rows(min(decoder.step - notes["step"], decoder.config.history_len)).sum(1)  # since the last choice
-        total = F.pad(notes["total"], (0, n_blocks - notes["total"].shape[1])) + paid[:, :n_blocks]  # (heads, N)
+        rows = decoder.rows(layer, min(decoder.step - chosen_at, decoder.config.history_len))  # since the last choice
+        total = F.pad(total, (0, n_blocks - total.shape[1])) + rows.sum(1)[:, :n_blocks]  # (heads, N)
         if decoder.step:
-            dropped = ~decoder.attended(seen.layer, n_blocks)  # (heads, N)
-            total[:, window] = total[:, window].masked_fill(dropped[:, window], 0.0)
-        notes["total"], notes["step"] = total, decoder.step
-        heavy = total[:, window].argsort(descending=True, stable=True).argsort()  # (heads, n): 0 for the heaviest
-        recent = torch.arange(seen.end - seen.start - 1, -1, -1, device=total.device)  # (n,): 0 for the most recent
+            dropped = ~decoder.attended(layer, n_blocks)  # (heads, N)
+            total[:, middle] = total[:, middle].masked_fill(dropped[:, middle], 0.0)
+        self.notes[layer] = total, decoder.step
+        heavy = total[:, middle].argsort(descending=True, stable=True).argsort()  # (heads, n): 0 for the heaviest
+        recent = torch.arange(heavy.shape[1] - 1, -1, -1, device=total.device)  # (n,): 0 for the most recent
         return -torch.minimum(heavy, recent).float()  # the first K are of both kinds in turn, for every K
 
 
@@ -194,12 +181,12 @@ class SnapKV(Rival):
         votes = attention(q[:, -self.voters :], k_cache.flatten(1, 2), n_tokens).mean(1)  # (Hq, n_tokens)
         votes = F.max_pool1d(votes, self.pooled_tokens, stride=1, padding=self.pooled_tokens // 2)
         votes = F.pad(votes, (0, -n_tokens % k_cache.shape[2]))
-        return {"votes": votes.unflatten(-1, (-1, k_cache.shape[2])).amax(-1)}  # (Hq, N)
+        return votes.unflatten(-1, (-1, k_cache.shape[2])).amax(-1)  # (Hq, N)
 
-    def score(self, seen):
-        votes = seen.notes["votes"]  # (Hq, N of the prompt)
-        answer = max(0, seen.end - votes.shape[1])
-        return seen.group_mean(F.pad(votes, (0, answer), value=torch.inf)[:, seen.start : seen.end])
+    def score(self, decoder, layer, middle, q):
+        votes = decoder.group_mean(self.notes[layer])  # (heads, N of the prompt)
+        answer = max(0, middle.stop - votes.shape[1])
+        return F.pad(votes, (0, answer), value=torch.inf)[:, middle]
 
 
 class AdaKV(SnapKV):
@@ -211,20 +198,10 @@ class AdaKV(SnapKV):
     floor = 0.2
     changes = SnapKV.changes | dict(share_budget="layer")
 
-    def score(self, seen):
-        scores = super().score(seen)  # (heads, n)
-        safe = scores.topk(int(self.floor * seen.decoder.config.topk_blocks), -1).indices  # (heads, floor * K)
+    def score(self, decoder, layer, middle, q):
+        scores = super().score(decoder, layer, middle, q)  # (heads, n)
+        safe = scores.topk(int(self.floor * decoder.config.topk_blocks), -1).indices  # (heads, floor * K)
         return scores.scatter_add(1, safe, torch.ones_like(safe, dtype=scores.dtype))  # votes are probabilities
-
-
-class Random(Rival):
-    """A lower bound."""
-
-    changes = StreamingLLM.changes
-
-    def score(self, seen):
-        generator = torch.Generator().manual_seed(seen.decoder.n_tokens * 1000 + seen.layer)
-        return torch.rand(seen.decoder.heads, seen.end - seen.start, generator=generator).to(seen.k_cache.device)
 
 
 RIVALS = {
@@ -234,8 +211,10 @@ RIVALS = {
     "quest": Quest,
     "mean-std": MeanStd,
     "snapkv": SnapKV,
+    "ada-snapkv": AdaKV,
+    "h2o": H2O,
+    "streaming-llm": StreamingLLM,
 }
-RIVALS |= {"ada-snapkv": AdaKV, "h2o": H2O, "streaming-llm": StreamingLLM, "random": Random}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -247,53 +226,80 @@ class RivalDecoder(SparseDecoder):
     """A SparseDecoder whose blocks a rival chooses (None: the predictor), and which measures recovery.
 
     `recovery` has a (L', Hq) tensor for every `measure_every`-th decoded token: the share of the true attention, given
-    the hidden states that decoding has led to, that the attended blocks carry. With `follow_dense` the output of every
-    layer is full attention's, so all rivals see the same hidden states. `notes` has a dict per sparse layer.
+    the hidden states that decoding has led to, that the attended blocks carry.
     """
 
-    def __init__(self, *args, rival=None, notes=None, measure_every=0, follow_dense=False):
+    def __init__(self, *args, rival=None, measure_every=0):
         super().__init__(*args)
-        self.rival, self.measure_every, self.follow_dense = rival, measure_every, follow_dense
-        self.notes = [dict(note) for note in notes or [{}] * self.sparse_layers]
+        self.rival, self.measure_every = rival, measure_every
         self.recovery = []
+
+    def take_prompt(self, layer, q, k, v):
+        """A layer of a whole prompt, whose attention others compute: q (Hq, T, D), k and v (Hk, T, D)."""
+        self.cache.write_prompt(layer, k, v)
+        if layer >= self.dense_layers:
+            stride = self.config.row_stride(self.n_tokens)
+            rows = q[:, self.n_tokens - 1 - (self.n_queries - 1) * stride :: stride]  # (Hq, rows, D)
+            self.queries[layer - self.dense_layers, :, : self.n_queries] = rows
+            if self.rival:
+                blocks = self.cache.k[layer, :, : self.config.n_blocks(self.n_tokens)]  # (Hk, N, b, D)
+                self.rival.notes.append(self.rival.prefill(q, blocks, self.n_tokens))
+
+    # What a rival may look at
+
+    def keys(self, layer):
+        return self.cache.k[layer + self.dense_layers]  # (Hk, capacity, b, D)
+
+    def rows(self, layer, count):
+        """The last `count` rows of a layer's history, oldest first: (heads, count, capacity) float32."""
+        history = self.history[layer]  # (heads, H, capacity)
+        slots = kernels.window_slots(self.newest, history.shape[1], history.device)  # (H,)
+        return history[:, slots[len(slots) - count :]].float()
+
+    def mass(self, layer, q):
+        """The share of this step's true attention in each block of a layer: q (Hq, D) -> (Hq, N)."""
+        return block_mass(q[:, None], self.keys(layer).flatten(1, 2), self.n_tokens, self.config.block_size)[:, 0]
+
+    def group_mean(self, per_query):
+        """(Hq, n) -> (heads, n): queries that select together share their mean. (heads, n) stays as it is."""
+        return per_query.unflatten(0, (self.heads, -1)).mean(1)
+
+    # What it chooses
 
     def scores(self, start, end):
         if self.rival is None:
             return super().scores(start, end)
         if self.rival.needs_query:  # `decode_attention` replaces this choice
             return torch.zeros(self.sparse_layers, self.heads, end - start, device=self.history.device)
-        if self.step:
-            self.count_choosing(self.sparse_layers, start, end)
-        seen = (Seen(self, layer, start, end) for layer in range(self.sparse_layers))
-        return torch.stack([self.rival.score(one).expand(self.heads, -1) for one in seen])  # (L', heads, n)
+        return torch.stack([self.rank(layer, start, end) for layer in range(self.sparse_layers)])  # (L', heads, n)
 
-    def count_choosing(self, n_layers, start, end):
-        vector_bytes = self.model_config.head_dim * self.queries.element_size()
-        block_bytes = self.rival.bytes_per_block(self.new_rows, vector_bytes)
-        self.stats.choosing_bytes += n_layers * self.heads * (end - start) * block_bytes
+    def rank(self, layer, start, end, q=None):
+        """The rival's scores of a layer's blocks [start, end): (heads, n). What it reads for them is counted."""
+        if self.step:  # the first choice belongs to prefill
+            vector_bytes = self.model_config.head_dim * self.queries.element_size()
+            block_bytes = self.rival.bytes_per_block(self.new_rows, vector_bytes)
+            self.stats.choosing_bytes += self.heads * (end - start) * block_bytes
+        return self.rival.score(self, layer, slice(start, end), q).expand(self.heads, -1)
 
     def decode_attention(self, layer, q, k, v):
         index = layer - self.dense_layers
         if index >= 0 and self.rival and self.rival.needs_query and not self.fits and self.config.topk_blocks:
             start, end = self.config.middle(self.n_tokens)
-            self.count_choosing(1, start, end)
-            scores = self.rival.score(Seen(self, index, start, end, q[:, 0]))  # (heads, n)
-            chosen = self.choose(scores[None], start, end)
+            chosen = self.choose(self.rank(index, start, end, q[:, 0])[None], start, end)
             self.attended_tokens -= self.heads  # `count_reads` adds this token
             self.cache.select(chosen, index)
             chosen.first += index * len(chosen.table)
-            for all_layers, one in zip(self.lists.tensors(), chosen.tensors()):
+            for all_layers, one in zip(self.lists.tensors(), chosen.tensors()):  # this layer's part of the lists
                 all_layers.view(self.sparse_layers, -1)[index] = one.flatten()
             self.cache.advance(self.position)
         out = super().decode_attention(layer, q, k, v)  # (Hq, 1, D)
         if index >= 0 and self.measure_every and self.step % self.measure_every == 0:
             self.measure(index, q)
-        return self.cache.attend_all(layer, q[:, 0])[:, None] if self.follow_dense else out
+        return out
 
     def measure(self, index, q):
         """Note the recovery of the sparse layer `index` in this step: q (Hq, 1, D)."""
-        k = self.cache.k[index + self.dense_layers].flatten(1, 2)  # (Hk, capacity * b, D)
-        mass = block_mass(q, k, self.n_tokens, self.config.block_size)[:, 0]  # (Hq, N)
+        mass = self.mass(index, q[:, 0])  # (Hq, N)
         attended = self.attended(index, mass.shape[1]).repeat_interleave(len(mass) // self.heads, 0)  # (Hq, N)
         if index == 0:
             self.recovery.append(mass.new_zeros(self.sparse_layers, len(mass)))

@@ -1,6 +1,6 @@
 """The tables of experiments.evaluate: rows of results -> Markdown. What a row has is said in evaluate.py.
 
-Reading order: `bootstrap`, `texts` (the main table), the small ones.
+Reading order: `bootstrap`, `texts` (the main table), `lm_eval`.
 """
 
 from fractions import Fraction
@@ -36,13 +36,13 @@ def markdown(frame) -> str:
 FORMATS = {"MB": "{:.2f}", "same token": "{:.1%}", "perplexity": "{:.3f}", "recovery": "{:.3f}"}
 
 
-def texts(rows, against):
-    """For each length a table of settings, at equal bytes by KL: with its interval, and as a ratio to `against`'s."""
+def texts(rows):
+    """For each length a table of settings, at equal bytes by KL: with its interval, and as a ratio to ours."""
     parts = []
     for (n_prompt, n_new), part in pd.DataFrame(rows).groupby(["n_prompt", "n_new"]):
         keys = ["bytes_share", "budget", "setting"]
         groups = {key: group.set_index("text").sort_index() for key, group in part.groupby(keys)}
-        baselines = {share or budget: group for (share, budget, name), group in groups.items() if name == against}
+        baselines = {share or budget: group for (share, budget, name), group in groups.items() if name == "ours"}
         lines = [summary(key, group, baselines.get(key[0] or key[1])) for key, group in groups.items()]
         lines.sort(key=lambda line: (Fraction(line["bytes"] or 1), line["KL"]))
         table = pd.DataFrame(lines).dropna(axis=1, how="all")
@@ -66,27 +66,15 @@ def summary(key, group, baseline) -> dict:
     return line | {"same token": np.stack(group.same).mean(), "recovery": np.mean(recovery) if recovery else None}
 
 
-def pivot(title, rows, value, index, columns, form):
-    """The mean of `value`, a line per index and a column per combination of `columns`."""
-    table = pd.DataFrame(rows).pivot_table(value, index, columns, sort=False)
-    table = table.map(form.format, na_action="ignore").reset_index()
-    table.columns = [" ".join(map(str, c)).strip() if isinstance(c, tuple) else c for c in table.columns]
-    return f"{title}\n\n{markdown(table)}"
+def lm_eval(rows):
+    """The scores of lm-eval: a line per setting, a column per task and metric."""
+    scores = [
+        row | dict(score=score, column=f"{row['text']} {metric}")
+        for row in rows
+        for metric, score in row["scores"].items()
+    ]
+    table = pd.DataFrame(scores).pivot_table("score", ["setting", "budget"], "column", sort=False)
+    return f"scores of lm-eval\n\n{markdown(table.map('{:.3f}'.format, na_action='ignore').reset_index())}"
 
 
-def recovery(rows, against):
-    rows = [row | {"mean": np.mean(row["recovery"]), "length": row["n_prompt"] + row["n_new"]} for row in rows]
-    return pivot("recovery, by length and budget", rows, "mean", "setting", ["length", "budget"], "{:.4f}")
-
-
-def needles(rows, against):
-    columns = ["keys", "n_prompt", "depth"]
-    return pivot("keys found, by keys, length and depth", rows, "found", ["setting", "budget"], columns, "{:.0%}")
-
-
-def lm_eval(rows, against):
-    rows = [row | {"metric": metric, "score": score} for row in rows for metric, score in row["scores"].items()]
-    return pivot("scores of lm-eval", rows, "score", ["setting", "budget"], ["text", "metric"], "{:.3f}")
-
-
-TABLES = {"texts": texts, "needles": needles, "recovery": recovery, "lm-eval": lm_eval}
+TABLES = {"texts": texts, "lm-eval": lm_eval}

@@ -1,4 +1,4 @@
-"""A Llama and a predictor with random weights, for comparing computations only."""
+"""A Llama and a predictor with random weights, for comparing computations only, and a tokenizer for them."""
 
 import torch
 
@@ -30,6 +30,21 @@ def tiny_llama(n_layers=3, n_kv_heads=2, group=2, head_dim=16, context_len=512, 
     for name, parameter in model.named_parameters():
         parameter.data.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.3)
     return model
+
+
+class LetterTokenizer:
+    """One token per character, modulo the vocabulary of `tiny_llama`."""
+
+    has_chat_template = True
+
+    def encode(self, text, special_tokens=True):
+        return [ord(character) % 61 for character in text]
+
+    def decode(self, ids):
+        return "".join(chr(61 + token) for token in ids)  # which `encode` reverses
+
+    def chat(self, messages):
+        return f"<{messages[0]['content']}>"
 
 
 def random_predictor(seed=0):
