@@ -365,8 +365,14 @@ class SparseDecoder:
     def prefill_attention(self, layer, q, k, v):
         """Dense causal attention of the prompt's next T tokens, to all tokens so far: one layer, one chunk.
 
-        K and V enter the cache. The queries of the prompt's history rows are kept; `select_next` pools them if the text
-        exceeds the budget. q (Hq, T, D), k and v (Hk, T, D) -> (Hq, T, D)
+        q (Hq, T, D), k and v (Hk, T, D) -> (Hq, T, D)
+        """
+        return causal_attention(layer, q, *self.take_prompt(layer, q, k, v))
+
+    def take_prompt(self, layer, q, k, v):
+        """K and V enter the cache; returns both up to there. The queries of the prompt's history rows are kept.
+
+        `select_next` pools them if the text exceeds the budget.
         """
         first, stride = self.n_prefilled, self.config.row_stride(self.n_tokens)
         k, v = self.cache.write_prompt(layer, k, v, first)  # (Hk, first + T, D) each
@@ -375,7 +381,7 @@ class SparseDecoder:
             row = max(0, -(-(first - oldest) // stride))  # the first row whose query is in this chunk
             kept = q[:, oldest + row * stride - first :: stride]  # (Hq, rows in this chunk, D)
             self.queries[layer - self.dense_layers, :, row : row + kept.shape[1]] = kept
-        return causal_attention(layer, q, k, v)
+        return k, v
 
     # One token
 

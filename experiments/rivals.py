@@ -235,15 +235,11 @@ class RivalDecoder(SparseDecoder):
         self.recovery = []
 
     def take_prompt(self, layer, q, k, v):
-        """A layer of a whole prompt, whose attention others compute: q (Hq, T, D), k and v (Hk, T, D)."""
-        self.cache.write_prompt(layer, k, v)
-        if layer >= self.dense_layers:
-            stride = self.config.row_stride(self.n_tokens)
-            rows = q[:, self.n_tokens - 1 - (self.n_queries - 1) * stride :: stride]  # (Hq, rows, D)
-            self.queries[layer - self.dense_layers, :, : self.n_queries] = rows
-            if self.rival:
-                blocks = self.cache.k[layer, :, : self.config.n_blocks(self.n_tokens)]  # (Hk, N, b, D)
-                self.rival.notes.append(self.rival.prefill(q, blocks, self.n_tokens))
+        k, v = super().take_prompt(layer, q, k, v)  # (Hk, T, D) each
+        if self.rival and layer >= self.dense_layers:  # prompts of rivals come in one piece
+            blocks = self.keys(layer - self.dense_layers)[:, : self.config.n_blocks(self.n_tokens)]  # (Hk, N, b, D)
+            self.rival.notes.append(self.rival.prefill(q, blocks, self.n_tokens))
+        return k, v
 
     # What a rival may look at
 
