@@ -1,22 +1,16 @@
-"""How fast: decoding and prefill, and each kernel; what a token launches, reads, and sends over the link to the host.
+"""How fast: decoding, prefill and each kernel; what a token launches, reads, and sends over the link to the host.
 
-    python -m experiments.bench speed      ms per token of several ways to decode, and peak memory
-    python -m experiments.bench prefill    tokens per second through a prompt, and peak memory
-    python -m experiments.bench kernels    each hot path against PyTorch and against the machine's ceilings
-    python -m experiments.bench offload    bytes over the link, counted on a text, and a model of time
-    python -m experiments.bench bytes      bytes read per token
-    python -m experiments.bench launches   launches per token
+    python -m experiments.bench speed --out speed.json
 
-The first three measure, and write all numbers with --out FILE.json; a long context's keys, values and history are
-random numbers, because a step's time does not depend on them. The ceilings are measured, too: a copy on the device, a
-matrix product, a copy from pinned host memory. The others count, on tensors that have no memory
-(experiments/roofline.py).
+`--help` lists the commands; they come below in that order. `speed`, `prefill` and `kernels` measure, and write all
+numbers with --out; a long context's keys, values and history are random numbers, because a step's time does not depend
+on them. The ceilings are measured, too: a copy on the device, a matrix product, a copy from pinned host memory.
+`offload`, `bytes` and `launches` count; where no values matter, on tensors that have no memory (roofline.py).
 """
 
 import argparse
 import ctypes
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -33,6 +27,7 @@ from unittest.mock import patch
 
 import pandas as pd
 import torch
+import transformers
 
 import attnpred
 import kernels
@@ -46,8 +41,7 @@ from weights.fetch_llm import fetch_default_llm
 TEXT = pathlib.Path(kernels.__file__)  # its tokens show what a selection fetches
 TEXT_TOKENS, TEXT_STEPS = 4096, 64  # of it: the prompt, and how many are decoded
 RATES = dict(memory=3350e9, link=55e9, host=200e9)  # bytes/s: an H100's memory, PCIe 5 x16, the host's memory
-TOY = dict(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64)
-SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B, "toy": replace(roofline.LLAMA_31_8B, **TOY)}
+SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B}  # None: the default model, with its weights
 
 # --------------------------------------------------------------------------------------------------------------------
 # Models, measuring and printing
@@ -60,26 +54,25 @@ def shape_of(name) -> LlamaConfig:
 
 def models_of(args, device):
     """{dtype: model}: the default model, or random weights."""
-    models, shape = {}, SHAPES[args.model_shape]
+    models, shape, limit = {}, SHAPES[args.model_shape], shape_of(args.model_shape).context_len
+    if max(args.contexts) > limit:
+        raise InputError(f"--contexts {max(args.contexts)}: the model's context is {limit:,} tokens")
     for name in args.dtypes:
         how = getattr(torch, name), device
         models[name] = model = Llama(shape, *how).eval() if shape else load_model(str(fetch_default_llm()), *how)[0]
         for part, parameter in model.named_parameters() if shape else ():
             parameter.data.normal_(1.0 if part.endswith("norm.weight") else 0.0, 0.02)
-        if (longest := max(args.contexts)) > model.config.context_len:
-            raise InputError(f"--contexts {longest}: the model's context is {model.config.context_len:,} tokens")
     return models
 
 
 def conditions(args, config, device):
-    """What a measurement depends on: the first entries of the results, and a line that says it."""
-    weights = (
-        f"random weights in the shape of {args.model_shape}" if SHAPES[args.model_shape] else "SmolLM2-135M-Instruct"
-    )
+    """Print what a measurement depends on, and return it: the first entries of the results."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    results = dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__, weights=weights)
-    results["config"] = dataclasses.asdict(config)
-    return results, f"{name}, {results['threads']} threads, {weights}, budget {config.budget}"
+    random = f"random weights in the shape of {args.model_shape}"
+    weights, threads = random if SHAPES[args.model_shape] else "SmolLM2-135M-Instruct", torch.get_num_threads()
+    print(f"{name}, {threads} threads, {weights}, budget {config.budget}")
+    found = dict(device=name, threads=threads, torch=torch.__version__, weights=weights)
+    return found | dict(config=dataclasses.asdict(config))
 
 
 def predictor():
@@ -87,18 +80,16 @@ def predictor():
 
 
 def show(rows, columns=None):
-    """Print dicts as a table, and return them; `columns` maps a header to a format, missing numbers are dashes."""
+    """Print dicts as a table; `columns` maps a header to a format of a row's entries, of which some may be missing."""
 
     def cell(form, row):
         try:
-            return form.format(**{key: value for key, value in row.items() if value is not None})
+            return form.format(**row)
         except KeyError:
             return None
 
-    rows = list(rows)
     cells = [{head: cell(form, row) for head, form in columns.items()} for row in rows] if columns else rows
-    print(markdown(pd.DataFrame(cells)) + "\n")
-    return rows
+    print("\n" + markdown(pd.DataFrame(cells)))
 
 
 def seconds(call, device):
@@ -129,7 +120,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def with_peak_memory(call, device):
-    """call()'s result, and the MB allocated at the peak above those before; None where the system does not tell."""
+    """call()'s result, and the MB allocated at the peak above those before; NaN where the system does not tell."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -145,7 +136,7 @@ def with_peak_memory(call, device):
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = resident_mb("VmRSS")
     except (OSError, AttributeError):  # not Linux, or not glibc
-        return call(), None
+        return call(), float("nan")
     result, peak = call(), resident_mb("VmHWM")
     libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
     libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
@@ -177,9 +168,7 @@ CONTENDERS = {  # name: (what it makes of the Config, options of its SparseDecod
     "sparse, offloaded": (roofline.offloaded, dict(offload=True)),
     "sparse, offloaded, no graph": (roofline.offloaded, dict(offload=True, graph=False)),
 }
-if not importlib.util.find_spec("transformers"):
-    del CONTENDERS["transformers"]
-ON_CPU = [name for name in CONTENDERS if name in ("dense", "sparse", "sparse --paper", "transformers")]
+ON_CPU = ["dense", "sparse", "sparse --paper", "transformers"]
 ON_GPU = [name for name in CONTENDERS if name not in ("sparse --paper", "transformers")]
 
 
@@ -214,8 +203,6 @@ class Ours:
 
 def as_transformers(model):
     """The same weights, not copied, in transformers' LlamaForCausalLM."""
-    import transformers
-
     m = model.config
     rope = (m.rope_scaling or {"rope_type": "default"}) | {"rope_theta": m.rope_theta}
     config = transformers.LlamaConfig(
@@ -237,10 +224,8 @@ class Transformers:
     """transformers with its default cache, random too."""
 
     def __init__(self, model, n_tokens):
-        from transformers import DynamicCache
-
         self.model, m = as_transformers(model), model.config
-        self.cache = DynamicCache(config=self.model.config)
+        self.cache = transformers.DynamicCache(config=self.model.config)
         kv = torch.randn(2, 1, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.dtype)
         for layer in range(m.n_layers):
             self.cache.update(*kv, layer)  # (1, Hk, T, D) each
@@ -256,7 +241,7 @@ class Transformers:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
 
-def contender_of(name, model, config, context, rounds, backend):
+def contender_of(name, model, config, context, args):
     """(a function that makes the contender of that name, tokens that it decodes in a round).
 
     A round of sparse decoding is whole intervals of selection and calibration, so that its mean pays for both. The last
@@ -266,12 +251,12 @@ def contender_of(name, model, config, context, rounds, backend):
     c = setting(config)
     tokens = roofline.intervals(c, context)
     tokens = tokens if c.dense_layers < model.config.n_layers else min(8, tokens)
-    n_steps = (rounds + 2) * tokens  # warming up, the rounds, and the stages or a trace
+    n_steps = (args.rounds + 2) * tokens  # warming up, the rounds, and the stages or a trace
     if context <= n_steps:
         raise InputError(f"{n_steps} tokens are decoded at {context}: use longer --contexts or fewer --rounds")
     if name == "transformers":
         return partial(Transformers, model, context - n_steps), tokens
-    return partial(Ours, model, c, context - n_steps, n_steps, backend, **options), tokens
+    return partial(Ours, model, c, context - n_steps, n_steps, args.backend, **options), tokens
 
 
 def race(contenders, rounds, device):
@@ -330,25 +315,23 @@ def stage_ms(contender, n_steps):
     return {stage: 1e3 * took / n_steps for stage, took in spent.items()}
 
 
-def speed_rows(names, models, config, contexts, rounds, backend, bandwidth):
+def speed_rows(args, models, config, bandwidth):
     """A row per context, dtype and contender. models: {name of a dtype: model}."""
     device = next(iter(models.values())).device
-    keys = [(dtype, name) for dtype in models for name in names]
-    for dtype, name in keys if backend == "torch" else ():
-        contender_of(name, models[dtype], config, 256, 1, backend)[0]().step()  # a library's first allocations
-    for context in contexts:
-        contenders = {
-            (dtype, name): contender_of(name, models[dtype], config, context, rounds, backend) for dtype, name in keys
-        }
+    keys = [(dtype, name) for dtype in models for name in args.contenders]
+    for dtype, name in keys if args.backend == "torch" else ():
+        contender_of(name, models[dtype], config, min(args.contexts), args)[0]().step()  # a library's first allocations
+    for context in args.contexts:
+        contenders = {(dtype, name): contender_of(name, models[dtype], config, context, args) for dtype, name in keys}
         # a CPU's speed drifts, so all take turns; a GPU's memory holds one of them at a time
         groups = [contenders] if device.type == "cpu" else [{key: contenders[key]} for key in keys]
         done = []
-        for row in (row for group in groups for row in race(group, rounds, device)):
+        for row in (row for group in groups for row in race(group, args.rounds, device)):
             contender, model = row.pop("contender"), models[row["dtype"]]
             row["bytes"] = roofline.weight_bytes(model.config, model.dtype.itemsize) + contender.kv_bytes()
             row |= dict(context=context, tokens_s=1e3 / row["ms"], gb_s=1e-6 * row["bytes"] / row["ms"])
-            row |= dict(least_ms=1e3 * row["bytes"] / bandwidth, of_copy=1e9 * row["gb_s"] / bandwidth)
-            if row["name"] == "sparse" and backend == "torch":
+            row["of_copy"] = 1e9 * row["gb_s"] / bandwidth
+            if row["name"] == "sparse" and args.backend == "torch":
                 row["stages"] = stage_ms(contender, len(row["answer"]))
             done.append(row)
             del contender
@@ -358,7 +341,8 @@ def speed_rows(names, models, config, contexts, rounds, backend, bandwidth):
                 pairs = zip(dense["rounds"], row["rounds"])
                 row["speedup"] = statistics.median(theirs / ours for theirs, ours in pairs)
             same = next(name for name, other in same_weights.items() if other["answer"] == row["answer"])
-            row["same_as"] = same if same != row["name"] else None
+            if same != row["name"]:
+                row["same_as"] = same
             print("bench: {name}, {dtype}, {context} tokens: {ms:.1f} ms".format(**row), file=sys.stderr)
             yield row
 
@@ -386,26 +370,24 @@ def write_trace(make, tokens, path):
             contender.step()
     if contender.model.device.type == "cuda" and not any(e.device_time_total for e in profiled.key_averages()):
         raise InputError("the profiler saw nothing on the GPU: it needs CUPTI and permission to use it")
-    profiled.export_chrome_trace(path)
+    profiled.export_chrome_trace(str(path))
 
 
 def bench_speed(args, config, device):
     """ms per token of several ways to decode, and peak memory"""
-    models, (results, line) = models_of(args, device), conditions(args, config, device)
-    bandwidth = ceilings(torch.float32, device, n=64)["copy"]
-    how = config, args.contexts, args.rounds, args.backend
-    rows = list(speed_rows(args.contenders, models, *how, bandwidth))
-    print(f"{line}; a copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written\n")
+    models, bandwidth = models_of(args, device), ceilings(torch.float32, device, n=64)["copy"]
+    rows = list(speed_rows(args, models, config, bandwidth))
+    results = conditions(args, config, device)
+    print(f"A copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written.")
     show(rows, SPEED_COLUMNS)
     if timed := [row for row in rows if "stages" in row]:
         stages = [stage for stage in timed[0]["stages"] if any(row["stages"][stage] for row in timed)]
-        columns = {name: SPEED_COLUMNS[name] for name in ("context", "weights")}
+        columns = {head: SPEED_COLUMNS[head] for head in ("context", "weights")}
         show(timed, columns | {f"{stage}, ms": f"{{stages[{stage}]:,.2f}}" for stage in stages})
     if args.trace:
         model, context = models[args.dtypes[-1]], args.contexts[-1]
-        traced = contender_of(args.contenders[-1], model, config, context, args.rounds, args.backend)
-        write_trace(*traced, args.trace)
-    return results | dict(copy_bytes_per_second=bandwidth, rows=rows)
+        write_trace(*contender_of(args.contenders[-1], model, config, context, args), args.trace)
+    return results | dict(rows=rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -413,11 +395,11 @@ def bench_speed(args, config, device):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def prefill_rows(models, config, contexts, rounds, backend):
+def prefill_rows(args, models, config):
     """A row per context, dtype and contender: the fastest of the rounds, each a whole prompt of random tokens."""
 
     def ours(model, tokens):
-        decoder = SparseDecoder(config, model, predictor(), len(tokens), backend)
+        decoder = SparseDecoder(config, model, predictor(), len(tokens), args.backend)
         return prefill(model, decoder, tokens).argmax().item()
 
     @torch.inference_mode()
@@ -427,25 +409,24 @@ def prefill_rows(models, config, contexts, rounds, backend):
     readers = {}
     for dtype, model in models.items():
         readers[dtype, "ours"] = partial(ours, model)
-        if "transformers" in CONTENDERS:
-            readers[dtype, "transformers"] = partial(theirs, as_transformers(model))
-    for context in contexts:
+        readers[dtype, "transformers"] = partial(theirs, as_transformers(model))
+    for context in args.contexts:
         tokens = torch.randint(model.config.vocab_size, (context,), device=model.device)
         for read in readers.values():
             read(tokens[:128])  # a library's first allocations
         steps = {key: (partial(SimpleNamespace, step=partial(read, tokens)), 1) for key, read in readers.items()}
-        for row in race(steps, rounds, model.device):
+        for row in race(steps, args.rounds, model.device):
             del row["contender"]
             yield row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"]))
 
 
 def bench_prefill(args, config, device):
     """tokens per second through a prompt, and peak memory"""
-    models, (results, line) = models_of(args, device), conditions(args, config, device)
-    columns = [*list(SPEED_COLUMNS)[:3], "tokens/s", "peak memory beside weights, MB"]
-    print(f"Prefill: {line}\n")
-    rows = prefill_rows(models, config, args.contexts, args.rounds, args.backend)
-    return results | dict(rows=show(rows, {name: SPEED_COLUMNS[name] for name in columns}))
+    rows = list(prefill_rows(args, models_of(args, device), config))
+    results = conditions(args, config, device)
+    heads = "context", "weights", "", "tokens/s", "peak memory beside weights, MB"
+    show(rows, {head: SPEED_COLUMNS[head] for head in heads})
+    return results | dict(rows=rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -476,22 +457,25 @@ KERNEL_COLUMNS = {
 
 def bench_kernels(args, config, device):
     """each hot path against PyTorch and against the machine's ceilings"""
-    on_gpu, (results, line) = device.type == "cuda", conditions(args, config, device)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    torch.set_float32_matmul_precision("high")
     if any(context % config.block_size or config.fits(context) for context in args.contexts):
         raise InputError(f"--contexts must be multiples of {config.block_size} and longer than the budget")
+    on_gpu, results = device.type == "cuda", conditions(args, config, device)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    torch.set_float32_matmul_precision("high")
     found = ceilings(dtype, device, *([] if on_gpu else [1 << 26, 1024]))
     print(
-        f"{line}; copy {found['copy'] / 1e9:,.0f} GB/s, host to device {found['host copy'] / 1e9:,.0f} GB/s, matrix "
-        f"product {2e-12 * found['matmul']:,.1f} TFLOP/s ({str(dtype)[6:]}), {2e-12 * found['matmul tf32']:,.1f} "
-        f"({'tf32' if on_gpu else 'float32'})\n"
+        f"copy {found['copy'] / 1e9:,.0f} GB/s, host to device {found['host copy'] / 1e9:,.0f} GB/s, matrix product "
+        f"{2e-12 * found['matmul']:,.1f} TFLOP/s ({str(dtype)[6:]}), {2e-12 * found['matmul tf32']:,.1f} "
+        f"({'tf32' if on_gpu else 'float32'})"
     )
-    m, rows = shape_of(args.model_shape), []
-    for context, paths in ((context, paths) for context in args.contexts for paths in PATHS):
-        found_paths = paths(m, config, context, dtype, device, args.backend)
-        rows += [kernel_row(path, context, device, found) for path in found_paths]
-    return results | dict(ceilings=found, rows=show(rows, KERNEL_COLUMNS))
+    rows = [
+        kernel_row(path, context, device, found)
+        for context in args.contexts
+        for paths in PATHS
+        for path in paths(shape_of(args.model_shape), config, context, dtype, device, args.backend)
+    ]
+    show(rows, KERNEL_COLUMNS)
+    return results | dict(ceilings=found, rows=rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -500,27 +484,19 @@ def bench_kernels(args, config, device):
 
 
 def count_link(model, tokenizer, config):
-    """What crosses the link while TEXT is decoded, exactly: (a row of a table, the share of a selection fetched)."""
+    """Decode TEXT, print what crosses the link, exactly, and return the share of a selection that was fetched."""
     n_tokens = TEXT_TOKENS + TEXT_STEPS
     tokens = torch.tensor(tokenizer.encode(TEXT.read_text())[:n_tokens], device=model.device)
     assert len(tokens) == n_tokens, f"{TEXT.name} is too short"
     decoder = SparseDecoder(roofline.offloaded(config), model, predictor(), n_tokens, "torch", offload=True)
     prefill(model, decoder, tokens[:TEXT_TOKENS])
-    cache, m = decoder.cache, model.config
-    before = int(cache.fetched), cache.selected, cache.written_bytes
+    cache = decoder.cache
+    cache.fetched.zero_()
+    cache.selected = cache.written_bytes = 0
     for token in tokens[TEXT_TOKENS:].split(1):
         decode_one_token(model, decoder, token)
-    fetched, selected = int(cache.fetched) - before[0], cache.selected - before[1]
-    fraction, block_mb = fetched / max(1, selected), 1e-6 * cache.block_bytes / TEXT_STEPS
-    whole = 2 * m.n_layers * m.n_kv_heads * n_tokens * m.head_dim * model.kv_dtype.itemsize
-    return {
-        "prompt": f"{TEXT_TOKENS:,}",
-        "selected, MB per token": f"{selected * block_mb:,.3f}",
-        "of it fetched": f"{fetched * block_mb:,.3f} ({fraction:.1%})",
-        "written back": f"{1e-6 * (cache.written_bytes - before[2]) / TEXT_STEPS:,.3f}",
-        "whole cache, MB": f"{1e-6 * whole:,.1f}",
-        "on the device": f"{1e-6 * cache.device_bytes:,.1f}",
-    }, fraction
+    print(*cache.format_stats(n_tokens, TEXT_STEPS), sep="\n")
+    return cache.fetched.item() / max(1, cache.selected)
 
 
 def bench_offload(args, config, device):
@@ -528,12 +504,11 @@ def bench_offload(args, config, device):
     if config.fits(TEXT_TOKENS):
         raise InputError(f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens counted: use a smaller one")
     model, tokenizer = load_model(str(fetch_default_llm()), torch.bfloat16, device)
-    print(f"Counted: SmolLM2-135M-Instruct on {TEXT.name}, {TEXT_STEPS} tokens decoded\n")
-    counted, fraction = count_link(model, tokenizer, config)
-    show([counted])
+    print(f"Counted: SmolLM2-135M-Instruct on {TEXT.name}, {TEXT_TOKENS:,} tokens, then {TEXT_STEPS} decoded")
+    fraction = count_link(model, tokenizer, config)
     print(
         f"A model, not a measurement: {args.model_shape} in 16 bits, budget {config.budget}, {fraction:.1%} of a "
-        f"selection fetched; GB/s: {', '.join(f'{name} {rate / 1e9:g}' for name, rate in RATES.items())}\n"
+        f"selection fetched; GB/s: {', '.join(f'{name} {rate / 1e9:g}' for name, rate in RATES.items())}"
     )
     rows = []
     for context in args.contexts:
@@ -549,7 +524,7 @@ def bench_offload(args, config, device):
 
 def bench_bytes(args, config, device):
     """bytes read per token"""
-    print(f"Bytes read per token, {args.model_shape} in 16 bits, budget {config.budget}\n")
+    print(f"Bytes read per token, {args.model_shape} in 16 bits, budget {config.budget}")
     rows = []
     for context in args.contexts:
         for name, c in {"default": config, "--paper": paper(config)}.items():
@@ -563,7 +538,7 @@ def bench_bytes(args, config, device):
 
 def bench_launches(args, config, device):
     """launches per token"""
-    print(f"Launches per token, sampling included, without a CUDA graph: {args.model_shape}, budget {config.budget}\n")
+    print(f"Launches per token, sampling included, without a CUDA graph: {args.model_shape}, budget {config.budget}")
     model, rows = Llama(shape_of(args.model_shape), torch.bfloat16, "meta"), []
     for context, name in ((context, name) for context in args.contexts for name in ("resident", "offloaded")):
         steps, offload = roofline.intervals(config, context), name == "offloaded"
@@ -585,10 +560,17 @@ def bench_launches(args, config, device):
 LONG = (8192, 32768, 131072)
 
 
-def new_file(text):
-    if pathlib.Path(text).is_dir() or not os.access(pathlib.Path(text).parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {text}: give a file in a folder that exists")
-    return text
+def output_file(suffix):
+    """An argparse type: a file that can be written. A long measurement must not end with a bad --out."""
+
+    def check(text):
+        path = pathlib.Path(text)
+        if path.suffix != suffix or path.is_dir() or not os.access(path.parent, os.W_OK):
+            error = f"cannot write {text}: give a file name ending in {suffix}, in a folder that exists"
+            raise argparse.ArgumentTypeError(error)
+        return path
+
+    return check
 
 
 def make_parser():
@@ -611,7 +593,7 @@ def make_parser():
         add("--contexts", type=int, nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
         add("--model-shape", choices=SHAPES, default=shape, help="smollm2-135m, or random weights")
         if name in ("speed", "prefill", "kernels"):
-            add("--out", type=new_file, metavar="FILE.json", help="write all numbers there")
+            add("--out", type=output_file(".json"), metavar="FILE.json", help="write all numbers there")
             add("--backend", choices=("auto", "triton", "torch"), help="auto: triton on a GPU, else torch")
         if name in ("speed", "prefill"):
             dtypes = ["float32", "bfloat16"]
@@ -620,7 +602,12 @@ def make_parser():
         if name == "speed":
             names, default = ", ".join(CONTENDERS), ON_GPU if gpu else ON_CPU
             add("--contenders", nargs="+", default=default, choices=CONTENDERS, metavar="NAME", help=names)
-            add("--trace", type=new_file, metavar="FILE.json", help="trace an interval of the last contender")
+            add(
+                "--trace",
+                type=output_file(".json"),
+                metavar="FILE.json",
+                help="trace the last contender",
+            )
         attnpred.add_method_options(sub)
     return parser
 

@@ -6,9 +6,7 @@
 Reading order: `Recorder`, `find_patterns` and `draw_run` show a run from inside; then one function per result file.
 """
 
-import argparse
 import json
-import os
 import pathlib
 import sys
 from collections import deque
@@ -22,6 +20,7 @@ from matplotlib.colors import ListedColormap, PowerNorm
 
 import attnpred
 from attnpred import InputError, OneLineParser, exit_status, write_atomically
+from experiments.bench import output_file
 from experiments.rivals import RivalDecoder
 from train_predictor import attention
 
@@ -65,26 +64,21 @@ class Recorder(RivalDecoder):
         self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L', heads, N) each, a step's largest p per block
         self.chosen = []  # (L', heads, N) bool per step: the blocks attended
         self.bytes = []  # (attention, calibration, choosing, dense) so far: after the prompt, and after every step
-        self.prediction = None  # the last one in use: (history (L', heads, H, N), start, scores (L', heads, n))
-        self.served = None  # (L', heads, N): the true row of the first step that it served
-        self.pending = None
+        self.next_prediction = None  # history (L', heads, H, N), start, scores (L', heads, n)
+        self.prediction = None  # the last one in use, and (L', heads, N), the true row of the first step that it served
 
     def scores(self, start, end):
         scores = super().scores(start, end)  # (L', heads, n)
-        history = self.window()[..., : self.config.n_blocks(self.n_tokens)].cpu()  # (L', heads, H, N)
-        self.pending = history, start, scores.cpu()
-        if not self.step and self.config.history_rows == "every":  # the prompt's last rows are consecutive, and true
-            self.true_rows.extend(history.unbind(2))
+        self.next_prediction = self.window()[..., : self.config.n_blocks(self.n_tokens)].cpu(), start, scores.cpu()
         return scores
 
     def begin_token(self):
         super().begin_token()
-        if self.pending:
-            self.prediction, self.pending, self.served = self.pending, None, None
         shape = self.sparse_layers, self.heads, self.config.n_blocks(self.n_tokens)
         self.true_rows.append(torch.zeros(shape))
         self.chosen.append(torch.zeros(shape, dtype=torch.bool))
-        self.served = self.true_rows[-1] if self.served is None else self.served
+        if self.next_prediction:
+            self.prediction, self.next_prediction = (*self.next_prediction, self.true_rows[-1]), None
 
     def measure(self, index, q):
         super().measure(index, q)
@@ -113,24 +107,25 @@ def find_patterns(rows, block_size):
     sequential  a row resembles the row of block_size steps before shifted by a block, more than that row itself
     seasonal    what differs from a head's mean returns after some steps, and not before
     """
+    n_rows, _, n_blocks = rows.shape
     spread = rows.amax(2).mean(0).clamp(max=0.05)  # (heads,): heads that attend elsewhere show nothing
-    scores = {"re-access": similarity(rows[1:], rows[:-1]).sum(0)}
-    if rows.shape[0] > block_size and rows.shape[2] > 2:
-        new, old = rows[block_size:], rows[:-block_size]
-        scores["sequential"] = (similarity(new[..., 1:], old[..., :-1]) - similarity(new, old)).mean(0)
+    shift = min(block_size, n_rows - 1)
+    new, old = rows[shift:], rows[: n_rows - shift]
     rest = rows.sqrt() - rows.sqrt().mean(0)  # (R, heads, n): without the root, a few bright cells decide
     power = rest.square().mean((0, 2)).clamp_min(1e-9)  # (heads,)
-    lags = range(1, max(2, rows.shape[0] // 2))
-    echo = torch.stack([(rest[lag:] * rest[:-lag]).sum((0, 2)) / max(1, len(rest) - lag) for lag in lags])
-    echo = echo / rows.shape[2] / power  # (lags, heads)
-    scores["seasonal"] = (echo - echo.cummin(0).values).amax(0)
+    lags = range(1, max(2, n_rows // 2))
+    echo = torch.stack([(rest[lag:] * rest[:-lag]).sum((0, 2)) / max(1, n_rows - lag) for lag in lags])
+    echo = echo / n_blocks / power  # (lags, heads)
     found = {}
-    for pattern in ("seasonal", "sequential", "re-access"):
-        if pattern in scores:
-            score = scores[pattern] * spread
-            score[list(found.values())] = -torch.inf
-            found[pattern] = int(score.argmax())
-    return {pattern: found[pattern] for pattern in ("re-access", "sequential", "seasonal") if pattern in found}
+    for pattern, score in {
+        "seasonal": (echo - echo.cummin(0).values).amax(0),
+        "sequential": (similarity(new[..., 1:], old[..., :-1]) - similarity(new, old)).mean(0),
+        "re-access": similarity(rows[1:], rows[:-1]).sum(0),
+    }.items():
+        score = score * spread
+        score[list(found.values())] = -torch.inf
+        found[pattern] = int(score.argmax())
+    return found
 
 
 def draw_run(recorder, path):
@@ -143,14 +138,13 @@ def draw_run(recorder, path):
     rows = torch.stack([F.pad(row, (0, n - row.shape[-1])) for row in r.true_rows]).flatten(1, 2)  # (R, L' * heads, N)
     start, end = c.middle(r.n_tokens)
     far = end - RECENT_BLOCKS if end - start > 4 * RECENT_BLOCKS else end
-    patterns = find_patterns(rows[..., start:far] if far - start > 3 else rows, c.block_size)
+    patterns = find_patterns(rows[..., start:far], c.block_size)
 
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     grid = figure.add_gridspec(5, 6, height_ratios=(4, 0.35, 0.35, 3, 2.6))
-    span = 6 // len(patterns)
-    for column, (pattern, head) in enumerate(patterns.items()):
-        layer, head = divmod(head, r.heads)
-        columns = slice(column * span, (column + 1) * span)
+    for column, pattern in enumerate(("re-access", "sequential", "seasonal")):
+        layer, head = divmod(patterns[pattern], r.heads)
+        columns = slice(2 * column, 2 * column + 2)
         axes = figure.add_subplot(grid[0, columns])
         axes = [axes, *(figure.add_subplot(grid[i, columns], sharex=axes) for i in (1, 2, 3))]
         draw_head(axes, r, layer, head, column == 0)
@@ -171,15 +165,14 @@ def draw_run(recorder, path):
 def draw_head(axes, recorder, layer, head, labelled):
     """A column: the history, the row predicted from it, the true row of the next step, the blocks of every step."""
     r, (top, *strips, bottom) = recorder, axes
-    history, start, scores = r.prediction
+    history, start, scores, served = r.prediction
     image, scores, n = history[layer, head], scores[layer, head], r.true_rows[-1].shape[-1]
     middle = slice(start, start + len(scores))
     norm = PowerNorm(0.4, 0, max(1e-3, float(image[:, middle].max())))
     cells = dict(cmap="magma", aspect="auto", interpolation="nearest")
     top.imshow(image, norm=norm, extent=(-0.5, image.shape[1] - 0.5, -0.5, -len(image) - 0.5), **cells)
-    for strip, row, name in zip(
-        strips, (scores - scores.min(), r.served[layer, head][middle]), ("predicted", "actual")
-    ):
+    rows = scores - scores.min(), served[layer, head][middle]  # (n,) each
+    for strip, row, name in zip(strips, rows, ("predicted", "actual")):
         strip.set_facecolor("#dddddd")
         row = row / row.max().clamp_min(1e-12)  # (n,)
         strip.imshow(row[None], norm=PowerNorm(0.5, 0, 1), extent=(start - 0.5, middle.stop - 0.5, 0, 1), **cells)
@@ -269,7 +262,7 @@ def draw_training(rows, path):
 def draw_speed(results, path):
     """Of `bench speed`: tokens/s with what the bandwidth allows, memory, and the parts of a sparse token's time."""
     rows = pd.DataFrame(results["rows"])
-    rows["limit"] = 1e3 / rows["least_ms"]
+    rows["limit"] = rows["tokens_s"] / rows["of_copy"]
     dtypes, contexts = rows["dtype"].unique(), sorted(rows["context"].unique())
     panels = [f"tokens/s, {dtype}" for dtype in dtypes] + [f"peak memory beside the weights, MB, {dtypes[0]}"]
     panels += ["a sparse token's time, ms"] if "stages" in rows else []
@@ -332,34 +325,22 @@ def read_numbers(path):
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
 
 
-def png(text):
-    out = pathlib.Path(text)
-    if out.suffix != ".png" or out.is_dir() or not os.access(out.parent, os.W_OK):
-        error = f"cannot write {out}: give a file name ending in .png, in a folder that exists"
-        raise argparse.ArgumentTypeError(error)
-    return out
-
-
-def record(out, options):
-    """Answer a prompt as attnpred.py does, with a Recorder as decoder, and draw it."""
-    args = attnpred.make_parser().parse_args(options)
-    if args.dense or args.offload or args.max_new_tokens < 2:
-        raise InputError("the picture shows sparse decoding: leave out --dense and --offload, decode 2 tokens or more")
-    draw_run(attnpred.run(args, Recorder), out)
-
-
 def run(argv):
     parser = OneLineParser(prog="plots", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="PICTURE")
     output = OneLineParser(add_help=False)
-    output.add_argument("--out", required=True, type=png, metavar="FILE.png")
+    output.add_argument("--out", required=True, type=output_file(".png"), metavar="FILE.png")
     more = "a run from inside; takes all options of attnpred.py (python attnpred.py --help)"
     commands.add_parser("run", parents=[output], help=more, epilog=more, allow_abbrev=False)
     for name, draw in FROM_FILE.items():
         commands.add_parser(name, parents=[output], help=draw.__doc__).add_argument("numbers", metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
     if args.command == "run":
-        return record(args.out, rest)
+        options = attnpred.make_parser().parse_args(rest)
+        if options.dense or options.offload or options.max_new_tokens < 2:
+            why = "leave out --dense and --offload, decode 2 tokens or more"
+            raise InputError(f"the picture shows sparse decoding: {why}")
+        return draw_run(attnpred.run(options, Recorder), args.out)
     if rest:
         raise InputError(f"unknown option {rest[0]} (--help lists the options)")
     try:
