@@ -15,14 +15,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from matplotlib.colors import ListedColormap, PowerNorm
 
 import attnpred
+import kernels
 from attnpred import InputError, OneLineParser, exit_status, write_atomically
 from experiments.bench import output_file
 from experiments.rivals import RivalDecoder
-from train_predictor import attention
 
 OURS, ORANGE, BLUE = "#c2185b", "#e08e0b", "#2a6fbb"
 RECENT_BLOCKS = 10  # nearly every head attends to the blocks before the local window
@@ -55,17 +54,17 @@ class Recorder(RivalDecoder):
     """A SparseDecoder that notes, step by step, what it predicts, selects and reads, and what was true.
 
     The true attention of every sparse layer is computed at every step, which takes time but changes nothing. L' sparse
-    layers; `heads` are selection heads; N blocks.
+    layers; `heads` are selection heads; room for `capacity` blocks, of which N are in the cache.
     """
 
     def __init__(self, *args):
         super().__init__(*args, measure_every=1)
         self.uses_graph = False  # nothing can be noted while a graph is captured or replayed
-        self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L', heads, N) each, a step's largest p per block
-        self.chosen = []  # (L', heads, N) bool per step: the blocks attended
+        self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L', heads, capacity) each: p of a block
+        self.chosen = []  # (L', heads, capacity) bool per step: the blocks attended
         self.bytes = []  # (attention, calibration, choosing, dense) so far: after the prompt, and after every step
         self.next_prediction = None  # history (L', heads, H, N), start, scores (L', heads, n)
-        self.prediction = None  # the last one in use, and (L', heads, N), the true row of the first step that it served
+        self.prediction = None  # the last one in use, and the true row of the first step that it served
 
     def scores(self, start, end):
         scores = super().scores(start, end)  # (L', heads, n)
@@ -74,7 +73,7 @@ class Recorder(RivalDecoder):
 
     def begin_token(self):
         super().begin_token()
-        shape = self.sparse_layers, self.heads, self.config.n_blocks(self.n_tokens)
+        shape = self.sparse_layers, self.heads, self.capacity
         self.true_rows.append(torch.zeros(shape))
         self.chosen.append(torch.zeros(shape, dtype=torch.bool))
         if self.next_prediction:
@@ -82,11 +81,10 @@ class Recorder(RivalDecoder):
 
     def measure(self, index, q):
         super().measure(index, q)
-        b, n_blocks = self.config.block_size, self.chosen[-1].shape[-1]
-        p = attention(q, self.cache.k[index + self.dense_layers].flatten(1, 2), self.n_tokens)  # (Hq, 1, T)
-        pooled = F.pad(p, (0, n_blocks * b - self.n_tokens)).unflatten(-1, (-1, b)).amax(-1)  # (Hq, 1, N)
-        self.true_rows[-1][index] = attnpred.group_rms(pooled[None, :, 0], self.heads)[0].cpu()
-        self.chosen[-1][index] = self.attended(index, n_blocks).cpu()
+        pooled, _ = kernels.pool_history(q, self.cache.k[index + self.dense_layers], self.n_tokens)  # (Hq, 1, N)
+        n = pooled.shape[-1]
+        self.true_rows[-1][index, :, :n] = attnpred.group_rms(pooled[None, :, 0], self.heads)[0].cpu()
+        self.chosen[-1][index, :, :n] = self.attended(index, n).cpu()
 
     def finish_token(self):
         super().finish_token()
@@ -134,11 +132,10 @@ def draw_run(recorder, path):
     if not r.prediction:
         why = "the text fits the budget (use a smaller --budget), or the answer ended before a second token was decoded"
         raise InputError(f"nothing was predicted: {why}")
-    n = r.true_rows[-1].shape[-1]
-    rows = torch.stack([F.pad(row, (0, n - row.shape[-1])) for row in r.true_rows]).flatten(1, 2)  # (R, L' * heads, N)
     start, end = c.middle(r.n_tokens)
     far = end - RECENT_BLOCKS if end - start > 4 * RECENT_BLOCKS else end
-    patterns = find_patterns(rows[..., start:far], c.block_size)
+    rows = torch.stack(list(r.true_rows))[..., start:far].flatten(1, 2)  # (R, L' * heads, n)
+    patterns = find_patterns(rows, c.block_size)
 
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     grid = figure.add_gridspec(5, 6, height_ratios=(4, 0.35, 0.35, 3, 2.6))
@@ -155,8 +152,9 @@ def draw_run(recorder, path):
     draw_steps(figure.add_subplot(grid[4, :3]), figure.add_subplot(grid[4, 3:]), r)
     shared = "per head on average, shared in a layer" if c.share_budget == "layer" else "per head"
     figure.suptitle(
-        f"{r.n_tokens:,} tokens in {n} blocks of {c.block_size}; budget {c.budget}: {c.topk_blocks} blocks {shared}, "
-        f"selected every {c.intervals(r.n_tokens)[1]} steps; {c.sink_tokens} + {c.local_tokens} tokens always attended",
+        f"{r.n_tokens:,} tokens in {c.n_blocks(r.n_tokens)} blocks of {c.block_size}; budget {c.budget}: "
+        f"{c.topk_blocks} blocks {shared}, selected every {c.intervals(r.n_tokens)[1]} steps; "
+        f"{c.sink_tokens} + {c.local_tokens} tokens always attended",
         fontsize=11,
     )
     save(figure, path)
@@ -166,7 +164,7 @@ def draw_head(axes, recorder, layer, head, labelled):
     """A column: the history, the row predicted from it, the true row of the next step, the blocks of every step."""
     r, (top, *strips, bottom) = recorder, axes
     history, start, scores, served = r.prediction
-    image, scores, n = history[layer, head], scores[layer, head], r.true_rows[-1].shape[-1]
+    image, scores, n = history[layer, head], scores[layer, head], r.config.n_blocks(r.n_tokens)
     middle = slice(start, start + len(scores))
     norm = PowerNorm(0.4, 0, max(1e-3, float(image[:, middle].max())))
     cells = dict(cmap="magma", aspect="auto", interpolation="nearest")
@@ -179,7 +177,7 @@ def draw_head(axes, recorder, layer, head, labelled):
         strip.set(yticks=[], ylim=(0, 1))
         if labelled:
             strip.set_ylabel(name, rotation=0, ha="right", va="center")
-    chosen = torch.stack([F.pad(mask[layer, head], (0, n - mask.shape[-1])) for mask in r.chosen])  # (steps, N)
+    chosen = torch.stack([mask[layer, head, :n] for mask in r.chosen])  # (steps, N)
     cells["cmap"] = ListedColormap(["#f3eef0", OURS])
     bottom.imshow(chosen, extent=(-0.5, n - 0.5, len(chosen) + 0.5, 0.5), vmin=0, vmax=1, **cells)
     bottom.set(xlim=(-0.5, n - 0.5), xlabel=f"block of {r.config.block_size} tokens")
@@ -196,14 +194,12 @@ def draw_steps(left, right, recorder):
     left.plot(steps, [share.mean().item() for share in recorder.recovery], color=OURS)
     left.set(title="recovery: share of the true attention attended", xlabel="decode step")
     left.set_ylim(top=1.005)
-    *parts, dense = torch.tensor(recorder.bytes).diff(dim=0).T / 1e6  # (steps,) each
-    base = torch.zeros_like(dense)
-    for part, name, colour in zip(parts, ("attention", "calibration", "choosing"), (OURS, ORANGE, BLUE)):
-        right.fill_between(steps, base, base + part, step="mid", color=colour, label=name)
-        base = base + part
+    *parts, dense = np.diff(recorder.bytes, axis=0).T / 1e6  # (steps,) each
+    names = "attention", "calibration", "choosing"
+    right.stackplot(steps, parts, labels=names, colors=(OURS, ORANGE, BLUE), step="mid")
     right.plot(steps, dense, color="black", label="dense attention would read")
     right.set(title="MB of KV cache and history read", xlabel="decode step")
-    right.set_ylim(0, 1.3 * float(torch.stack([dense, base]).max()))
+    right.set_ylim(0, 1.3 * max(*dense, *sum(parts)))
     right.legend(fontsize=8, ncols=4, loc="upper left", frameon=False)
     for axes in (left, right):
         axes.set_xlim(1, max(2, len(recorder.recovery)))
