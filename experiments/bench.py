@@ -66,13 +66,15 @@ def models_of(args, device):
 
 
 def conditions(args, config, device):
-    """Print what a measurement depends on, and return it: the first entries of the results."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    """What a measurement depends on."""
     random = f"random weights in the shape of {args.model_shape}"
-    weights, threads = random if SHAPES[args.model_shape] else "SmolLM2-135M-Instruct", torch.get_num_threads()
-    print(f"{name}, {threads} threads, {weights}, budget {config.budget}")
-    found = dict(device=name, threads=threads, torch=torch.__version__, weights=weights)
-    return found | dict(config=dataclasses.asdict(config))
+    return dict(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        weights=random if SHAPES[args.model_shape] else "SmolLM2-135M-Instruct",
+        config=dataclasses.asdict(config),
+    )
 
 
 def predictor():
@@ -89,7 +91,7 @@ def show(rows, columns=None):
             return None
 
     cells = [{head: cell(form, row) for head, form in columns.items()} for row in rows] if columns else rows
-    print("\n" + markdown(pd.DataFrame(cells)))
+    print(markdown(pd.DataFrame(cells)) + "\n")
 
 
 def seconds(call, device):
@@ -377,8 +379,7 @@ def bench_speed(args, config, device):
     """ms per token of several ways to decode, and peak memory"""
     models, bandwidth = models_of(args, device), ceilings(torch.float32, device, n=64)["copy"]
     rows = list(speed_rows(args, models, config, bandwidth))
-    results = conditions(args, config, device)
-    print(f"A copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written.")
+    print(f"A copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written.\n")
     show(rows, SPEED_COLUMNS)
     if timed := [row for row in rows if "stages" in row]:
         stages = [stage for stage in timed[0]["stages"] if any(row["stages"][stage] for row in timed)]
@@ -387,7 +388,7 @@ def bench_speed(args, config, device):
     if args.trace:
         model, context = models[args.dtypes[-1]], args.contexts[-1]
         write_trace(*contender_of(args.contenders[-1], model, config, context, args), args.trace)
-    return results | dict(rows=rows)
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -423,10 +424,9 @@ def prefill_rows(args, models, config):
 def bench_prefill(args, config, device):
     """tokens per second through a prompt, and peak memory"""
     rows = list(prefill_rows(args, models_of(args, device), config))
-    results = conditions(args, config, device)
     heads = "context", "weights", "", "tokens/s", "peak memory beside weights, MB"
     show(rows, {head: SPEED_COLUMNS[head] for head in heads})
-    return results | dict(rows=rows)
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -459,14 +459,12 @@ def bench_kernels(args, config, device):
     """each hot path against PyTorch and against the machine's ceilings"""
     if any(context % config.block_size or config.fits(context) for context in args.contexts):
         raise InputError(f"--contexts must be multiples of {config.block_size} and longer than the budget")
-    on_gpu, results = device.type == "cuda", conditions(args, config, device)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.set_float32_matmul_precision("high")
-    found = ceilings(dtype, device, *([] if on_gpu else [1 << 26, 1024]))
+    dtype, sizes = (torch.bfloat16, ()) if device.type == "cuda" else (torch.float32, (1 << 26, 1024))
+    found = ceilings(dtype, device, *sizes)
     print(
         f"copy {found['copy'] / 1e9:,.0f} GB/s, host to device {found['host copy'] / 1e9:,.0f} GB/s, matrix product "
-        f"{2e-12 * found['matmul']:,.1f} TFLOP/s ({str(dtype)[6:]}), {2e-12 * found['matmul tf32']:,.1f} "
-        f"({'tf32' if on_gpu else 'float32'})"
+        f"{2e-12 * found['matmul']:,.1f} TFLOP/s, of float32 {2e-12 * found['matmul tf32']:,.1f} (a GPU uses tf32)\n"
     )
     rows = [
         kernel_row(path, context, device, found)
@@ -475,7 +473,7 @@ def bench_kernels(args, config, device):
         for path in paths(shape_of(args.model_shape), config, context, dtype, device, args.backend)
     ]
     show(rows, KERNEL_COLUMNS)
-    return results | dict(ceilings=found, rows=rows)
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -495,7 +493,7 @@ def count_link(model, tokenizer, config):
     cache.selected = cache.written_bytes = 0
     for token in tokens[TEXT_TOKENS:].split(1):
         decode_one_token(model, decoder, token)
-    print(*cache.format_stats(n_tokens, TEXT_STEPS), sep="\n")
+    print(*cache.format_stats(n_tokens, TEXT_STEPS), "", sep="\n")
     return cache.fetched.item() / max(1, cache.selected)
 
 
@@ -508,7 +506,7 @@ def bench_offload(args, config, device):
     fraction = count_link(model, tokenizer, config)
     print(
         f"A model, not a measurement: {args.model_shape} in 16 bits, budget {config.budget}, {fraction:.1%} of a "
-        f"selection fetched; GB/s: {', '.join(f'{name} {rate / 1e9:g}' for name, rate in RATES.items())}"
+        f"selection fetched; GB/s: {', '.join(f'{name} {rate / 1e9:g}' for name, rate in RATES.items())}\n"
     )
     rows = []
     for context in args.contexts:
@@ -524,7 +522,7 @@ def bench_offload(args, config, device):
 
 def bench_bytes(args, config, device):
     """bytes read per token"""
-    print(f"Bytes read per token, {args.model_shape} in 16 bits, budget {config.budget}")
+    print(f"Bytes read per token, {args.model_shape} in 16 bits, budget {config.budget}\n")
     rows = []
     for context in args.contexts:
         for name, c in {"default": config, "--paper": paper(config)}.items():
@@ -538,7 +536,7 @@ def bench_bytes(args, config, device):
 
 def bench_launches(args, config, device):
     """launches per token"""
-    print(f"Launches per token, sampling included, without a CUDA graph: {args.model_shape}, budget {config.budget}")
+    print(f"Launches per token, sampling included, without a CUDA graph: {args.model_shape}, budget {config.budget}\n")
     model, rows = Llama(shape_of(args.model_shape), torch.bfloat16, "meta"), []
     for context, name in ((context, name) for context in args.contexts for name in ("resident", "offloaded")):
         steps, offload = roofline.intervals(config, context), name == "offloaded"
@@ -617,9 +615,13 @@ def run(args):
         raise InputError("--contexts must be at least 128 tokens, and --rounds at least 1")
     device, _, args.backend = attnpred.choose_device(args)
     config = attnpred.config_of(args)
-    results = args.bench(args, config, device)
+    rows = args.bench(args, config, device)
+    if rows:
+        found = conditions(args, config, device)
+        print("{device}, {threads} threads, {weights}, budget {config[budget]}".format(**found))
     if args.out:
-        attnpred.write_atomically(args.out, lambda path: path.write_text(json.dumps(results, indent=1)))
+        rows = [found | row for row in rows]
+        attnpred.write_atomically(args.out, lambda path: path.write_text(json.dumps(rows, indent=1)))
 
 
 def main(argv=None) -> int:

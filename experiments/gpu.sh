@@ -39,9 +39,7 @@ step speed-32K 50 -m experiments.bench speed --contexts 32768 --rounds 3 --out "
 step speed-128K 100 -m experiments.bench speed --contexts 131072 --rounds 3 --out "$out/speed-128K.json"
 step trace 40 -m experiments.bench speed --contexts 32768 --rounds 3 --contenders "sparse, offloaded" \
     --trace "$out/trace.perfetto.json"
-for name in kernels speed-8K speed-32K speed-128K; do
-    step "picture-$name" 20 -m experiments.plots "${name%%-*}" "$out/$name.json" --out "$out/$name.png"
-    tables+=$'\n!['"$name]($name.png)"$'\n'
-done
+step kernels-picture 20 -m experiments.plots kernels "$out/kernels.json" --out "$out/kernels.png"
+step speed-picture 20 -m experiments.plots speed "$out"/speed-*.json --out "$out/speed.png"
 echo "$tables" >>"$out/report.md"
 exit $failed

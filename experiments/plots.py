@@ -255,9 +255,9 @@ def draw_training(rows, path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def draw_speed(results, path):
+def draw_speed(rows, path):
     """Of `bench speed`: tokens/s with what the bandwidth allows, memory, and the parts of a sparse token's time."""
-    rows = pd.DataFrame(results["rows"])
+    rows = pd.DataFrame(rows)
     rows["limit"] = rows["tokens_s"] / rows["of_copy"]
     dtypes, contexts = rows["dtype"].unique(), sorted(rows["context"].unique())
     panels = [f"tokens/s, {dtype}" for dtype in dtypes] + [f"peak memory beside the weights, MB, {dtypes[0]}"]
@@ -283,20 +283,20 @@ def draw_speed(results, path):
         axes.set_title(title, fontsize=10)
         bare(axes)
         axes.legend(fontsize=7)
-    threads = f", {results['threads']} threads" if results["device"] == "CPU" else ""
-    figure.suptitle(f"{results['device']}{threads}, {results['weights']}", fontsize=10)
+    threads = f", {rows.threads[0]} threads" if rows.device[0] == "CPU" else ""
+    figure.suptitle(f"{rows.device[0]}{threads}, {rows.weights[0]}", fontsize=10)
     save(figure, path)
 
 
-def draw_kernels(results, path):
+def draw_kernels(rows, path):
     """Of `bench kernels`: each kernel's share of its ceiling, by context length."""
-    rows = pd.DataFrame(results["rows"])
+    rows = pd.DataFrame(rows)
     rows["share"] = 100 * rows[["of_copy", "of_matmul"]].max(axis=1)
     table = rows.pivot_table("share", "path", "context", sort=False).rename(columns=lambda n: f"{thousands(n)} tokens")
     figure, axes = plt.subplots(figsize=(9, 0.4 * len(table) + 1.4), layout="constrained")
     table.plot.barh(ax=axes, xlabel="% of a copy's bandwidth or of a matrix product's speed, whichever is nearer")
     axes.invert_yaxis()
-    axes.set(title=results["device"], ylabel="")
+    axes.set(title=rows.device[0], ylabel="")
     axes.legend(fontsize=8)
     bare(axes)
     save(figure, path)
@@ -306,19 +306,19 @@ def draw_kernels(results, path):
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
 
-FROM_FILE = {"speed": draw_speed, "kernels": draw_kernels, "pareto": draw_pareto, "training": draw_training}
+FROM_FILES = {"speed": draw_speed, "kernels": draw_kernels, "pareto": draw_pareto, "training": draw_training}
 
 
-def read_numbers(path):
-    """A JSON file, or a file of one JSON object per line as a list."""
-    try:
-        text = pathlib.Path(path).read_text()
+def read_rows(paths):
+    """The rows of all files, dicts: each file a JSON list, or a JSON object per line."""
+    rows = []
+    for path in paths:
         try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+            text = pathlib.Path(path).read_text()
+            rows += json.loads(text) if text.startswith("[") else [json.loads(row) for row in text.split("\n") if row]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    return rows
 
 
 def run(argv):
@@ -328,8 +328,9 @@ def run(argv):
     output.add_argument("--out", required=True, type=output_file(".png"), metavar="FILE.png")
     more = "a run from inside; takes all options of attnpred.py (python attnpred.py --help)"
     commands.add_parser("run", parents=[output], help=more, epilog=more, allow_abbrev=False)
-    for name, draw in FROM_FILE.items():
-        commands.add_parser(name, parents=[output], help=draw.__doc__).add_argument("numbers", metavar="FILE.json")
+    for name, draw in FROM_FILES.items():
+        picture = commands.add_parser(name, parents=[output], help=draw.__doc__)
+        picture.add_argument("files", nargs="+", metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
     if args.command == "run":
         options = attnpred.make_parser().parse_args(rest)
@@ -340,9 +341,9 @@ def run(argv):
     if rest:
         raise InputError(f"unknown option {rest[0]} (--help lists the options)")
     try:
-        FROM_FILE[args.command](read_numbers(args.numbers), args.out)
+        FROM_FILES[args.command](read_rows(args.files), args.out)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise InputError(f"{args.numbers} does not hold the numbers of {args.command} ({error!r})") from None
+        raise InputError(f"{args.files} do not hold the numbers of {args.command} ({error!r})") from None
 
 
 def main(argv=None) -> int:

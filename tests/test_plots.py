@@ -118,6 +118,7 @@ TEXTS = [
 NAMES = ("dense", "sparse", "sparse, offloaded")
 SPEED = [
     dict(context=n, dtype=dtype, name=name, ms=10.0, tokens_s=100.0, of_copy=0.5, memory_mb=n / 10)
+    | dict(device="CPU", threads=2, weights="tiny")
     | (dict(stages=dict(attention=4.0, selection=0.0, rest=6.0)) if name == "sparse" else {})
     for n in (128, 4096)
     for dtype in ("float32", "bfloat16")
@@ -126,27 +127,26 @@ SPEED = [
 FILES = {
     "pareto": TEXTS,
     "training": [dict(step=step, loss=4 - step, recovery=0.9 + step / 100) for step in range(3)],
-    "speed": dict(rows=SPEED, device="CPU", threads=2, weights="tiny"),
-    "kernels": dict(
-        rows=[dict(path="predict", context=n, of_copy=0.4, of_matmul=0.1) for n in (8192, 32768)], device="a GPU"
-    ),
+    "speed": SPEED,
+    "kernels": [dict(path="predict", context=n, of_copy=0.4, of_matmul=0.1, device="a GPU") for n in (8192, 32768)],
 }
 
 
 @pytest.mark.parametrize("picture", FILES)
 def test_pictures_of_files(picture, tmp_path):
-    """From a file of one JSON object, or of one per line."""
-    numbers, path = tmp_path / "numbers.json", tmp_path / f"{picture}.png"
-    lines = FILES[picture] if isinstance(FILES[picture], list) else [FILES[picture]]
-    numbers.write_text("\n".join(map(json.dumps, lines)))
-    assert set(FILES) == set(plots.FROM_FILE) and plots.main([picture, str(numbers), "--out", str(path)]) == 0
+    """From two files: a list, and an object per line."""
+    (first, *others), path = FILES[picture], tmp_path / f"{picture}.png"
+    (tmp_path / "list.json").write_text(json.dumps([first], indent=1))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, others)))
+    files = [str(tmp_path / name) for name in ("list.json", "lines.json")]
+    assert set(FILES) == set(plots.FROM_FILES) and plots.main([picture, *files, "--out", str(path)]) == 0
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000
 
 
 def test_what_is_drawn_of_speed_is_what_was_measured(tmp_path, figures):
     rows = [row | dict(tokens_s=n + 1.0) for n, row in enumerate(SPEED)]
-    plots.draw_speed(FILES["speed"] | dict(rows=rows), tmp_path / "x.png")
-    plots.draw_speed(FILES["speed"] | dict(rows=[row for row in rows if row["name"] != "sparse"]), tmp_path / "x.png")
+    plots.draw_speed(rows, tmp_path / "x.png")
+    plots.draw_speed([row for row in rows if row["name"] != "sparse"], tmp_path / "x.png")
     first, second, memory, stages = figures[0].axes
     for axes, dtype in ((first, "float32"), (second, "bfloat16")):
         drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
@@ -186,7 +186,7 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
         (["run", "--prompt", "x", "--out", "run.jpg"], "ending in .png"),
         (["run", "--prompt", "x", "--out", "run.png", "--dense"], "leave out --dense"),
         (["speed", "none.json", "--out", "x.png"], "cannot be read"),
-        (["speed", "some.json", "--out", "x.png"], "does not hold the numbers of speed"),
+        (["speed", "some.json", "--out", "x.png"], "do not hold the numbers of speed"),
         (["speed", "some.json", "--out", "x.png", "--budget", "512"], "unknown option"),
     ],
 )
