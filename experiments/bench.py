@@ -28,6 +28,7 @@ from unittest.mock import patch
 import pandas as pd
 import torch
 import transformers
+from torch.utils.benchmark import Timer
 
 import attnpred
 import kernels
@@ -100,8 +101,6 @@ def seconds(call, device):
         from triton.testing import do_bench
 
         return 1e-3 * do_bench(call, return_mode="median")
-    from torch.utils.benchmark import Timer
-
     return Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).blocked_autorange().median
 
 
@@ -146,7 +145,7 @@ def with_peak_memory(call, device):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# speed
+# speed and prefill
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -178,10 +177,10 @@ class Ours:
     """A SparseDecoder; K, V and history are random, and blocks that attract attention go on attracting it."""
 
     @torch.inference_mode()
-    def __init__(self, model, config, n_tokens, n_steps, backend, **options):
-        self.model, m = model, model.config
+    def __init__(self, model, config, n_tokens, context, n_round, backend, **options):
+        self.model, self.n_round, m = model, n_round, model.config
         self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self.decoder = decoder = SparseDecoder(config, model, predictor(), n_tokens + n_steps, backend, **options)
+        self.decoder = decoder = SparseDecoder(config, model, predictor(), context, backend, **options)
         torch.manual_seed(0)
         decoder.begin_prompt(n_tokens)
         kv = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.kv_dtype)
@@ -198,6 +197,9 @@ class Ours:
         value = attnpred.read_later(self.token)
         self.token = attnpred.sample(decode_one_token(self.model, self.decoder, self.token))
         return value()
+
+    def round(self):
+        return [self.step() for _ in range(self.n_round)]
 
     def kv_bytes(self):
         return self.decoder.stats.read_bytes / self.decoder.step
@@ -225,8 +227,8 @@ def as_transformers(model):
 class Transformers:
     """transformers with its default cache, random too."""
 
-    def __init__(self, model, n_tokens):
-        self.model, m = as_transformers(model), model.config
+    def __init__(self, model, n_tokens, n_round):
+        self.model, self.n_round, m = as_transformers(model), n_round, model.config
         self.cache = transformers.DynamicCache(config=self.model.config)
         kv = torch.randn(2, 1, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.dtype)
         for layer in range(m.n_layers):
@@ -239,53 +241,55 @@ class Transformers:
         self.token = logits[:, -1].argmax(-1, keepdim=True)
         return self.token.item()
 
+    def round(self):
+        return [self.step() for _ in range(self.n_round)]
+
     def kv_bytes(self):
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
 
 def contender_of(name, model, config, context, args):
-    """(a function that makes the contender of that name, tokens that it decodes in a round).
+    """A function that makes the contender of that name.
 
     A round of sparse decoding is whole intervals of selection and calibration, so that its mean pays for both. The last
     of all rounds ends at the context.
     """
     setting, options = CONTENDERS[name]
     c = setting(config)
-    tokens = roofline.intervals(c, context)
-    tokens = tokens if c.dense_layers < model.config.n_layers else min(8, tokens)
-    n_steps = (args.rounds + 2) * tokens  # warming up, the rounds, and the stages or a trace
+    n_round = roofline.intervals(c, context)
+    n_round = n_round if c.dense_layers < model.config.n_layers else min(8, n_round)
+    n_steps = (args.rounds + 2) * n_round  # warming up, the rounds, and the stages or a trace
     if context <= n_steps:
         raise InputError(f"{n_steps} tokens are decoded at {context}: use longer --contexts or fewer --rounds")
     if name == "transformers":
-        return partial(Transformers, model, context - n_steps), tokens
-    return partial(Ours, model, c, context - n_steps, n_steps, args.backend, **options), tokens
+        return partial(Transformers, model, context - n_steps, n_round)
+    return partial(Ours, model, c, context - n_steps, context, n_round, args.backend, **options)
 
 
-def race(contenders, rounds, device):
-    """Time contenders in turn: {(dtype, name): (make, steps in each round)}; what `make` returns has a `step`.
+def race(makers, rounds, device):
+    """Time contenders in turn: makers {(dtype, name): a function}; what it makes has a `round`, which returns tokens.
 
-    Returns rows {"dtype", "name", "rounds": [ms per step], "ms": their median, "memory_mb": at the peak, "answer": what
-    the first steps return, "contender"}, without those whose memory does not suffice.
+    Returns rows {"dtype", "name", "rounds": [ms per token], "ms": their median, "memory_mb": at the peak, "answer": the
+    tokens of the first round, "contender"}, without those whose memory does not suffice.
     """
 
-    def warmed_up(make, steps):
+    def warmed_up(make):
         contender = make()
-        return dict(contender=contender, answer=[contender.step() for _ in range(steps)])
+        return dict(contender=contender, answer=contender.round())
 
     rows = []
-    for (dtype, name), (make, steps) in contenders.items():
+    for (dtype, name), make in makers.items():
         try:
-            row, memory_mb = with_peak_memory(partial(warmed_up, make, steps), device)
+            row, memory_mb = with_peak_memory(partial(warmed_up, make), device)
             rows.append(row | dict(dtype=dtype, name=name, memory_mb=memory_mb, rounds=[]))
             continue
         except torch.OutOfMemoryError:
             print(f"bench: {name}, {dtype}: out of memory, left out", file=sys.stderr)
         torch.cuda.empty_cache()  # not above: the exception would keep the contender alive
     for row in rows * rounds:  # each has its turn in a round
-        begun, steps = time.perf_counter(), len(row["answer"])
-        for _ in range(steps):
-            row["contender"].step()
-        row["rounds"].append(1e3 * (time.perf_counter() - begun) / steps)
+        begun = time.perf_counter()
+        tokens = row["contender"].round()
+        row["rounds"].append(1e3 * (time.perf_counter() - begun) / len(tokens))
     return [row | dict(ms=statistics.median(row["rounds"])) for row in rows]
 
 
@@ -293,7 +297,7 @@ STAGES = dict(attend="attention", attend_all="attention", select="gathering", wr
 STAGES |= dict(pool="calibration", scores="prediction", choose="selection")
 
 
-def stage_ms(contender, n_steps):
+def stage_ms(contender):
     """{stage: ms per token} of an `Ours` on a CPU. No stage calls another one."""
     spent = dict.fromkeys(STAGES.values(), 0.0)
 
@@ -311,10 +315,9 @@ def stage_ms(contender, n_steps):
             for name in STAGES.keys() & set(dir(owner)):
                 patches.enter_context(patch.object(owner, name, timed(getattr(owner, name), STAGES[name])))
         begun = time.perf_counter()
-        for _ in range(n_steps):
-            contender.step()
+        tokens = contender.round()
         spent["rest of the model"] = time.perf_counter() - begun - sum(spent.values())
-    return {stage: 1e3 * took / n_steps for stage, took in spent.items()}
+    return {stage: 1e3 * took / len(tokens) for stage, took in spent.items()}
 
 
 def speed_rows(args, models, config, bandwidth):
@@ -322,11 +325,11 @@ def speed_rows(args, models, config, bandwidth):
     device = next(iter(models.values())).device
     keys = [(dtype, name) for dtype in models for name in args.contenders]
     for dtype, name in keys if args.backend == "torch" else ():
-        contender_of(name, models[dtype], config, min(args.contexts), args)[0]().step()  # a library's first allocations
+        contender_of(name, models[dtype], config, min(args.contexts), args)().step()  # a library's first allocations
     for context in args.contexts:
-        contenders = {(dtype, name): contender_of(name, models[dtype], config, context, args) for dtype, name in keys}
+        makers = {(dtype, name): contender_of(name, models[dtype], config, context, args) for dtype, name in keys}
         # a CPU's speed drifts, so all take turns; a GPU's memory holds one of them at a time
-        groups = [contenders] if device.type == "cpu" else [{key: contenders[key]} for key in keys]
+        groups = [makers] if device.type == "cpu" else [{key: makers[key]} for key in keys]
         done = []
         for row in (row for group in groups for row in race(group, args.rounds, device)):
             contender, model = row.pop("contender"), models[row["dtype"]]
@@ -334,7 +337,7 @@ def speed_rows(args, models, config, bandwidth):
             row |= dict(context=context, tokens_s=1e3 / row["ms"], gb_s=1e-6 * row["bytes"] / row["ms"])
             row["of_copy"] = 1e9 * row["gb_s"] / bandwidth
             if row["name"] == "sparse" and args.backend == "torch":
-                row["stages"] = stage_ms(contender, len(row["answer"]))
+                row["stages"] = stage_ms(contender)
             done.append(row)
             del contender
         for row in done:
@@ -362,14 +365,12 @@ SPEED_COLUMNS = {
 }
 
 
-def write_trace(make, tokens, path):
+def write_trace(make, path):
     """A profiler's trace of a contender's second round, for https://ui.perfetto.dev."""
     contender = make()
-    for _ in range(tokens):
-        contender.step()
+    contender.round()
     with torch.profiler.profile() as profiled:
-        for _ in range(tokens):
-            contender.step()
+        contender.round()
     if contender.model.device.type == "cuda" and not any(e.device_time_total for e in profiled.key_averages()):
         raise InputError("the profiler saw nothing on the GPU: it needs CUPTI and permission to use it")
     profiled.export_chrome_trace(str(path))
@@ -387,13 +388,8 @@ def bench_speed(args, config, device):
         show(timed, columns | {f"{stage}, ms": f"{{stages[{stage}]:,.2f}}" for stage in stages})
     if args.trace:
         model, context = models[args.dtypes[-1]], args.contexts[-1]
-        write_trace(*contender_of(args.contenders[-1], model, config, context, args), args.trace)
+        write_trace(contender_of(args.contenders[-1], model, config, context, args), args.trace)
     return rows
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# prefill
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def prefill_rows(args, models, config):
@@ -401,11 +397,11 @@ def prefill_rows(args, models, config):
 
     def ours(model, tokens):
         decoder = SparseDecoder(config, model, predictor(), len(tokens), args.backend)
-        return prefill(model, decoder, tokens).argmax().item()
+        return [prefill(model, decoder, tokens).argmax().item()]
 
     @torch.inference_mode()
     def theirs(model, tokens):
-        return model(tokens[None], use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()
+        return [model(tokens[None], use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()]
 
     readers = {}
     for dtype, model in models.items():
@@ -415,8 +411,8 @@ def prefill_rows(args, models, config):
         tokens = torch.randint(model.config.vocab_size, (context,), device=model.device)
         for read in readers.values():
             read(tokens[:128])  # a library's first allocations
-        steps = {key: (partial(SimpleNamespace, step=partial(read, tokens)), 1) for key, read in readers.items()}
-        for row in race(steps, args.rounds, model.device):
+        makers = {key: partial(SimpleNamespace, round=partial(read, tokens)) for key, read in readers.items()}
+        for row in race(makers, args.rounds, model.device):
             del row["contender"]
             yield row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"]))
 

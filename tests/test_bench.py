@@ -144,9 +144,9 @@ def test_rivals_compute_the_same():
 def test_transformers_computes_the_same():
     """With the same random cache, the same logits as our dense decoding; the weights are ours, not a copy."""
     model = tiny_llama()
-    dense = bench.Ours(model, Config(**SHAPE, dense_layers=9), 100, 8, "torch")
+    dense = bench.Ours(model, Config(**SHAPE, dense_layers=9), 100, 108, 2, "torch")
     torch.manual_seed(0)
-    theirs = bench.Transformers(model, 100)
+    theirs = bench.Transformers(model, 100, 2)
     with torch.inference_mode():
         for token in (3, 5):
             expected = theirs.model(torch.tensor([[token]]), past_key_values=theirs.cache).logits[0, -1]
@@ -202,21 +202,21 @@ def test_prefill_is_read_by_both(tmp_path):
 
 
 def test_what_does_not_fit_is_left_out(capsys):
-    """Memory runs out when it is made, or in its first step: the others are timed, and nothing keeps it alive."""
+    """Memory runs out when it is made, or in its first round: the others are timed, and nothing keeps it alive."""
     alive = []
 
     class Contender:
         def __init__(self, fails):
             self.fails = fails
             alive.append(weakref.ref(self))
-            self.step() if fails == "made" else None
+            self.round() if fails == "made" else None
 
-        def step(self):
+        def round(self):
             if self.fails != "never":
                 raise torch.OutOfMemoryError("too little")
-            return 7
+            return [7, 7]
 
-    makers = {("float32", name): (partial(Contender, name), 2) for name in ("made", "stepped", "never")}
+    makers = {("float32", name): partial(Contender, name) for name in ("made", "decoding", "never")}
     (row,) = bench.race(makers, 3, CPU)
     assert row["name"] == "never" and row["answer"] == [7, 7] and len(row["rounds"]) == 3
     gc.collect()
@@ -239,9 +239,9 @@ def test_link_is_counted(monkeypatch, tmp_path, capsys):
 
 
 def test_a_trace_without_the_gpu_is_an_error(tmp_path):
-    elsewhere = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), step=lambda: None)
+    elsewhere = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), round=lambda: None)
     with pytest.raises(InputError, match="nothing on the GPU"):
-        bench.write_trace(lambda: elsewhere, 1, tmp_path / "trace.json")
+        bench.write_trace(lambda: elsewhere, tmp_path / "trace.json")
 
 
 def test_counted_launches(capsys):
