@@ -149,8 +149,7 @@ def with_peak_memory(call, device):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def dense(config):
-    return replace(config, dense_layers=10**6)
+dense = partial(replace, dense_layers=10**6)
 
 
 def paper(config):
@@ -342,8 +341,8 @@ def speed_rows(args, models, config, bandwidth):
             del contender
         for row in done:
             same_weights = {other["name"]: other for other in done if other["dtype"] == row["dtype"]}
-            if dense := same_weights.get("dense"):
-                pairs = zip(dense["rounds"], row["rounds"])
+            if base := same_weights.get("dense"):
+                pairs = zip(base["rounds"], row["rounds"])
                 row["speedup"] = statistics.median(theirs / ours for theirs, ours in pairs)
             same = next(name for name, other in same_weights.items() if other["answer"] == row["answer"])
             if same != row["name"]:
@@ -392,8 +391,8 @@ def bench_speed(args, config, device):
     return rows
 
 
-def prefill_rows(args, models, config):
-    """A row per context, dtype and contender: the fastest of the rounds, each a whole prompt of random tokens."""
+def bench_prefill(args, config, device):
+    """tokens per second through a prompt, and peak memory"""
 
     def ours(model, tokens):
         decoder = SparseDecoder(config, model, predictor(), len(tokens), args.backend)
@@ -403,23 +402,18 @@ def prefill_rows(args, models, config):
     def theirs(model, tokens):
         return [model(tokens[None], use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()]
 
-    readers = {}
-    for dtype, model in models.items():
+    readers, rows = {}, []
+    for dtype, model in models_of(args, device).items():
         readers[dtype, "ours"] = partial(ours, model)
         readers[dtype, "transformers"] = partial(theirs, as_transformers(model))
     for context in args.contexts:
-        tokens = torch.randint(model.config.vocab_size, (context,), device=model.device)
+        tokens = torch.randint(model.config.vocab_size, (context,), device=device)
         for read in readers.values():
             read(tokens[:128])  # a library's first allocations
         makers = {key: partial(SimpleNamespace, round=partial(read, tokens)) for key, read in readers.items()}
-        for row in race(makers, args.rounds, model.device):
+        for row in race(makers, args.rounds, device):  # a round is the whole prompt
             del row["contender"]
-            yield row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"]))
-
-
-def bench_prefill(args, config, device):
-    """tokens per second through a prompt, and peak memory"""
-    rows = list(prefill_rows(args, models_of(args, device), config))
+            rows.append(row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"])))
     heads = "context", "weights", "", "tokens/s", "peak memory beside weights, MB"
     show(rows, {head: SPEED_COLUMNS[head] for head in heads})
     return rows
@@ -486,7 +480,7 @@ def count_link(model, tokenizer, config):
     prefill(model, decoder, tokens[:TEXT_TOKENS])
     cache = decoder.cache
     cache.fetched.zero_()
-    cache.selected = cache.written_bytes = 0
+    cache.selected = 0
     for token in tokens[TEXT_TOKENS:].split(1):
         decode_one_token(model, decoder, token)
     print(*cache.format_stats(n_tokens, TEXT_STEPS), "", sep="\n")
@@ -554,23 +548,19 @@ def bench_launches(args, config, device):
 LONG = (8192, 32768, 131072)
 
 
-def output_file(suffix):
-    """An argparse type: a file that can be written. A long measurement must not end with a bad --out."""
-
-    def check(text):
-        path = pathlib.Path(text)
-        if path.suffix != suffix or path.is_dir() or not os.access(path.parent, os.W_OK):
-            error = f"cannot write {text}: give a file name ending in {suffix}, in a folder that exists"
-            raise argparse.ArgumentTypeError(error)
-        return path
-
-    return check
+def output_file(suffix, text):
+    """For argparse: a file that can be written. A long measurement must not end with a bad --out."""
+    path = pathlib.Path(text)
+    if path.suffix != suffix or path.is_dir() or not os.access(path.parent, os.W_OK):
+        error = f"cannot write {text}: give a file name ending in {suffix}, in a folder that exists"
+        raise argparse.ArgumentTypeError(error)
+    return path
 
 
 def make_parser():
     parser = OneLineParser(prog="bench", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    gpu = torch.cuda.is_available()
+    gpu, json_file = torch.cuda.is_available(), partial(output_file, ".json")
     measured = "llama-3.1-8b" if gpu else "smollm2-135m"
     for command, contexts, shape in (
         (bench_speed, LONG if gpu else (128, 1024, 4096, 8192), measured),
@@ -587,7 +577,7 @@ def make_parser():
         add("--contexts", type=int, nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
         add("--model-shape", choices=SHAPES, default=shape, help="smollm2-135m, or random weights")
         if name in ("speed", "prefill", "kernels"):
-            add("--out", type=output_file(".json"), metavar="FILE.json", help="write all numbers there")
+            add("--out", type=json_file, metavar="FILE.json", help="write all numbers there")
             add("--backend", choices=("auto", "triton", "torch"), help="auto: triton on a GPU, else torch")
         if name in ("speed", "prefill"):
             dtypes = ["float32", "bfloat16"]
@@ -598,7 +588,7 @@ def make_parser():
             add("--contenders", nargs="+", default=default, choices=CONTENDERS, metavar="NAME", help=names)
             add(
                 "--trace",
-                type=output_file(".json"),
+                type=json_file,
                 metavar="FILE.json",
                 help="trace the last contender",
             )

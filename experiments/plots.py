@@ -10,6 +10,7 @@ import json
 import pathlib
 import sys
 from collections import deque
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -325,7 +326,7 @@ def run(argv):
     parser = OneLineParser(prog="plots", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="PICTURE")
     output = OneLineParser(add_help=False)
-    output.add_argument("--out", required=True, type=output_file(".png"), metavar="FILE.png")
+    output.add_argument("--out", required=True, type=partial(output_file, ".png"), metavar="FILE.png")
     more = "a run from inside; takes all options of attnpred.py (python attnpred.py --help)"
     commands.add_parser("run", parents=[output], help=more, epilog=more, allow_abbrev=False)
     for name, draw in FROM_FILES.items():

@@ -30,6 +30,7 @@ def test_patterns_are_told_apart():
     rows = torch.rand(64, 7, 40) * 0.3  # (R, heads, n)
     time, block = torch.arange(64)[:, None], torch.arange(40)
     rows[:, 1] += torch.rand(40)  # the same blocks again and again
+    rows[:, 2] += ((block + time // 16) % 10 == 0).float()  # a block back every 16 steps: none of them
     rows[:, 3] += ((block - time // 16) % 10 == 0).float()  # a block further every 16 steps
     rows[:, 5] += ((time % 7 == 0) & (block % 5 == 0)).float()  # every 7 steps
     assert plots.find_patterns(rows, 16) == {"re-access": 1, "sequential": 3, "seasonal": 5}
@@ -55,6 +56,10 @@ def test_watching_changes_nothing(changes):
     s = alone.stats
     assert recorder.bytes[-1] == (s.attention_bytes, s.calibration_bytes, s.choosing_bytes, s.dense_bytes)
     torch.testing.assert_close(recorder.recovery[2::3], alone.stats.recovery, atol=1e-5, rtol=1e-4)
+    middle = [mask[..., slice(*recorder.config.middle(120))] for mask in recorder.chosen]  # (L', heads, n) per step
+    changed = {i for i in range(1, 9) if not torch.equal(middle[i], middle[i - 1])}
+    assert changed and changed <= {3, 6}  # steps 4 and 7, after the selections of steps 3 and 6
+    assert recorder.prediction[-1] is recorder.true_rows[6]
 
 
 def test_what_is_drawn_is_what_happened():
@@ -139,7 +144,8 @@ def test_pictures_of_files(picture, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps([first], indent=1))
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, others)))
     files = [str(tmp_path / name) for name in ("list.json", "lines.json")]
-    assert set(FILES) == set(plots.FROM_FILES) and plots.main([picture, *files, "--out", str(path)]) == 0
+    assert set(FILES) == set(plots.FROM_FILES) and plots.read_rows(files) == FILES[picture]
+    assert plots.main([picture, *files, "--out", str(path)]) == 0
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000
 
 
