@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import weakref
@@ -325,7 +326,9 @@ def test_first_run_on_a_gpu(tmp_path):
     python.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = partial(subprocess.run, ["bash", ROOT / "experiments/gpu.sh", out], env=environment, capture_output=True)
-    assert command().returncode == 1
+    first = command()
+    limits = re.findall(rb"at most (\d+) s", first.stderr)
+    assert first.returncode == 1 and len(limits) == 8 and sum(map(int, limits)) <= 600
     _, tests, *steps = [line.split("\037")[:-1] for line in notes.read_text().splitlines()]
     assert tests[:2] == ["-m", "pytest"] and all((ROOT / test).exists() for test in tests[5:])
     bench_steps = [options for _, module, *options in steps if module == "experiments.bench"]
