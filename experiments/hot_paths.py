@@ -65,11 +65,13 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
     rivals = {"convolutions, float32": partial(convolve, False)}
     if device.type == "cuda":
         rivals["convolutions, tf32"] = partial(convolve, True)
-    # Rows moved: H of history and H contributions. Or, after P new rows, P + 8 of history (two around each computed
-    # row), the other H - 4 - P contributions, and the P + 4 that are written.
+    # After P new rows, P + 8 rows of history are read (two around each computed row) and H - 4 - P contributions, and
+    # P + 4 contributions are written.
+    anew = 2 * c.history_len
+    update = c.history_len + 8 + new_rows if new_rows < c.history_len - 4 else anew
     for name, new, valid_end, rows in (
-        ("whole image", 0, start, 2 * c.history_len),
-        (f"{new_rows} new rows", new_rows, end, c.history_len + 8 + new_rows),
+        ("whole image", 0, start, anew),
+        (f"{new_rows} new rows", new_rows, end, update),
     ):
         moved = heads * (end - start) * (rows * history.element_size() + 4)  # and a score
         window = new, start, end, valid_end
