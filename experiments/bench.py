@@ -1,22 +1,16 @@
-"""How fast: decoding and prefill, and each kernel; what a token launches, reads, and sends over the link to the host.
+"""How fast: decoding, prefill and each kernel; what a token launches, reads, and sends over the link to the host.
 
-    python -m experiments.bench speed      ms per token of several ways to decode, and peak memory
-    python -m experiments.bench prefill    tokens per second through a prompt, and peak memory
-    python -m experiments.bench kernels    each hot path against PyTorch and against the machine's ceilings
-    python -m experiments.bench offload    bytes over the link, counted on a text, and a model of time
-    python -m experiments.bench bytes      bytes read per token
-    python -m experiments.bench launches   launches per token
+    python -m experiments.bench speed --out speed.json
 
-The first three measure, and write all numbers with --out FILE.json; a long context's keys, values and history are
-random numbers, because a step's time does not depend on them. The ceilings are measured, too: a copy on the device, a
-matrix product, a copy from pinned host memory. The others count, on tensors that have no memory
-(experiments/roofline.py).
+`--help` lists the commands; they come below in that order. `speed`, `prefill` and `kernels` measure, and write all
+numbers with --out; a long context's keys, values and history are random numbers, because a step's time does not depend
+on them. The ceilings are measured, too: a copy on the device, a matrix product, a copy from pinned host memory.
+`offload`, `bytes` and `launches` count; where no values matter, on tensors that have no memory (roofline.py).
 """
 
 import argparse
 import ctypes
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -33,6 +27,7 @@ from unittest.mock import patch
 
 import pandas as pd
 import torch
+from torch.utils.benchmark import Timer
 
 import attnpred
 import kernels
@@ -46,8 +41,7 @@ from weights.fetch_llm import fetch_default_llm
 TEXT = pathlib.Path(kernels.__file__)  # its tokens show what a selection fetches
 TEXT_TOKENS, TEXT_STEPS = 4096, 64  # of it: the prompt, and how many are decoded
 RATES = dict(memory=3350e9, link=55e9, host=200e9)  # bytes/s: an H100's memory, PCIe 5 x16, the host's memory
-TOY = dict(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64)
-SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B, "toy": replace(roofline.LLAMA_31_8B, **TOY)}
+SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B}  # None: the default model, with its weights
 
 # --------------------------------------------------------------------------------------------------------------------
 # Models, measuring and printing
@@ -60,26 +54,27 @@ def shape_of(name) -> LlamaConfig:
 
 def models_of(args, device):
     """{dtype: model}: the default model, or random weights."""
-    models, shape = {}, SHAPES[args.model_shape]
+    models, shape, limit = {}, SHAPES[args.model_shape], shape_of(args.model_shape).context_len
+    if max(args.contexts) > limit:
+        raise InputError(f"--contexts {max(args.contexts)}: the model's context is {limit:,} tokens")
     for name in args.dtypes:
         how = getattr(torch, name), device
         models[name] = model = Llama(shape, *how).eval() if shape else load_model(str(fetch_default_llm()), *how)[0]
         for part, parameter in model.named_parameters() if shape else ():
             parameter.data.normal_(1.0 if part.endswith("norm.weight") else 0.0, 0.02)
-        if (longest := max(args.contexts)) > model.config.context_len:
-            raise InputError(f"--contexts {longest}: the model's context is {model.config.context_len:,} tokens")
     return models
 
 
 def conditions(args, config, device):
-    """What a measurement depends on: the first entries of the results, and a line that says it."""
-    weights = (
-        f"random weights in the shape of {args.model_shape}" if SHAPES[args.model_shape] else "SmolLM2-135M-Instruct"
+    """What a measurement depends on."""
+    random = f"random weights in the shape of {args.model_shape}"
+    return dict(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        weights=random if SHAPES[args.model_shape] else "SmolLM2-135M-Instruct",
+        config=dataclasses.asdict(config),
     )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    results = dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__, weights=weights)
-    results["config"] = dataclasses.asdict(config)
-    return results, f"{name}, {results['threads']} threads, {weights}, budget {config.budget}"
 
 
 def predictor():
@@ -87,18 +82,16 @@ def predictor():
 
 
 def show(rows, columns=None):
-    """Print dicts as a table, and return them; `columns` maps a header to a format, missing numbers are dashes."""
+    """Print dicts as a table; `columns` maps a header to a format of a row's entries, of which some may be missing."""
 
     def cell(form, row):
         try:
-            return form.format(**{key: value for key, value in row.items() if value is not None})
+            return form.format(**row)
         except KeyError:
             return None
 
-    rows = list(rows)
     cells = [{head: cell(form, row) for head, form in columns.items()} for row in rows] if columns else rows
     print(markdown(pd.DataFrame(cells)) + "\n")
-    return rows
 
 
 def seconds(call, device):
@@ -107,8 +100,6 @@ def seconds(call, device):
         from triton.testing import do_bench
 
         return 1e-3 * do_bench(call, return_mode="median")
-    from torch.utils.benchmark import Timer
-
     return Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).blocked_autorange().median
 
 
@@ -129,7 +120,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def with_peak_memory(call, device):
-    """call()'s result, and the MB allocated at the peak above those before; None where the system does not tell."""
+    """call()'s result, and the MB allocated at the peak above those before; NaN where the system does not tell."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -145,7 +136,7 @@ def with_peak_memory(call, device):
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = resident_mb("VmRSS")
     except (OSError, AttributeError):  # not Linux, or not glibc
-        return call(), None
+        return call(), float("nan")
     result, peak = call(), resident_mb("VmHWM")
     libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
     libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
@@ -153,12 +144,11 @@ def with_peak_memory(call, device):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# speed
+# speed and prefill
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def dense(config):
-    return replace(config, dense_layers=10**6)
+dense = partial(replace, dense_layers=10**6)
 
 
 def paper(config):
@@ -177,9 +167,7 @@ CONTENDERS = {  # name: (what it makes of the Config, options of its SparseDecod
     "sparse, offloaded": (roofline.offloaded, dict(offload=True)),
     "sparse, offloaded, no graph": (roofline.offloaded, dict(offload=True, graph=False)),
 }
-if not importlib.util.find_spec("transformers"):
-    del CONTENDERS["transformers"]
-ON_CPU = [name for name in CONTENDERS if name in ("dense", "sparse", "sparse --paper", "transformers")]
+ON_CPU = ["dense", "sparse", "sparse --paper", "transformers"]
 ON_GPU = [name for name in CONTENDERS if name not in ("sparse --paper", "transformers")]
 
 
@@ -187,10 +175,10 @@ class Ours:
     """A SparseDecoder; K, V and history are random, and blocks that attract attention go on attracting it."""
 
     @torch.inference_mode()
-    def __init__(self, model, config, n_tokens, n_steps, backend, **options):
-        self.model, m = model, model.config
+    def __init__(self, model, config, n_tokens, context, n_round, backend, **options):
+        self.model, self.n_round, m = model, n_round, model.config
         self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self.decoder = decoder = SparseDecoder(config, model, predictor(), n_tokens + n_steps, backend, **options)
+        self.decoder = decoder = SparseDecoder(config, model, predictor(), context, backend, **options)
         torch.manual_seed(0)
         decoder.begin_prompt(n_tokens)
         kv = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.kv_dtype)
@@ -208,14 +196,19 @@ class Ours:
         self.token = attnpred.sample(decode_one_token(self.model, self.decoder, self.token))
         return value()
 
+    def round(self):
+        return [self.step() for _ in range(self.n_round)]
+
     def kv_bytes(self):
         return self.decoder.stats.read_bytes / self.decoder.step
 
 
 def as_transformers(model):
     """The same weights, not copied, in transformers' LlamaForCausalLM."""
-    import transformers
-
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("this comparison needs transformers: pip install -r requirements-dev.txt") from None
     m = model.config
     rope = (m.rope_scaling or {"rope_type": "default"}) | {"rope_theta": m.rope_theta}
     config = transformers.LlamaConfig(
@@ -236,10 +229,10 @@ def as_transformers(model):
 class Transformers:
     """transformers with its default cache, random too."""
 
-    def __init__(self, model, n_tokens):
+    def __init__(self, model, n_tokens, n_round):
         from transformers import DynamicCache
 
-        self.model, m = as_transformers(model), model.config
+        self.model, self.n_round, m = as_transformers(model), n_round, model.config
         self.cache = DynamicCache(config=self.model.config)
         kv = torch.randn(2, 1, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.dtype)
         for layer in range(m.n_layers):
@@ -252,53 +245,55 @@ class Transformers:
         self.token = logits[:, -1].argmax(-1, keepdim=True)
         return self.token.item()
 
+    def round(self):
+        return [self.step() for _ in range(self.n_round)]
+
     def kv_bytes(self):
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
 
-def contender_of(name, model, config, context, rounds, backend):
-    """(a function that makes the contender of that name, tokens that it decodes in a round).
+def contender_of(name, model, config, context, args):
+    """A function that makes the contender of that name.
 
     A round of sparse decoding is whole intervals of selection and calibration, so that its mean pays for both. The last
     of all rounds ends at the context.
     """
     setting, options = CONTENDERS[name]
     c = setting(config)
-    tokens = roofline.intervals(c, context)
-    tokens = tokens if c.dense_layers < model.config.n_layers else min(8, tokens)
-    n_steps = (rounds + 2) * tokens  # warming up, the rounds, and the stages or a trace
+    n_round = roofline.intervals(c, context)
+    n_round = n_round if c.dense_layers < model.config.n_layers else min(8, n_round)
+    n_steps = (args.rounds + 2) * n_round  # warming up, the rounds, and the stages or a trace
     if context <= n_steps:
         raise InputError(f"{n_steps} tokens are decoded at {context}: use longer --contexts or fewer --rounds")
     if name == "transformers":
-        return partial(Transformers, model, context - n_steps), tokens
-    return partial(Ours, model, c, context - n_steps, n_steps, backend, **options), tokens
+        return partial(Transformers, model, context - n_steps, n_round)
+    return partial(Ours, model, c, context - n_steps, context, n_round, args.backend, **options)
 
 
-def race(contenders, rounds, device):
-    """Time contenders in turn: {(dtype, name): (make, steps in each round)}; what `make` returns has a `step`.
+def race(makers, rounds, device):
+    """Time contenders in turn: makers {(dtype, name): a function}; what it makes has a `round`, which returns tokens.
 
-    Returns rows {"dtype", "name", "rounds": [ms per step], "ms": their median, "memory_mb": at the peak, "answer": what
-    the first steps return, "contender"}, without those whose memory does not suffice.
+    Returns rows {"dtype", "name", "rounds": [ms per token], "ms": their median, "memory_mb": at the peak, "answer": the
+    tokens of the first round, "contender"}, without those whose memory does not suffice.
     """
 
-    def warmed_up(make, steps):
+    def warmed_up(make):
         contender = make()
-        return dict(contender=contender, answer=[contender.step() for _ in range(steps)])
+        return dict(contender=contender, answer=contender.round())
 
     rows = []
-    for (dtype, name), (make, steps) in contenders.items():
+    for (dtype, name), make in makers.items():
         try:
-            row, memory_mb = with_peak_memory(partial(warmed_up, make, steps), device)
+            row, memory_mb = with_peak_memory(partial(warmed_up, make), device)
             rows.append(row | dict(dtype=dtype, name=name, memory_mb=memory_mb, rounds=[]))
             continue
         except torch.OutOfMemoryError:
             print(f"bench: {name}, {dtype}: out of memory, left out", file=sys.stderr)
         torch.cuda.empty_cache()  # not above: the exception would keep the contender alive
     for row in rows * rounds:  # each has its turn in a round
-        begun, steps = time.perf_counter(), len(row["answer"])
-        for _ in range(steps):
-            row["contender"].step()
-        row["rounds"].append(1e3 * (time.perf_counter() - begun) / steps)
+        begun = time.perf_counter()
+        tokens = row["contender"].round()
+        row["rounds"].append(1e3 * (time.perf_counter() - begun) / len(tokens))
     return [row | dict(ms=statistics.median(row["rounds"])) for row in rows]
 
 
@@ -306,7 +301,7 @@ STAGES = dict(attend="attention", attend_all="attention", select="gathering", wr
 STAGES |= dict(pool="calibration", scores="prediction", choose="selection")
 
 
-def stage_ms(contender, n_steps):
+def stage_ms(contender):
     """{stage: ms per token} of an `Ours` on a CPU. No stage calls another one."""
     spent = dict.fromkeys(STAGES.values(), 0.0)
 
@@ -324,41 +319,39 @@ def stage_ms(contender, n_steps):
             for name in STAGES.keys() & set(dir(owner)):
                 patches.enter_context(patch.object(owner, name, timed(getattr(owner, name), STAGES[name])))
         begun = time.perf_counter()
-        for _ in range(n_steps):
-            contender.step()
+        tokens = contender.round()
         spent["rest of the model"] = time.perf_counter() - begun - sum(spent.values())
-    return {stage: 1e3 * took / n_steps for stage, took in spent.items()}
+    return {stage: 1e3 * took / len(tokens) for stage, took in spent.items()}
 
 
-def speed_rows(names, models, config, contexts, rounds, backend, bandwidth):
+def speed_rows(args, models, config, bandwidth):
     """A row per context, dtype and contender. models: {name of a dtype: model}."""
     device = next(iter(models.values())).device
-    keys = [(dtype, name) for dtype in models for name in names]
-    for dtype, name in keys if backend == "torch" else ():
-        contender_of(name, models[dtype], config, 256, 1, backend)[0]().step()  # a library's first allocations
-    for context in contexts:
-        contenders = {
-            (dtype, name): contender_of(name, models[dtype], config, context, rounds, backend) for dtype, name in keys
-        }
+    keys = [(dtype, name) for dtype in models for name in args.contenders]
+    for dtype, name in keys if args.backend == "torch" else ():
+        contender_of(name, models[dtype], config, min(args.contexts), args)().step()  # a library's first allocations
+    for context in args.contexts:
+        makers = {(dtype, name): contender_of(name, models[dtype], config, context, args) for dtype, name in keys}
         # a CPU's speed drifts, so all take turns; a GPU's memory holds one of them at a time
-        groups = [contenders] if device.type == "cpu" else [{key: contenders[key]} for key in keys]
+        groups = [makers] if device.type == "cpu" else [{key: makers[key]} for key in keys]
         done = []
-        for row in (row for group in groups for row in race(group, rounds, device)):
+        for row in (row for group in groups for row in race(group, args.rounds, device)):
             contender, model = row.pop("contender"), models[row["dtype"]]
             row["bytes"] = roofline.weight_bytes(model.config, model.dtype.itemsize) + contender.kv_bytes()
             row |= dict(context=context, tokens_s=1e3 / row["ms"], gb_s=1e-6 * row["bytes"] / row["ms"])
-            row |= dict(least_ms=1e3 * row["bytes"] / bandwidth, of_copy=1e9 * row["gb_s"] / bandwidth)
-            if row["name"] == "sparse" and backend == "torch":
-                row["stages"] = stage_ms(contender, len(row["answer"]))
+            row["of_copy"] = 1e9 * row["gb_s"] / bandwidth
+            if row["name"] == "sparse" and args.backend == "torch":
+                row["stages"] = stage_ms(contender)
             done.append(row)
             del contender
         for row in done:
             same_weights = {other["name"]: other for other in done if other["dtype"] == row["dtype"]}
-            if dense := same_weights.get("dense"):
-                pairs = zip(dense["rounds"], row["rounds"])
+            if base := same_weights.get("dense"):
+                pairs = zip(base["rounds"], row["rounds"])
                 row["speedup"] = statistics.median(theirs / ours for theirs, ours in pairs)
             same = next(name for name, other in same_weights.items() if other["answer"] == row["answer"])
-            row["same_as"] = same if same != row["name"] else None
+            if same != row["name"]:
+                row["same_as"] = same
             print("bench: {name}, {dtype}, {context} tokens: {ms:.1f} ms".format(**row), file=sys.stderr)
             yield row
 
@@ -376,76 +369,59 @@ SPEED_COLUMNS = {
 }
 
 
-def write_trace(make, tokens, path):
+def write_trace(make, path):
     """A profiler's trace of a contender's second round, for https://ui.perfetto.dev."""
     contender = make()
-    for _ in range(tokens):
-        contender.step()
+    contender.round()
     with torch.profiler.profile() as profiled:
-        for _ in range(tokens):
-            contender.step()
+        contender.round()
     if contender.model.device.type == "cuda" and not any(e.device_time_total for e in profiled.key_averages()):
         raise InputError("the profiler saw nothing on the GPU: it needs CUPTI and permission to use it")
-    profiled.export_chrome_trace(path)
+    profiled.export_chrome_trace(str(path))
 
 
 def bench_speed(args, config, device):
     """ms per token of several ways to decode, and peak memory"""
-    models, (results, line) = models_of(args, device), conditions(args, config, device)
-    bandwidth = ceilings(torch.float32, device, n=64)["copy"]
-    how = config, args.contexts, args.rounds, args.backend
-    rows = list(speed_rows(args.contenders, models, *how, bandwidth))
-    print(f"{line}; a copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written\n")
+    models, bandwidth = models_of(args, device), ceilings(torch.float32, device, n=64)["copy"]
+    rows = list(speed_rows(args, models, config, bandwidth))
+    print(f"A copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written.\n")
     show(rows, SPEED_COLUMNS)
     if timed := [row for row in rows if "stages" in row]:
         stages = [stage for stage in timed[0]["stages"] if any(row["stages"][stage] for row in timed)]
-        columns = {name: SPEED_COLUMNS[name] for name in ("context", "weights")}
+        columns = {head: SPEED_COLUMNS[head] for head in ("context", "weights")}
         show(timed, columns | {f"{stage}, ms": f"{{stages[{stage}]:,.2f}}" for stage in stages})
     if args.trace:
         model, context = models[args.dtypes[-1]], args.contexts[-1]
-        traced = contender_of(args.contenders[-1], model, config, context, args.rounds, args.backend)
-        write_trace(*traced, args.trace)
-    return results | dict(copy_bytes_per_second=bandwidth, rows=rows)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# prefill
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def prefill_rows(models, config, contexts, rounds, backend):
-    """A row per context, dtype and contender: the fastest of the rounds, each a whole prompt of random tokens."""
-
-    def ours(model, tokens):
-        decoder = SparseDecoder(config, model, predictor(), len(tokens), backend)
-        return prefill(model, decoder, tokens).argmax().item()
-
-    @torch.inference_mode()
-    def theirs(model, tokens):
-        return model(tokens[None], use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()
-
-    readers = {}
-    for dtype, model in models.items():
-        readers[dtype, "ours"] = partial(ours, model)
-        if "transformers" in CONTENDERS:
-            readers[dtype, "transformers"] = partial(theirs, as_transformers(model))
-    for context in contexts:
-        tokens = torch.randint(model.config.vocab_size, (context,), device=model.device)
-        for read in readers.values():
-            read(tokens[:128])  # a library's first allocations
-        steps = {key: (partial(SimpleNamespace, step=partial(read, tokens)), 1) for key, read in readers.items()}
-        for row in race(steps, rounds, model.device):
-            del row["contender"]
-            yield row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"]))
+        write_trace(contender_of(args.contenders[-1], model, config, context, args), args.trace)
+    return rows
 
 
 def bench_prefill(args, config, device):
     """tokens per second through a prompt, and peak memory"""
-    models, (results, line) = models_of(args, device), conditions(args, config, device)
-    columns = [*list(SPEED_COLUMNS)[:3], "tokens/s", "peak memory beside weights, MB"]
-    print(f"Prefill: {line}\n")
-    rows = prefill_rows(models, config, args.contexts, args.rounds, args.backend)
-    return results | dict(rows=show(rows, {name: SPEED_COLUMNS[name] for name in columns}))
+
+    def ours(model, tokens):
+        decoder = SparseDecoder(config, model, predictor(), len(tokens), args.backend)
+        return [prefill(model, decoder, tokens).argmax().item()]
+
+    @torch.inference_mode()
+    def theirs(model, tokens):
+        return [model(tokens[None], use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()]
+
+    readers, rows = {}, []
+    for dtype, model in models_of(args, device).items():
+        readers[dtype, "ours"] = partial(ours, model)
+        readers[dtype, "transformers"] = partial(theirs, as_transformers(model))
+    for context in args.contexts:
+        tokens = torch.randint(model.config.vocab_size, (context,), device=device)
+        for read in readers.values():
+            read(tokens[:128])  # a library's first allocations
+        makers = {key: partial(SimpleNamespace, round=partial(read, tokens)) for key, read in readers.items()}
+        for row in race(makers, args.rounds, device):  # a round is the whole prompt
+            del row["contender"]
+            rows.append(row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"])))
+    heads = "context", "weights", "", "tokens/s", "peak memory beside weights, MB"
+    show(rows, {head: SPEED_COLUMNS[head] for head in heads})
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -476,22 +452,23 @@ KERNEL_COLUMNS = {
 
 def bench_kernels(args, config, device):
     """each hot path against PyTorch and against the machine's ceilings"""
-    on_gpu, (results, line) = device.type == "cuda", conditions(args, config, device)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    torch.set_float32_matmul_precision("high")
     if any(context % config.block_size or config.fits(context) for context in args.contexts):
         raise InputError(f"--contexts must be multiples of {config.block_size} and longer than the budget")
-    found = ceilings(dtype, device, *([] if on_gpu else [1 << 26, 1024]))
+    torch.set_float32_matmul_precision("high")
+    dtype, sizes = (torch.bfloat16, ()) if device.type == "cuda" else (torch.float32, (1 << 26, 1024))
+    found = ceilings(dtype, device, *sizes)
     print(
-        f"{line}; copy {found['copy'] / 1e9:,.0f} GB/s, host to device {found['host copy'] / 1e9:,.0f} GB/s, matrix "
-        f"product {2e-12 * found['matmul']:,.1f} TFLOP/s ({str(dtype)[6:]}), {2e-12 * found['matmul tf32']:,.1f} "
-        f"({'tf32' if on_gpu else 'float32'})\n"
+        f"copy {found['copy'] / 1e9:,.0f} GB/s, host to device {found['host copy'] / 1e9:,.0f} GB/s, matrix product "
+        f"{2e-12 * found['matmul']:,.1f} TFLOP/s, of float32 {2e-12 * found['matmul tf32']:,.1f} (a GPU uses tf32)\n"
     )
-    m, rows = shape_of(args.model_shape), []
-    for context, paths in ((context, paths) for context in args.contexts for paths in PATHS):
-        found_paths = paths(m, config, context, dtype, device, args.backend)
-        rows += [kernel_row(path, context, device, found) for path in found_paths]
-    return results | dict(ceilings=found, rows=show(rows, KERNEL_COLUMNS))
+    rows = [
+        kernel_row(path, context, device, found)
+        for context in args.contexts
+        for paths in PATHS
+        for path in paths(shape_of(args.model_shape), config, context, dtype, device, args.backend)
+    ]
+    show(rows, KERNEL_COLUMNS)
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -500,27 +477,19 @@ def bench_kernels(args, config, device):
 
 
 def count_link(model, tokenizer, config):
-    """What crosses the link while TEXT is decoded, exactly: (a row of a table, the share of a selection fetched)."""
+    """Decode TEXT, print what crosses the link, exactly, and return the share of a selection that was fetched."""
     n_tokens = TEXT_TOKENS + TEXT_STEPS
     tokens = torch.tensor(tokenizer.encode(TEXT.read_text())[:n_tokens], device=model.device)
     assert len(tokens) == n_tokens, f"{TEXT.name} is too short"
     decoder = SparseDecoder(roofline.offloaded(config), model, predictor(), n_tokens, "torch", offload=True)
     prefill(model, decoder, tokens[:TEXT_TOKENS])
-    cache, m = decoder.cache, model.config
-    before = int(cache.fetched), cache.selected, cache.written_bytes
+    cache = decoder.cache
+    cache.fetched.zero_()
+    cache.selected = 0
     for token in tokens[TEXT_TOKENS:].split(1):
         decode_one_token(model, decoder, token)
-    fetched, selected = int(cache.fetched) - before[0], cache.selected - before[1]
-    fraction, block_mb = fetched / max(1, selected), 1e-6 * cache.block_bytes / TEXT_STEPS
-    whole = 2 * m.n_layers * m.n_kv_heads * n_tokens * m.head_dim * model.kv_dtype.itemsize
-    return {
-        "prompt": f"{TEXT_TOKENS:,}",
-        "selected, MB per token": f"{selected * block_mb:,.3f}",
-        "of it fetched": f"{fetched * block_mb:,.3f} ({fraction:.1%})",
-        "written back": f"{1e-6 * (cache.written_bytes - before[2]) / TEXT_STEPS:,.3f}",
-        "whole cache, MB": f"{1e-6 * whole:,.1f}",
-        "on the device": f"{1e-6 * cache.device_bytes:,.1f}",
-    }, fraction
+    print(*cache.format_stats(n_tokens, TEXT_STEPS), "", sep="\n")
+    return cache.fetched.item() / max(1, cache.selected)
 
 
 def bench_offload(args, config, device):
@@ -528,9 +497,8 @@ def bench_offload(args, config, device):
     if config.fits(TEXT_TOKENS):
         raise InputError(f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens counted: use a smaller one")
     model, tokenizer = load_model(str(fetch_default_llm()), torch.bfloat16, device)
-    print(f"Counted: SmolLM2-135M-Instruct on {TEXT.name}, {TEXT_STEPS} tokens decoded\n")
-    counted, fraction = count_link(model, tokenizer, config)
-    show([counted])
+    print(f"Counted: SmolLM2-135M-Instruct on {TEXT.name}, {TEXT_TOKENS:,} tokens, then {TEXT_STEPS} decoded")
+    fraction = count_link(model, tokenizer, config)
     print(
         f"A model, not a measurement: {args.model_shape} in 16 bits, budget {config.budget}, {fraction:.1%} of a "
         f"selection fetched; GB/s: {', '.join(f'{name} {rate / 1e9:g}' for name, rate in RATES.items())}\n"
@@ -585,16 +553,19 @@ def bench_launches(args, config, device):
 LONG = (8192, 32768, 131072)
 
 
-def new_file(text):
-    if pathlib.Path(text).is_dir() or not os.access(pathlib.Path(text).parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {text}: give a file in a folder that exists")
-    return text
+def output_file(suffix, text):
+    """For argparse: a file that can be written. A long measurement must not end with a bad --out."""
+    path = pathlib.Path(text)
+    if path.suffix != suffix or path.is_dir() or not os.access(path.parent, os.W_OK):
+        error = f"cannot write {text}: give a file name ending in {suffix}, in a folder that exists"
+        raise argparse.ArgumentTypeError(error)
+    return path
 
 
 def make_parser():
     parser = OneLineParser(prog="bench", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    gpu = torch.cuda.is_available()
+    gpu, json_file = torch.cuda.is_available(), partial(output_file, ".json")
     measured = "llama-3.1-8b" if gpu else "smollm2-135m"
     for command, contexts, shape in (
         (bench_speed, LONG if gpu else (128, 1024, 4096, 8192), measured),
@@ -611,7 +582,7 @@ def make_parser():
         add("--contexts", type=int, nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
         add("--model-shape", choices=SHAPES, default=shape, help="smollm2-135m, or random weights")
         if name in ("speed", "prefill", "kernels"):
-            add("--out", type=new_file, metavar="FILE.json", help="write all numbers there")
+            add("--out", type=json_file, metavar="FILE.json", help="write all numbers there")
             add("--backend", choices=("auto", "triton", "torch"), help="auto: triton on a GPU, else torch")
         if name in ("speed", "prefill"):
             dtypes = ["float32", "bfloat16"]
@@ -620,7 +591,7 @@ def make_parser():
         if name == "speed":
             names, default = ", ".join(CONTENDERS), ON_GPU if gpu else ON_CPU
             add("--contenders", nargs="+", default=default, choices=CONTENDERS, metavar="NAME", help=names)
-            add("--trace", type=new_file, metavar="FILE.json", help="trace an interval of the last contender")
+            add("--trace", type=json_file, metavar="FILE.json", help="trace the last contender")
         attnpred.add_method_options(sub)
     return parser
 
@@ -630,9 +601,13 @@ def run(args):
         raise InputError("--contexts must be at least 128 tokens, and --rounds at least 1")
     device, _, args.backend = attnpred.choose_device(args)
     config = attnpred.config_of(args)
-    results = args.bench(args, config, device)
+    rows = args.bench(args, config, device)
+    if rows:
+        found = conditions(args, config, device)
+        print("{device}, {threads} threads, {weights}, budget {config[budget]}".format(**found))
     if args.out:
-        attnpred.write_atomically(args.out, lambda path: path.write_text(json.dumps(results, indent=1)))
+        rows = [found | row for row in rows]
+        attnpred.write_atomically(args.out, lambda path: path.write_text(json.dumps(rows, indent=1)))
 
 
 def main(argv=None) -> int:

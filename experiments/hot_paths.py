@@ -1,4 +1,4 @@
-"""The launches of kernels.py as a decode step makes them, beside PyTorch code: what `experiments.bench kernels` times.
+"""The kernels of kernels.py as a decode step makes them, beside PyTorch code: what `experiments.bench kernels` times.
 
 Each function of PATHS takes a model's shapes m, a Config c, the number of tokens, the dtype of K and V, a device and a
 backend, and yields tuples: name, the least bytes that it can move (inputs and outputs, each once), its multiply-adds, a
@@ -40,16 +40,8 @@ def pooling_paths(m, c, n_tokens, dtype, device, backend):
         yield f"pool_history, {name}", k.nbytes + q.nbytes + written, multiply_adds, call, rivals
 
 
-def prediction_bytes(heads, history_len, new_rows, start, end, valid_end):
-    """From scratch, a column reads H rows of history and writes H contributions. After P new rows it reads P + 8 rows
-    of history (two around each computed row) and the other H - 4 - P contributions, and writes P + 4."""
-    first = valid_end <= start or new_rows >= history_len - 4
-    rows = 2 * history_len if first else history_len + 4 + new_rows + 4
-    return heads * (end - start) * (rows * attnpred.HISTORY_DTYPE.itemsize + 4)
-
-
 def predict_multiply_adds(heads, history_len, new_rows, start, end, valid_end):
-    """Multiply-adds of that call of `predict`, padding counted as data; the network alone, not the mean."""
+    """Of that call of `kernels.predict`, padding counted as data; the network alone, not the mean."""
     total = 0
     for top, bottom, first in kernels.stale_strips(history_len, new_rows, start, end, valid_end):
         conv1 = (min(bottom + 1, history_len) - max(top - 1, 0)) * (end - max(first - 1, start))  # cells
@@ -73,11 +65,19 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
     rivals = {"convolutions, float32": partial(convolve, False)}
     if device.type == "cuda":
         rivals["convolutions, tf32"] = partial(convolve, True)
-    for name, rows, valid_end in (("whole image", 0, start), (f"{new_rows} new rows", new_rows, end)):
-        window = rows, start, end, valid_end
-        work = [count(heads, c.history_len, *window) for count in (prediction_bytes, predict_multiply_adds)]
+    # After P new rows, P + 8 rows of history are read (two around each computed row) and H - 4 - P contributions, and
+    # P + 4 contributions are written.
+    anew = 2 * c.history_len
+    update = c.history_len + 8 + new_rows if new_rows < c.history_len - 4 else anew
+    for name, new, valid_end, rows in (
+        ("whole image", 0, start, anew),
+        (f"{new_rows} new rows", new_rows, end, update),
+    ):
+        moved = heads * (end - start) * (rows * history.element_size() + 4)  # and a score
+        window = new, start, end, valid_end
+        multiply_adds = predict_multiply_adds(heads, c.history_len, *window)
         call = partial(kernels.predict, history, contributions, 0, *window, weights, backend)
-        yield f"predict, {name}, all layers", *work, call, rivals
+        yield f"predict, {name}, all layers", moved, multiply_adds, call, rivals
 
 
 def selection_paths(m, c, n_tokens, dtype, device, backend):
@@ -122,17 +122,15 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
 
 
 def copy_paths(m, c, n_tokens, dtype, device, backend):
-    """A layer's selection: assigning slots where a tenth of it changed, and copying all or a tenth of it."""
+    """A layer's selection, all of it or a tenth."""
     n_blocks, elements, k = c.n_blocks(n_tokens), 2 * c.block_size * m.head_dim, m.n_kv_heads * c.topk_blocks
-    ids = torch.stack([torch.randperm(m.n_kv_heads * n_blocks) for _ in range(m.n_layers)]).int()
-    spare = k // 10  # slots
-    wanted, held = ids[:, spare : spare + k].to(device), F.pad(ids[:, :k], (0, spare), value=-1).to(device)
-    yield f"assign_slots, {k} per layer", 5 * wanted.nbytes, 0, partial(kernels.assign_slots, wanted, held), {}
+    ids, slot = torch.randperm(m.n_kv_heads * n_blocks).int(), torch.arange(k, device=device).int()
     host = torch.zeros(m.n_kv_heads * n_blocks, elements, dtype=dtype, pin_memory=device.type == "cuda")
-    slots, place = torch.empty(k, elements, device=device, dtype=dtype), torch.arange(k, device=device).int()
+    slots = torch.empty(k, elements, device=device, dtype=dtype)
     for name, n in (("all", k), ("a tenth", max(1, k // 10))):
-        chosen = ids[0, :n]
-        call = partial(kernels.copy_blocks, host, slots, F.pad(chosen, (0, k - n), value=-1).to(device), place, backend)
+        chosen = ids[:n]
+        source = F.pad(chosen, (0, k - n), value=-1).to(device)  # (k,)
+        call = partial(kernels.copy_blocks, host, slots, source, slot, backend)
         rivals = {"index_select": partial(lambda n, chosen: slots[:n].copy_(host.index_select(0, chosen)), n, chosen)}
         yield f"copy_blocks, {name} of {k}", n * host[0].nbytes, 0, call, rivals
 

@@ -6,24 +6,23 @@
 Reading order: `Recorder`, `find_patterns` and `draw_run` show a run from inside; then one function per result file.
 """
 
-import argparse
 import json
-import os
 import pathlib
 import sys
 from collections import deque
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from matplotlib.colors import ListedColormap, PowerNorm
 
 import attnpred
+import kernels
 from attnpred import InputError, OneLineParser, exit_status, write_atomically
+from experiments.bench import output_file
 from experiments.rivals import RivalDecoder
-from train_predictor import attention
 
 OURS, ORANGE, BLUE = "#c2185b", "#e08e0b", "#2a6fbb"
 RECENT_BLOCKS = 10  # nearly every head attends to the blocks before the local window
@@ -56,43 +55,37 @@ class Recorder(RivalDecoder):
     """A SparseDecoder that notes, step by step, what it predicts, selects and reads, and what was true.
 
     The true attention of every sparse layer is computed at every step, which takes time but changes nothing. L' sparse
-    layers; `heads` are selection heads; N blocks.
+    layers; `heads` are selection heads; room for `capacity` blocks, of which N are in the cache.
     """
 
     def __init__(self, *args):
         super().__init__(*args, measure_every=1)
         self.uses_graph = False  # nothing can be noted while a graph is captured or replayed
-        self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L', heads, N) each, a step's largest p per block
-        self.chosen = []  # (L', heads, N) bool per step: the blocks attended
+        self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L', heads, capacity) each: p of a block
+        self.chosen = []  # (L', heads, capacity) bool per step: the blocks attended
         self.bytes = []  # (attention, calibration, choosing, dense) so far: after the prompt, and after every step
-        self.prediction = None  # the last one in use: (history (L', heads, H, N), start, scores (L', heads, n))
-        self.served = None  # (L', heads, N): the true row of the first step that it served
-        self.pending = None
+        self.next_prediction = None  # history (L', heads, H, N), start, scores (L', heads, n)
+        self.prediction = None  # the last one in use, and the true row of the first step that it served
 
     def scores(self, start, end):
         scores = super().scores(start, end)  # (L', heads, n)
-        history = self.window()[..., : self.config.n_blocks(self.n_tokens)].cpu()  # (L', heads, H, N)
-        self.pending = history, start, scores.cpu()
-        if not self.step and self.config.history_rows == "every":  # the prompt's last rows are consecutive, and true
-            self.true_rows.extend(history.unbind(2))
+        self.next_prediction = self.window()[..., : self.config.n_blocks(self.n_tokens)].cpu(), start, scores.cpu()
         return scores
 
     def begin_token(self):
         super().begin_token()
-        if self.pending:
-            self.prediction, self.pending, self.served = self.pending, None, None
-        shape = self.sparse_layers, self.heads, self.config.n_blocks(self.n_tokens)
+        shape = self.sparse_layers, self.heads, self.capacity
         self.true_rows.append(torch.zeros(shape))
         self.chosen.append(torch.zeros(shape, dtype=torch.bool))
-        self.served = self.true_rows[-1] if self.served is None else self.served
+        if self.next_prediction:
+            self.prediction, self.next_prediction = (*self.next_prediction, self.true_rows[-1]), None
 
     def measure(self, index, q):
         super().measure(index, q)
-        b, n_blocks = self.config.block_size, self.chosen[-1].shape[-1]
-        p = attention(q, self.cache.k[index + self.dense_layers].flatten(1, 2), self.n_tokens)  # (Hq, 1, T)
-        pooled = F.pad(p, (0, n_blocks * b - self.n_tokens)).unflatten(-1, (-1, b)).amax(-1)  # (Hq, 1, N)
-        self.true_rows[-1][index] = attnpred.group_rms(pooled[None, :, 0], self.heads)[0].cpu()
-        self.chosen[-1][index] = self.attended(index, n_blocks).cpu()
+        pooled, _ = kernels.pool_history(q, self.cache.k[index + self.dense_layers], self.n_tokens)  # (Hq, 1, N)
+        n = pooled.shape[-1]
+        self.true_rows[-1][index, :, :n] = attnpred.group_rms(pooled[None, :, 0], self.heads)[0].cpu()
+        self.chosen[-1][index, :, :n] = self.attended(index, n).cpu()
 
     def finish_token(self):
         super().finish_token()
@@ -113,24 +106,25 @@ def find_patterns(rows, block_size):
     sequential  a row resembles the row of block_size steps before shifted by a block, more than that row itself
     seasonal    what differs from a head's mean returns after some steps, and not before
     """
+    n_rows, _, n_blocks = rows.shape
     spread = rows.amax(2).mean(0).clamp(max=0.05)  # (heads,): heads that attend elsewhere show nothing
-    scores = {"re-access": similarity(rows[1:], rows[:-1]).sum(0)}
-    if rows.shape[0] > block_size and rows.shape[2] > 2:
-        new, old = rows[block_size:], rows[:-block_size]
-        scores["sequential"] = (similarity(new[..., 1:], old[..., :-1]) - similarity(new, old)).mean(0)
+    shift = min(block_size, n_rows - 1)
+    new, old = rows[shift:], rows[: n_rows - shift]
     rest = rows.sqrt() - rows.sqrt().mean(0)  # (R, heads, n): without the root, a few bright cells decide
     power = rest.square().mean((0, 2)).clamp_min(1e-9)  # (heads,)
-    lags = range(1, max(2, rows.shape[0] // 2))
-    echo = torch.stack([(rest[lag:] * rest[:-lag]).sum((0, 2)) / max(1, len(rest) - lag) for lag in lags])
-    echo = echo / rows.shape[2] / power  # (lags, heads)
-    scores["seasonal"] = (echo - echo.cummin(0).values).amax(0)
+    lags = range(1, max(2, n_rows // 2))
+    echo = torch.stack([(rest[lag:] * rest[:-lag]).sum((0, 2)) / max(1, n_rows - lag) for lag in lags])
+    echo = echo / n_blocks / power  # (lags, heads)
     found = {}
-    for pattern in ("seasonal", "sequential", "re-access"):
-        if pattern in scores:
-            score = scores[pattern] * spread
-            score[list(found.values())] = -torch.inf
-            found[pattern] = int(score.argmax())
-    return {pattern: found[pattern] for pattern in ("re-access", "sequential", "seasonal") if pattern in found}
+    for pattern, score in {
+        "seasonal": (echo - echo.cummin(0).values).amax(0),
+        "sequential": (similarity(new[..., 1:], old[..., :-1]) - similarity(new, old)).mean(0),
+        "re-access": similarity(rows[1:], rows[:-1]).sum(0),
+    }.items():
+        score = score * spread
+        score[list(found.values())] = -torch.inf
+        found[pattern] = int(score.argmax())
+    return found
 
 
 def draw_run(recorder, path):
@@ -139,18 +133,16 @@ def draw_run(recorder, path):
     if not r.prediction:
         why = "the text fits the budget (use a smaller --budget), or the answer ended before a second token was decoded"
         raise InputError(f"nothing was predicted: {why}")
-    n = r.true_rows[-1].shape[-1]
-    rows = torch.stack([F.pad(row, (0, n - row.shape[-1])) for row in r.true_rows]).flatten(1, 2)  # (R, L' * heads, N)
     start, end = c.middle(r.n_tokens)
     far = end - RECENT_BLOCKS if end - start > 4 * RECENT_BLOCKS else end
-    patterns = find_patterns(rows[..., start:far] if far - start > 3 else rows, c.block_size)
+    rows = torch.stack(list(r.true_rows))[..., start:far].flatten(1, 2)  # (R, L' * heads, n)
+    patterns = find_patterns(rows, c.block_size)
 
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     grid = figure.add_gridspec(5, 6, height_ratios=(4, 0.35, 0.35, 3, 2.6))
-    span = 6 // len(patterns)
-    for column, (pattern, head) in enumerate(patterns.items()):
-        layer, head = divmod(head, r.heads)
-        columns = slice(column * span, (column + 1) * span)
+    for column, pattern in enumerate(("re-access", "sequential", "seasonal")):
+        layer, head = divmod(patterns[pattern], r.heads)
+        columns = slice(2 * column, 2 * column + 2)
         axes = figure.add_subplot(grid[0, columns])
         axes = [axes, *(figure.add_subplot(grid[i, columns], sharex=axes) for i in (1, 2, 3))]
         draw_head(axes, r, layer, head, column == 0)
@@ -161,8 +153,9 @@ def draw_run(recorder, path):
     draw_steps(figure.add_subplot(grid[4, :3]), figure.add_subplot(grid[4, 3:]), r)
     shared = "per head on average, shared in a layer" if c.share_budget == "layer" else "per head"
     figure.suptitle(
-        f"{r.n_tokens:,} tokens in {n} blocks of {c.block_size}; budget {c.budget}: {c.topk_blocks} blocks {shared}, "
-        f"selected every {c.intervals(r.n_tokens)[1]} steps; {c.sink_tokens} + {c.local_tokens} tokens always attended",
+        f"{r.n_tokens:,} tokens in {c.n_blocks(r.n_tokens)} blocks of {c.block_size}; budget {c.budget}: "
+        f"{c.topk_blocks} blocks {shared}, selected every {c.intervals(r.n_tokens)[1]} steps; "
+        f"{c.sink_tokens} + {c.local_tokens} tokens always attended",
         fontsize=11,
     )
     save(figure, path)
@@ -171,22 +164,21 @@ def draw_run(recorder, path):
 def draw_head(axes, recorder, layer, head, labelled):
     """A column: the history, the row predicted from it, the true row of the next step, the blocks of every step."""
     r, (top, *strips, bottom) = recorder, axes
-    history, start, scores = r.prediction
-    image, scores, n = history[layer, head], scores[layer, head], r.true_rows[-1].shape[-1]
+    history, start, scores, served = r.prediction
+    image, scores, n = history[layer, head], scores[layer, head], r.config.n_blocks(r.n_tokens)
     middle = slice(start, start + len(scores))
     norm = PowerNorm(0.4, 0, max(1e-3, float(image[:, middle].max())))
     cells = dict(cmap="magma", aspect="auto", interpolation="nearest")
     top.imshow(image, norm=norm, extent=(-0.5, image.shape[1] - 0.5, -0.5, -len(image) - 0.5), **cells)
-    for strip, row, name in zip(
-        strips, (scores - scores.min(), r.served[layer, head][middle]), ("predicted", "actual")
-    ):
+    rows = scores - scores.min(), served[layer, head][middle]  # (n,) each
+    for strip, row, name in zip(strips, rows, ("predicted", "actual")):
         strip.set_facecolor("#dddddd")
         row = row / row.max().clamp_min(1e-12)  # (n,)
         strip.imshow(row[None], norm=PowerNorm(0.5, 0, 1), extent=(start - 0.5, middle.stop - 0.5, 0, 1), **cells)
         strip.set(yticks=[], ylim=(0, 1))
         if labelled:
             strip.set_ylabel(name, rotation=0, ha="right", va="center")
-    chosen = torch.stack([F.pad(mask[layer, head], (0, n - mask.shape[-1])) for mask in r.chosen])  # (steps, N)
+    chosen = torch.stack([mask[layer, head, :n] for mask in r.chosen])  # (steps, N)
     cells["cmap"] = ListedColormap(["#f3eef0", OURS])
     bottom.imshow(chosen, extent=(-0.5, n - 0.5, len(chosen) + 0.5, 0.5), vmin=0, vmax=1, **cells)
     bottom.set(xlim=(-0.5, n - 0.5), xlabel=f"block of {r.config.block_size} tokens")
@@ -203,14 +195,12 @@ def draw_steps(left, right, recorder):
     left.plot(steps, [share.mean().item() for share in recorder.recovery], color=OURS)
     left.set(title="recovery: share of the true attention attended", xlabel="decode step")
     left.set_ylim(top=1.005)
-    *parts, dense = torch.tensor(recorder.bytes).diff(dim=0).T / 1e6  # (steps,) each
-    base = torch.zeros_like(dense)
-    for part, name, colour in zip(parts, ("attention", "calibration", "choosing"), (OURS, ORANGE, BLUE)):
-        right.fill_between(steps, base, base + part, step="mid", color=colour, label=name)
-        base = base + part
+    *parts, dense = np.diff(recorder.bytes, axis=0).T / 1e6  # (steps,) each
+    names = "attention", "calibration", "choosing"
+    right.stackplot(steps, parts, labels=names, colors=(OURS, ORANGE, BLUE), step="mid")
     right.plot(steps, dense, color="black", label="dense attention would read")
     right.set(title="MB of KV cache and history read", xlabel="decode step")
-    right.set_ylim(0, 1.3 * float(torch.stack([dense, base]).max()))
+    right.set_ylim(0, 1.3 * max(*dense, *sum(parts)))
     right.legend(fontsize=8, ncols=4, loc="upper left", frameon=False)
     for axes in (left, right):
         axes.set_xlim(1, max(2, len(recorder.recovery)))
@@ -266,10 +256,10 @@ def draw_training(rows, path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def draw_speed(results, path):
+def draw_speed(rows, path):
     """Of `bench speed`: tokens/s with what the bandwidth allows, memory, and the parts of a sparse token's time."""
-    rows = pd.DataFrame(results["rows"])
-    rows["limit"] = 1e3 / rows["least_ms"]
+    rows = pd.DataFrame(rows)
+    rows["limit"] = rows["tokens_s"] / rows["of_copy"]
     dtypes, contexts = rows["dtype"].unique(), sorted(rows["context"].unique())
     panels = [f"tokens/s, {dtype}" for dtype in dtypes] + [f"peak memory beside the weights, MB, {dtypes[0]}"]
     panels += ["a sparse token's time, ms"] if "stages" in rows else []
@@ -294,20 +284,20 @@ def draw_speed(results, path):
         axes.set_title(title, fontsize=10)
         bare(axes)
         axes.legend(fontsize=7)
-    threads = f", {results['threads']} threads" if results["device"] == "CPU" else ""
-    figure.suptitle(f"{results['device']}{threads}, {results['weights']}", fontsize=10)
+    threads = f", {rows.threads[0]} threads" if rows.device[0] == "CPU" else ""
+    figure.suptitle(f"{rows.device[0]}{threads}, {rows.weights[0]}", fontsize=10)
     save(figure, path)
 
 
-def draw_kernels(results, path):
+def draw_kernels(rows, path):
     """Of `bench kernels`: each kernel's share of its ceiling, by context length."""
-    rows = pd.DataFrame(results["rows"])
+    rows = pd.DataFrame(rows)
     rows["share"] = 100 * rows[["of_copy", "of_matmul"]].max(axis=1)
     table = rows.pivot_table("share", "path", "context", sort=False).rename(columns=lambda n: f"{thousands(n)} tokens")
     figure, axes = plt.subplots(figsize=(9, 0.4 * len(table) + 1.4), layout="constrained")
     table.plot.barh(ax=axes, xlabel="% of a copy's bandwidth or of a matrix product's speed, whichever is nearer")
     axes.invert_yaxis()
-    axes.set(title=results["device"], ylabel="")
+    axes.set(title=rows.device[0], ylabel="")
     axes.legend(fontsize=8)
     bare(axes)
     save(figure, path)
@@ -317,55 +307,44 @@ def draw_kernels(results, path):
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
 
-FROM_FILE = {"speed": draw_speed, "kernels": draw_kernels, "pareto": draw_pareto, "training": draw_training}
+FROM_FILES = {"speed": draw_speed, "kernels": draw_kernels, "pareto": draw_pareto, "training": draw_training}
 
 
-def read_numbers(path):
-    """A JSON file, or a file of one JSON object per line as a list."""
-    try:
-        text = pathlib.Path(path).read_text()
+def read_rows(paths):
+    """The rows of all files, dicts: each file a JSON list, or a JSON object per line."""
+    rows = []
+    for path in paths:
         try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-
-
-def png(text):
-    out = pathlib.Path(text)
-    if out.suffix != ".png" or out.is_dir() or not os.access(out.parent, os.W_OK):
-        error = f"cannot write {out}: give a file name ending in .png, in a folder that exists"
-        raise argparse.ArgumentTypeError(error)
-    return out
-
-
-def record(out, options):
-    """Answer a prompt as attnpred.py does, with a Recorder as decoder, and draw it."""
-    args = attnpred.make_parser().parse_args(options)
-    if args.dense or args.offload or args.max_new_tokens < 2:
-        raise InputError("the picture shows sparse decoding: leave out --dense and --offload, decode 2 tokens or more")
-    draw_run(attnpred.run(args, Recorder), out)
+            text = pathlib.Path(path).read_text()
+            rows += json.loads(text) if text.startswith("[") else [json.loads(row) for row in text.split("\n") if row]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    return rows
 
 
 def run(argv):
     parser = OneLineParser(prog="plots", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="PICTURE")
     output = OneLineParser(add_help=False)
-    output.add_argument("--out", required=True, type=png, metavar="FILE.png")
+    output.add_argument("--out", required=True, type=partial(output_file, ".png"), metavar="FILE.png")
     more = "a run from inside; takes all options of attnpred.py (python attnpred.py --help)"
     commands.add_parser("run", parents=[output], help=more, epilog=more, allow_abbrev=False)
-    for name, draw in FROM_FILE.items():
-        commands.add_parser(name, parents=[output], help=draw.__doc__).add_argument("numbers", metavar="FILE.json")
+    for name, draw in FROM_FILES.items():
+        picture = commands.add_parser(name, parents=[output], help=draw.__doc__)
+        picture.add_argument("files", nargs="+", metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
     if args.command == "run":
-        return record(args.out, rest)
+        options = attnpred.make_parser().parse_args(rest)
+        if options.dense or options.offload or options.max_new_tokens < 2:
+            why = "leave out --dense and --offload, decode 2 tokens or more"
+            raise InputError(f"the picture shows sparse decoding: {why}")
+        return draw_run(attnpred.run(options, Recorder), args.out)
     if rest:
         raise InputError(f"unknown option {rest[0]} (--help lists the options)")
     try:
-        FROM_FILE[args.command](read_numbers(args.numbers), args.out)
+        FROM_FILES[args.command](read_rows(args.files), args.out)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise InputError(f"{args.numbers} does not hold the numbers of {args.command} ({error!r})") from None
+        raise InputError(f"{args.files} do not hold the numbers of {args.command} ({error!r})") from None
 
 
 def main(argv=None) -> int:

@@ -34,8 +34,6 @@ META, DTYPE = torch.device("meta"), torch.bfloat16
 
 Launch = namedtuple("Launch", "kernel grid arguments")  # {name: argument}, options like num_warps included
 aten = torch.ops.aten
-ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
-ONE_KERNEL = {aten.linear, aten.rms_norm}  # on a GPU; on the meta device PyTorch would take them apart
 
 
 class Counting(TorchDispatchMode):
@@ -60,11 +58,9 @@ class Counting(TorchDispatchMode):
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         device = kwargs.get("device")
         on_host = device.type == "cpu" if device else all(map(self.on_host, inputs))
-        if operation is aten._local_scalar_dense:  # the host reads a number: any will do
-            return 0
         if operation is aten._assert_async:
             return None
-        if operation not in ONE_KERNEL:
+        if operation is not aten.rms_norm:  # one kernel on a GPU; on the meta device PyTorch would take it apart
             with self:
                 if operation is aten.to and on_host != self.on_host(inputs[0]):  # PyTorch sees one device, and no copy
                     return aten._to_copy(inputs[0], device=device, dtype=kwargs.get("dtype"))
@@ -72,14 +68,15 @@ class Counting(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         if device or not inputs:
-            kwargs |= dict(device=META, pin_memory=False)
+            kwargs["device"] = META
         out = func(*args, **kwargs)
         tensor, known = tree_leaves(out)[0], {x.untyped_storage()._cdata for x in inputs}
         fresh = tensor.untyped_storage()._cdata not in known
         if fresh and on_host:
             self.host[tensor.untyped_storage()._cdata] = tensor
         ends = {self.on_host(x) for x in (tensor, *inputs)}
-        if operation in ALLOCATIONS or not (fresh or func._schema.is_mutable) or ends == {True}:
+        writes = func._schema.is_mutable or fresh and "empty" not in str(operation)
+        if not writes or ends == {True}:
             return out
         self.operations[str(operation)] += 1
         if operation in (aten.copy_, aten._to_copy) and len(ends) == 2:

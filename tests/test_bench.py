@@ -2,22 +2,33 @@
 
 import gc
 import json
+import os
 import pathlib
+import re
+import subprocess
 import sys
 import weakref
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels
 from attnpred import Config, InputError, SparseDecoder, Stats, decode_one_token, prefill
-from experiments import bench, hot_paths, roofline
+from experiments import bench, roofline
+from experiments.hot_paths import predict_multiply_adds
 from tests.helpers import assert_refused, random_predictor, tiny_llama
 
 CPU = torch.device("cpu")
+ROOT = pathlib.Path(bench.__file__).parents[1]
 SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=40)
 LLAMA = roofline.LLAMA_31_8B
+TOY = dict(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64)
+SMALL = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 16 --budget 40".split()
+bench.SHAPES["toy"] = replace(LLAMA, **TOY)
 
 
 def test_work_by_hand():
@@ -34,34 +45,23 @@ def test_work_by_hand():
     assert multiply_adds[attended] == 2 * 32 * 1024 * 128
     assert moved["select_blocks, 472 per layer, all layers"] == 4 * 32 * (8 * (2044 - 1) + 472)
     assert moved["copy_blocks, a tenth of 472"] == 47 * 8192
-    assert multiply_adds["predict, whole image, all layers"] > multiply_adds["predict, 1 new rows, all layers"]
+    columns = 32 * 8 * (2044 - 1)  # of all images
+    assert moved["predict, whole image, all layers"] == columns * (128 * 2 + 4)  # 64 rows read, 64 written; a score
+    # computed: rows 0, 1, 61, 62, 63; read for that: rows 0-3 and 59-63; the contributions of rows 2-60 are kept
+    assert moved["predict, 1 new rows, all layers"] == columns * ((9 + 59 + 5) * 2 + 4)
 
 
 def test_predict_multiply_adds():
     """Cells counted by hand: 144 multiply-adds in conv1, 4,608 in conv2 and 32 in conv3."""
     conv1, conv2 = 144, 4608 + 32
 
-    def count(new_rows, valid_end, history_len=8, end=13):
-        return hot_paths.predict_multiply_adds(2, history_len, new_rows, 3, end, valid_end)
+    def count(new_rows, valid_end):
+        return predict_multiply_adds(2, 8, new_rows, 3, 13, valid_end)
 
-    assert count(0, 3) == 2 * (80 * conv1 + 80 * conv2)  # nothing is valid: 8 x 10 cells
-    assert count(4, 13) == count(0, 3) != count(3, 13)  # with H - 4 new rows, no kept row is left
+    assert count(0, 3) == count(4, 13) == 2 * 80 * (conv1 + conv2)  # nothing is kept: 8 x 10 cells
     edges = (3 + 4) * 10 * conv1 + (2 + 3) * 10 * conv2  # rows 0-1 need rows 0-2 of conv1, rows 5-7 need rows 4-7
     assert count(1, 13) == 2 * edges
     assert count(1, 11) == 2 * (edges + 5 * 5 * conv1 + 3 * 4 * conv2)  # and rows 2-4 of the last 2 + 2 columns
-    assert count(1, 6) == 2 * (edges + 5 * 10 * conv1 + 3 * 10 * conv2)  # too few valid columns to keep any
-
-
-def test_prediction_reads_what_its_rows_need():
-    """The rows of history and contributions that new rows touch, marked one by one."""
-    history_len, start, end = 16, 2, 12
-    for new_rows in (1, 3, 8):
-        computed = {0, 1, *range(history_len - 2 - new_rows, history_len)}
-        history = {row + near for row in computed for near in (-2, -1, 0, 1, 2)} & set(range(history_len))
-        moved = len(history) + (history_len - len(computed)) + len(computed)  # contributions: read or written
-        found = hot_paths.prediction_bytes(3, history_len, new_rows, start, end, end)
-        assert found == 3 * (end - start) * (2 * moved + 4)
-    assert hot_paths.prediction_bytes(3, history_len, 0, start, end, start) == 3 * (end - start) * (2 * 32 + 4)
 
 
 def test_launches_by_hand():
@@ -78,15 +78,16 @@ def test_launches_by_hand():
         x.cpu()  # and 96
         host.to("meta")  # and 12
         torch.cat([x, x])
-        assert x.sum().item() == 0  # the sum; the value is anything
+        x.sum()
+        F.rms_norm(x, (6,))
         kernels.pool_history(x[:, None, :], torch.empty(4, 2, 8, 6), 13)  # none: on the host
         kernels.select_blocks(x, 2, "triton")  # a kernel
-    operations = dict(zeros=1, _to_copy=3, copy_=3, clone=1, cat=1, sum=1)
+    operations = dict(zeros=1, _to_copy=3, copy_=3, clone=1, cat=1, sum=1, rms_norm=1)
     assert counts.operations == {f"aten.{name}": count for name, count in operations.items()}
     assert counts.link_bytes == 12 + 12 + 96 + 12
     ((kernel, grid, arguments),) = counts.launches
-    assert kernel is kernels._select_kernel and grid == (4,) and arguments["num_warps"] == 4
-    assert arguments["n"] == 6 and arguments["k"] == 2 and arguments["TILE"] == 256
+    assert kernel is kernels._select_kernel and grid == (4,)
+    assert [arguments[name] for name in ("n", "k", "TILE", "num_warps")] == [6, 2, 256, 4]
     assert kernels.pool_history.__module__ == "kernels" and torch.zeros(2).is_cpu  # as before
 
 
@@ -145,11 +146,10 @@ def test_rivals_compute_the_same():
 
 def test_transformers_computes_the_same():
     """With the same random cache, the same logits as our dense decoding; the weights are ours, not a copy."""
-    pytest.importorskip("transformers")
     model = tiny_llama()
-    dense = bench.Ours(model, Config(**SHAPE, dense_layers=9), 100, 8, "torch")
+    dense = bench.Ours(model, Config(**SHAPE, dense_layers=9), 100, 108, 2, "torch")
     torch.manual_seed(0)
-    theirs = bench.Transformers(model, 100)
+    theirs = bench.Transformers(model, 100, 2)
     with torch.inference_mode():
         for token in (3, 5):
             expected = theirs.model(torch.tensor([[token]]), past_key_values=theirs.cache).logits[0, -1]
@@ -159,9 +159,6 @@ def test_transformers_computes_the_same():
     assert {parameter.untyped_storage().data_ptr() for parameter in theirs.model.parameters()} <= pointers
 
 
-SMALL = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 16 --budget 40 --contexts 256".split()
-
-
 def table(text):
     """The rows of the first table printed, as dicts of text."""
     part = next(part for part in text.split("\n\n") if part.startswith("|"))
@@ -169,31 +166,30 @@ def table(text):
     return [dict(zip(head, row)) for row in rows]
 
 
-def measured(tmp_path, capsys, command, *options):
-    """The rows that a command writes, and the table that it prints."""
+def rows_of(tmp_path, command, *options):
+    """What a command writes."""
     out = tmp_path / "numbers.json"
-    assert bench.main([command, *SMALL, *options, "--rounds", "2", "--out", str(out)]) == 0
-    numbers, rows = json.loads(out.read_text()), table(capsys.readouterr().out)
-    assert numbers["config"]["budget"] == 40 and numbers["weights"] == "random weights in the shape of toy"
-    for row, cells in zip(numbers["rows"], rows, strict=True):
-        assert len(row["rounds"]) == 2 and row["ms"] == sum(row["rounds"]) / 2 > 0
-        assert [cells["context"], cells["weights"], cells[""]] == ["256", row["dtype"], row["name"]]
-        assert cells["tokens/s"] == f"{row['tokens_s']:,.1f}"
-        assert cells["peak memory beside weights, MB"] == f"{row['memory_mb']:,.0f}"
-    return numbers["rows"], rows
+    assert bench.main([command, *SMALL, *options, "--out", str(out)]) == 0
+    return json.loads(out.read_text())
 
 
 def test_speed_pays_for_whole_intervals(tmp_path, capsys):
     names = "dense", "sparse", "sparse, no graph", "sparse, offloaded"
-    options = "--calibration-interval", "16", "--dtypes", "float32", "bfloat16", "--contenders", *names
-    rows, cells = measured(tmp_path, capsys, "speed", *options)
+    options = "--contexts", "256", "--rounds", "2", "--calibration-interval", "16", "--dtypes", "float32", "bfloat16"
+    rows = rows_of(tmp_path, "speed", *options, "--contenders", *names)
     assert [row["name"] for row in rows] == [*names, *names] and rows[0]["speedup"] == rows[4]["speedup"] == 1
-    for row, cell in zip(rows, cells):
-        assert row["tokens_s"] == 1e3 / row["ms"] and cell["ms per token"] == f"{row['ms']:,.1f}"
-        assert cell["GB/s read (of a copy's)"].startswith(f"{1e-6 * row['bytes'] / row['ms']:,.1f} (")
-    dense, sparse, again, offloaded, *_ = rows
-    assert again["same_as"] == cells[2]["same tokens as"] == "sparse"
-    assert sparse["same_as"] is None and len(sparse["answer"]) == 16 and cells[1]["same tokens as"] == "–"
+    for row, cells in zip(rows, table(capsys.readouterr().out), strict=True):
+        assert row["config"]["budget"] == 40 and row["weights"] == "random weights in the shape of toy"
+        assert row["ms"] == sum(row["rounds"]) / len(row["rounds"]) > 0 and row["tokens_s"] == 1e3 / row["ms"]
+        assert [cells["context"], cells["weights"], cells[""]] == ["256", row["dtype"], row["name"]]
+        assert cells["ms per token"] == f"{row['ms']:,.1f}" and cells["tokens/s"] == f"{row['tokens_s']:,.1f}"
+        assert cells["GB/s read (of a copy's)"].startswith(f"{1e-6 * row['bytes'] / row['ms']:,.1f} (")
+        assert cells["same tokens as"] == row.get("same_as", "–")
+    dense, sparse, again, *_ = rows
+    assert len(sparse["rounds"]) == 2 and len(sparse["answer"]) == 16
+    assert "same_as" not in sparse and again["same_as"] == "sparse"
+    ratios = [theirs / ours for theirs, ours in zip(dense["rounds"], sparse["rounds"])]
+    assert sparse["speedup"] == sum(ratios) / 2
     assert min(sparse["stages"][s] for s in ("attention", "calibration", "prediction", "selection", "gathering")) > 0
     weights = 4 * (32 * 16 * (4 + 2 + 2 + 4) + 3 * 32 * 48 + 64 * 32)  # q, k, v, out; gate, up, down; the head
     kv = 2 * 2 * 16 * 4  # bytes of a token's K and V
@@ -201,80 +197,77 @@ def test_speed_pays_for_whole_intervals(tmp_path, capsys):
     assert 0 < sparse["bytes"] - weights < dense["bytes"] - weights
 
 
-def test_prefill_is_read_by_both(tmp_path, capsys):
+def test_prefill_is_read_by_both(tmp_path):
     """Both predict the same token; tokens per second are of the fastest round."""
-    pytest.importorskip("transformers")
-    rows, _ = measured(tmp_path, capsys, "prefill", "--dtypes", "float32", "bfloat16")
-    assert [row["name"] for row in rows] == ["ours", "transformers"] * 2
-    assert [row["dtype"] for row in rows] == ["float32"] * 2 + ["bfloat16"] * 2
+    rows = rows_of(tmp_path, "prefill", "--contexts", "256", "--rounds", "3", "--dtypes", "float32", "bfloat16")
+    names = [(row["dtype"], row["name"]) for row in rows]
+    assert names == [(dtype, name) for dtype in ("float32", "bfloat16") for name in ("ours", "transformers")]
     assert rows[0]["answer"] == rows[1]["answer"]
     assert all(row["tokens_s"] == 256e3 / min(row["rounds"]) for row in rows)
 
 
-def test_what_does_not_fit_is_left_out(capsys, monkeypatch):
-    """Memory runs out when it is made, or in its first step: the others are timed, and nothing keeps it alive."""
-    alive, clock = [], [0.0]
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+def test_what_does_not_fit_is_left_out(capsys):
+    """Memory runs out when it is made, or in its first round: the others are timed, and nothing keeps it alive."""
+    alive = []
 
     class Contender:
-        def __init__(self, fails=None):
+        def __init__(self, fails):
             self.fails = fails
             alive.append(weakref.ref(self))
-            self.step() if fails == "made" else None
+            self.round() if fails == "made" else None
 
-        def step(self):
-            if self.fails:
+        def round(self):
+            if self.fails != "never":
                 raise torch.OutOfMemoryError("too little")
-            clock[0] += 0.25  # seconds a token
-            return 0
+            return [7, 7]
 
-    makers = {(name, ""): (lambda name=name: Contender(name), 2) for name in ("made", "stepped")}
-    (row,) = bench.race(makers | {("float32", "fine"): (Contender, 2)}, 2, CPU)
-    assert row | dict(name="fine", dtype="float32", rounds=[250, 250], ms=250, answer=[0, 0]) == row
+    makers = {("float32", name): partial(Contender, name) for name in ("made", "decoding", "never")}
+    (row,) = bench.race(makers, 3, CPU)
+    assert row["name"] == "never" and row["answer"] == [7, 7] and len(row["rounds"]) == 3
     gc.collect()
     assert [contender() is None for contender in alive] == [True, True, False]
     assert capsys.readouterr().err.count("out of memory, left out") == 2
 
 
-def test_link_is_counted(monkeypatch, tmp_path):
-    """What the offloaded cache counts, per token, in one row."""
+def test_link_is_counted(monkeypatch, tmp_path, capsys):
+    """What crosses the link after the prompt, per token: 3 layers, 2 heads, K and V in float32."""
     for name, value in dict(TEXT=tmp_path / "text", TEXT_TOKENS=200, TEXT_STEPS=17).items():
         monkeypatch.setattr(bench, name, value)
     bench.TEXT.write_text("7 " * 400)
     encode = SimpleNamespace(encode=lambda text: [(i * i) % 61 for i, _ in enumerate(text.split())])
-    row, fraction = bench.count_link(tiny_llama(d_model=512, head_dim=512), encode, Config(**SHAPE))
-    selected = 2 * 3 * 2 * 2 * 2 * 8 * 512 * 4 / 17  # 2 selections; 3 layers, 2 heads, 2 blocks of K and V
-    assert row["selected, MB per token"] == f"{1e-6 * selected:.3f}" and 0 < fraction <= 1
-    assert row["of it fetched"] == f"{1e-6 * selected * fraction:.3f} ({fraction:.1%})"
-    written = 2 * 3 * 2 * 2 * 8 * 512 * 4 / 17  # 2 blocks were completed
-    assert row["written back"] == f"{1e-6 * written:.3f}"
-    assert row["whole cache, MB"] == f"{1e-6 * 2 * 3 * 2 * 217 * 512 * 4:.1f}" and float(row["on the device"]) > 0
+    fraction = bench.count_link(tiny_llama(d_model=512, head_dim=512), encode, Config(**SHAPE))
+    block = 3 * 2 * 2 * 8 * 512 * 4 / 17e6  # MB of each head of each layer, per token
+    selected, written = 2 * 2 * block, 2 * block  # 2 selections of 2 blocks a head; 2 blocks were completed
+    fetched = f"{selected * fraction:,.3f} MB a token fetched, of {selected:,.3f} MB selected; {written:,.3f} MB"
+    out = capsys.readouterr().out
+    assert 0 < fraction <= 1 / 4  # one block of a layer's four is exchanged
+    assert fetched in out and f"the whole cache is {217 / 8 * 17 * block:,.2f} MB" in out
 
 
 def test_a_trace_without_the_gpu_is_an_error(tmp_path):
-    elsewhere = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), step=lambda: None)
+    elsewhere = SimpleNamespace(model=SimpleNamespace(device=torch.device("cuda")), round=lambda: None)
     with pytest.raises(InputError, match="nothing on the GPU"):
-        bench.write_trace(lambda: elsewhere, 1, tmp_path / "trace.json")
+        bench.write_trace(lambda: elsewhere, tmp_path / "trace.json")
 
 
 def test_counted_launches(capsys):
-    assert bench.main(["launches", *SMALL]) == 0
+    """Most tokens launch the least."""
+    assert bench.main(["launches", *SMALL, "--contexts", "256"]) == 0
     rows = table(capsys.readouterr().out)
     for name in ("resident", "offloaded"):
-        mine = [row for row in rows if row["cache"] == name]
-        counts = [int(row["tokens"].removesuffix(" of 8")) for row in mine]
-        launches = [int(row["launches"]) for row in mine]
-        assert sum(counts) == 8 and counts[0] > 4 and launches[0] == min(launches) > 20  # most tokens launch the least
+        counts = [int(row["tokens"].removesuffix(" of 8")) for row in rows if row["cache"] == name]
+        launches = [int(row["launches"]) for row in rows if row["cache"] == name]
+        assert sum(counts) == 8 and counts[0] > 4 and launches[0] == min(launches) > 20
 
 
 @pytest.mark.parametrize("command, rows", [("bytes", 6), ("offload", 15)])
 def test_readme_shows_what_is_counted(command, rows, monkeypatch, capsys):
     """Without options: Llama-3.1-8B at 8K, 32K and 128K tokens. The share fetched is the README's, too."""
     monkeypatch.setattr(bench, "load_model", lambda *args: (None, None))
-    monkeypatch.setattr(bench, "count_link", lambda *args: ({}, 0.0897))
+    monkeypatch.setattr(bench, "count_link", lambda *args: 0.0897)
     assert bench.main([command]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][-rows:]
-    readme = (pathlib.Path(bench.__file__).parent / "README.md").read_text().splitlines()
+    readme = (ROOT / "experiments/README.md").read_text().splitlines()
     assert not set(lines) - set(readme)
 
 
@@ -290,21 +283,62 @@ def test_peak_memory_is_what_is_allocated():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ([], "required"),
-        (["everything"], "invalid choice"),
         (["bytes", "--contexts", "16"], "at least 128 tokens"),
-        (["speed", "--out", "nowhere/x.json"], "in a folder that exists"),
-        (["speed", "--trace", "nowhere/x.json"], "in a folder that exists"),
-        (["bytes", "--budget", "1000"], "multiple of the block size"),
         (["speed", "--rounds", "0"], "--rounds at least 1"),
+        (["speed", "--out", "nowhere/x.json"], "in a folder that exists"),
+        (["speed", "--trace", "x.txt"], "ending in .json"),
         (["speed", "--contexts", "128", "--rounds", "20"], "fewer --rounds"),
-        (["speed", "--contexts", "9000"], "context is 512 tokens"),
-        (["speed", "--contexts", "512", "--contenders", "sparse, fast"], "invalid choice: 'sparse, fast'"),
+        (["speed", "--contexts", "9000"], "context is 8,192 tokens"),
         (["kernels", "--contexts", "1000"], "multiples of 16"),
-        (["bytes", "--contexts", "x"], "invalid int value"),
         (["offload", "--budget", "8192"], "covers the 4,096 tokens"),
     ],
 )
 def test_bad_input_is_one_line(options, message, capsys, monkeypatch):
     monkeypatch.setattr(bench, "load_model", lambda *args: (tiny_llama(), None))
     assert_refused(bench.main, "bench", options, message, capsys)
+
+
+INTERPRETED = "--backend triton --contexts 128 --history-len 5 --calibration-interval 2".split()
+
+
+def test_contenders_of_a_gpu_agree(tmp_path):
+    """Without a graph, or offloaded, the tokens are the same. The last contender is traced."""
+    trace = tmp_path / "trace.json"
+    options = "--dtypes", "bfloat16", "--rounds", "1", "--trace", str(trace), "--contenders", *bench.ON_GPU
+    rows = {row["name"]: row for row in rows_of(tmp_path, "speed", *INTERPRETED, *options)}
+    assert list(rows) == bench.ON_GPU and json.loads(trace.read_text())["traceEvents"]
+    for one, other in (("sparse", "sparse, no graph"), ("sparse, late", "sparse, offloaded")):
+        assert rows[one]["answer"] == rows[other]["answer"] and rows[other]["same_as"]
+
+
+def test_kernels_are_timed(tmp_path):
+    rows = rows_of(tmp_path, "kernels", *INTERPRETED)
+    assert len(rows) == 9 and all(row["us"] > 0 and row["of_copy"] > 0 for row in rows)
+
+
+def test_first_run_on_a_gpu(tmp_path):
+    """A python that only notes its arguments, and fails to time the kernels: the other steps run, and are commands."""
+    python, notes, out = tmp_path / "python", tmp_path / "notes", tmp_path / "results" / "gpu"
+    python.write_text(
+        f'#!/bin/sh\nprintf "%s\\037" "$@" >>{notes}; echo >>{notes}\n'
+        'case "$3" in kernels) echo "| half a table |"; echo "no luck" >&2; exit 3;; *) echo "of $3";; esac\n'
+    )
+    python.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = partial(subprocess.run, ["bash", ROOT / "experiments/gpu.sh", out], env=environment, capture_output=True)
+    first = command()
+    limits = re.findall(rb"at most (\d+) s", first.stderr)
+    assert first.returncode == 1 and len(limits) == 8 and sum(map(int, limits)) <= 600
+    _, tests, *steps = [line.split("\037")[:-1] for line in notes.read_text().splitlines()]
+    assert tests[:2] == ["-m", "pytest"] and all((ROOT / test).exists() for test in tests[5:])
+    bench_steps = [options for _, module, *options in steps if module == "experiments.bench"]
+    contexts = [bench.make_parser().parse_args(options).contexts for options in bench_steps]
+    assert {n for one in contexts for n in one} == {8192, 32768, 131072}
+    pictures = [options[0] for _, module, *options in steps if module == "experiments.plots"]
+    assert len(bench_steps) == 5 and pictures == ["kernels", "speed"]
+    report = (out / "report.md").read_text()
+    assert report.count("| failed, status 3: no luck |") == 2  # so does the picture
+    assert report.count("| ok |") == 6 and "| half a table |" in report and "of speed" in report
+    again = command()
+    assert again.returncode == 2 and again.stderr.count(b"\n") == 1 and b"not an empty folder" in again.stderr
+    assert (out / "report.md").read_text() == report
