@@ -3,11 +3,11 @@
     python train_predictor.py collect --data data
     python train_predictor.py train --data data --out predictor.safetensors
 
-The job: rank all blocks of a layer's heads by the attention that the next P tokens will pay them, given true rows of
-attention M tokens apart, as decoding with history_rows="true" has them. Reading order: the corpus (documents, their
-split, contexts), `record` (one dense pass -> windows of history rows and block masses), `Window` (a file that training
-reads), `scores_of_rows` (many predictions in one pass), the losses, `train`, the command line. Both commands may be
-interrupted: the same command continues. The method is in attnpred.py; experiments/evaluate.py judges the outcome.
+The job: rank all blocks of a layer's heads by the attention that the next M tokens will pay them, given true rows of
+attention M tokens apart, as decoding with history_rows="true" and P = M has them. Reading order: the corpus,
+`record` (one dense pass -> windows of history rows and block masses), `Window` (a file that training reads),
+`scores_of_rows` (many predictions in one pass), the losses, `train`. Both commands may be interrupted: the same command
+continues. The method is in attnpred.py; experiments/evaluate.py judges the outcome.
 """
 
 import hashlib
@@ -210,8 +210,8 @@ def collect(args):
         raise InputError(f"the model's context is {model.config.context_len} tokens: {max(args.lengths)} is too long")
     installed = f"CPython {sys.version.split()[0]} and the packages beside it, without torch"
     settings = {name: str(getattr(args, name)) for name in WINDOW_SETTINGS}
-    settings |= {"llm": pathlib.Path(args.model).name if args.model else DEFAULT_LLM}
-    settings |= {"corpus": "own files" if args.text else installed}
+    settings["llm"] = pathlib.Path(args.model).name if args.model else DEFAULT_LLM
+    settings["corpus"] = "own files" if args.text else installed
     data = make_folder(args.data)
     for path in sorted(data.glob("*.safetensors"))[:1]:
         check_settings(Window(path).about, settings, f"{data} was collected", "give another --data")
@@ -266,26 +266,19 @@ def check_settings(noted, settings, what, remedy):
             raise InputError(f"{what} with {name} = {noted.get(name)}, not {value}: {remedy}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training data
-# --------------------------------------------------------------------------------------------------------------------
-
-
 class Window:
     """One file of `collect`: rows of every layer and head at equal distances, read one layer at a time."""
 
     def __init__(self, path):
         try:
             file = safetensors.safe_open(path, "pt")
-            self.about = file.metadata()
-            n_tokens, stride = int(self.about["n_tokens"]), int(self.about["stride"])
+            about = self.about = file.metadata()
+            n_tokens, stride, select_heads = int(about["n_tokens"]), int(about["stride"]), about["select_heads"]
             self.pooled, self.mass = file.get_slice("pooled"), file.get_slice("mass")  # (layers, heads, rows, N) each
-            select_heads = self.about["select_heads"]
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} is not a window of `collect` ({error}): remove it, and collect again") from None
-        rows_apart = dict(calibration_interval=stride, selection_interval=stride)
-        rows_apart["history_rows"] = "true" if stride > 1 else "every"
-        self.config = Config(select_heads=select_heads, **rows_apart)
+        intervals = dict(calibration_interval=stride, selection_interval=stride)
+        self.config = Config(select_heads=select_heads, history_rows="true" if stride > 1 else "every", **intervals)
         self.layers, _, self.rows, n_blocks = self.pooled.get_shape()
         lengths = range(n_tokens - self.rows * stride + 1, n_tokens + 1, stride)  # at the first token of each row
         self.middle = [self.config.middle(length) for length in lengths]
@@ -474,7 +467,7 @@ def train(args):
         raise InputError(f"{out} exists, without a checkpoint to continue from: give another --out")
 
     def assess(loss, step):
-        """Add a row to the curve, and keep the weights if they leave out the least so far."""
+        """Add a row to the curve, keep the weights if they leave out the least so far, and write a checkpoint."""
         weights = {name: w.cpu() for name, w in scaled(average, 1 / INPUT_SCALE).items()}
         measured = validate(validation, weights, config, device)
         curve.append({"step": step, "loss": loss} | measured)
@@ -485,8 +478,11 @@ def train(args):
             about |= {"steps": step, "validation": json.dumps({name: round(r, 4) for name, r in measured.items()})}
             write_tensors(out, weights, about)
         write(out.with_suffix(".json"), json.dumps(curve, indent=1).encode())
+        state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+        torch.save(state | {"curve": curve, "done": step, "settings": settings}, buffer := io.BytesIO())
+        write(checkpoint, buffer.getvalue())
 
-    running = curve[-1]["loss"] if curve else None  # running mean of the loss
+    running = curve[-1]["loss"] if done else None  # running mean of the loss
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=None)
     for step in bar:
         rng = random.Random(f"{args.seed} {step}")  # of the step alone: a resumed run draws the same batches
@@ -496,7 +492,7 @@ def train(args):
         loss = LOSSES[args.loss](scores, mass, valid)
         if not loss.isfinite():
             raise InputError(f"the loss is {loss.item()} at step {step}: lower --lr; {out} keeps the best weights")
-        if step == 0:
+        if not curve:
             assess(loss.item(), 0)
         cosine = (1 + math.cos(math.pi * step / args.steps)) / 2
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 50) * cosine
@@ -510,9 +506,6 @@ def train(args):
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
             assess(running, step + 1)
-            state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            torch.save(state | {"curve": curve, "done": step + 1, "settings": settings}, buffer := io.BytesIO())
-            write(checkpoint, buffer.getvalue())
             bar.set_postfix({name: f"{value:.4f}" for name, value in curve[-1].items() if name != "step"})
     print(", ".join(f"{name}: {value:.4g}" for name, value in curve[-1].items()))
 
@@ -562,7 +555,7 @@ def parse_args(argv):
     add("--contexts", type=positive, default=24, help="for training")
     add("--validation-contexts", type=positive, default=6, help="for validation")
     add("--windows", type=positive, default=2, help=f"windows of {ROWS} rows recorded of each context")
-    add("--stride", type=positive, default=8, help="tokens from one row to the next: M, or 1 for history_rows=every")
+    add("--stride", type=positive, default=8, help="M = P, tokens from one row to the next; 1: history_rows=every")
     add("--select-heads", default=Config.select_heads, choices=["kv", "q"], help="a row per KV head or per query head")
     add = add_command(train)
     add("--out", default="predictor.safetensors", help="the best weights; beside them: checkpoint and curve (.json)")

@@ -297,7 +297,8 @@ def test_the_mean_of_the_weights_moves_at_first_by_nine_tenths(tmp_path, folder)
         assert torch.allclose(state["average"][name], start[name].lerp(w, 0.9), atol=1e-5)
 
 
-def test_an_interrupted_training_continues_to_the_same_weights(tmp_path, folder, monkeypatch):
+@pytest.mark.parametrize("draws", [2, 4])
+def test_an_interrupted_training_continues_to_the_same_weights(draws, tmp_path, folder, monkeypatch):
     def written(out):
         state = torch.load(out.with_suffix(".checkpoint"), weights_only=True)
         weights = {(part, name): w.tolist() for part in ("predictor", "average") for name, w in state[part].items()}
@@ -307,7 +308,7 @@ def test_an_interrupted_training_continues_to_the_same_weights(tmp_path, folder,
 
     def interrupted(*args):
         drawn.append(1)
-        if len(drawn) == 4:
+        if len(drawn) == draws:
             raise KeyboardInterrupt
         return draw(*args)
 
