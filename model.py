@@ -307,8 +307,9 @@ class Tokenizer:
         starts_with_bos = bos is not None and text.startswith(bos)
         return self.tokenizer.encode(text, add_special_tokens=special_tokens and not starts_with_bos).ids
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: list[int]) -> str:
+        """The text without its special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def chat(self, messages: list[dict]) -> str:
         """The chat template's text for messages [{"role": ..., "content": ...}, ...], ending where the answer starts.

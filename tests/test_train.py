@@ -1,6 +1,7 @@
 """Collecting and training: windows, targets and histories against naive computations, resuming, refusals."""
 
 import argparse
+import functools
 import json
 import random
 import shutil
@@ -176,6 +177,8 @@ def test_validation_leaves_out_what_decoding_does(share, M, tmp_path, monkeypatc
     window = train_predictor.Window(tmp_path / "window")
     text_lengths = [n_prompt + 1 + (row - 8) * M for row in range(rows)]  # at the first of the M tokens of each row
     assert window.middle == [config.middle(length) for length in text_lengths]
+    for row, (start, end) in enumerate(window.middle):
+        assert window.in_middle[row].nonzero().flatten().tolist() == [*range(start, end)]
     selections = torch.arange(8, rows)
     for budget in train_predictor.BUDGETS:
         decoder, true = SparseDecoder(replace(config, budget=budget), model, predictor, 300), []
@@ -185,12 +188,10 @@ def test_validation_leaves_out_what_decoding_does(share, M, tmp_path, monkeypatc
             decode_one_token(model, decoder, tokens[pos : pos + 1])
             true.append((mass[:, pos].square() * ~attended).sum(-1))  # (Hq,)
         true = torch.stack(true, 1).unflatten(1, (-1, M)).mean(2)  # (Hq, selections)
-        found = [
-            train_predictor.left_out(window, predictor.state_dict(), config, row[None], "cpu")[budget][0]
-            for row in selections  # one by one, so that each image ends where decoding ends it
-        ]
+        leave_out = functools.partial(train_predictor.left_out, window, predictor.state_dict(), config)
+        found = [leave_out(row[None])[budget][0] for row in selections]  # each image ends where decoding ends it
         torch.testing.assert_close(torch.cat(found, 1), true, atol=1e-5, rtol=1e-2)  # float16
-        found = train_predictor.left_out(window, predictor.state_dict(), config, selections)[budget][0]
+        found = leave_out(selections)[budget][0]  # (Hq, selections)
         middle = (block_mass[0, :, selections].float().square() * window.in_middle[selections]).sum(-1)
         assert (found <= middle + 1e-4).all()  # all at once: no more than there is in the middle of each row
 
