@@ -196,6 +196,8 @@ OPTIONS = {
     "yarn, attention_factor": rope("yarn", **YARN, attention_factor=0.8, beta_fast=8, beta_slow=1e-5),
     "yarn, a ramp from 0 to 0": rope("yarn", **YARN, beta_fast=8.0, beta_slow=6.0),
     "Mistral": dict(family="Mistral", sliding_window=None),
+    "yarn, a long context": rope("yarn", 1e4, factor=2.0, original_max_position_embeddings=4096),
+    "Qwen2": dict(family="Qwen2"),
     "Qwen2, yarn": dict(family="Qwen2", attention_bias=True) | rope("yarn", 1e4, **YARN),  # its output has no bias
     "Qwen3": dict(family="Qwen3", head_dim=32),
     "Qwen3, one head": dict(family="Qwen3", attention_bias=True, num_attention_heads=1, num_key_value_heads=1),
@@ -218,14 +220,17 @@ def test_random_model(tmp_path, options):
 
 
 def test_config_of_transformers_4():
-    def read(family, **options):
-        return LlamaConfig.from_json(getattr(transformers, f"{family}Config")(**(SIZES | options)).to_dict())
+    def read(without="", family="Llama", **options):
+        raw = getattr(transformers, f"{family}Config")(**(SIZES | options)).to_dict()
+        return LlamaConfig.from_json({key: value for key, value in raw.items() if key != without})
 
     old = dict(model_type="llama", head_dim=16, rope_theta=500.0, eos_token_id=2, tie_word_embeddings=False, **SIZES)
     scaled = LlamaConfig.from_json(old | {"rope_scaling": {"type": "llama3", **LLAMA3}})
-    assert scaled == read("Llama", **OPTIONS["llama3"])
-    assert LlamaConfig.from_json(old | {"rope_scaling": None}) == read("Llama", **rope("default"))
-    assert read("Llama", **OPTIONS["yarn"]).context_len == 128  # 32 * 4; max_position_embeddings: 96
+    assert scaled == read(**OPTIONS["llama3"])
+    assert LlamaConfig.from_json(old | {"rope_scaling": None}) == read(**rope("default"))
+    assert read("rope_parameters").rope_theta == 1e4
+    assert read("tie_word_embeddings", "SmolLM3").tie_embeddings
+    assert read(**OPTIONS["yarn"]).context_len == 128  # 32 * 4; max_position_embeddings: 96
 
 
 def test_more_stop_tokens_and_superfluous_tensors(tmp_path):
@@ -443,7 +448,7 @@ def left_over(folder):
 def test_fetch(tiny, tmp_path):
     """By several at once; the folder against transformers' own reading of the same GGUF file."""
     folder, calls = tiny
-    (folder.with_name(f".{folder.name}.partial") / "of a killed run").mkdir(parents=True)
+    (folder.with_name(f".{folder.name}.partial") / folder.name).mkdir(parents=True)  # of a killed run
     with ThreadPoolExecutor(3) as threads:
         assert {f.result() for f in [threads.submit(fetch_llm.fetch_default_llm) for _ in range(3)]} == {folder}
     assert left_over(folder) == [folder.name] and len(calls) == 1

@@ -237,6 +237,7 @@ def folder(tmp_path_factory):
         patch.setattr(train_predictor, "ROWS", 100)
         patch.chdir(folder)
         assert train_predictor.main(COLLECT) == 0
+        assert train_predictor.main([*COLLECT, "--lengths", "800", "--data", "short"]) == 0
         yield folder
 
 
@@ -287,6 +288,16 @@ def test_training_lowers_the_loss(tmp_path, folder):
     assert train(tmp_path / "p.safetensors", "--steps", "120", "--validate-every", "20") == 0
     losses = [row["loss"] for row in json.loads((tmp_path / "p.json").read_text())]
     assert losses[-1] < 0.9 * losses[1]  # the start's is of one batch only
+
+
+def test_training_at_a_rate_of_zero_keeps_the_starting_point(tmp_path, folder):
+    assert train(tmp_path / "p.safetensors", "--lr", "0", "--dtype", "float32") == 0
+    start, weights = train_predictor.starting_point(0).state_dict(), load_predictor(tmp_path / "p.safetensors")
+    assert all(torch.allclose(w, start[name], atol=1e-6) for name, w in weights.state_dict().items())
+    windows = train_predictor.open_windows(folder / "data", "train")
+    rows, targets, mass, valid = train_predictor.draw_batch(windows, random.Random("0 0"), 64)
+    loss = train_predictor.relative_loss(train_predictor.scores_of_rows(rows, targets, start, 64), mass, valid)
+    assert json.loads((tmp_path / "p.json").read_text())[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_the_mean_of_the_weights_moves_at_first_by_nine_tenths(tmp_path, folder):
@@ -349,7 +360,7 @@ def test_collect_refuses(text, options, message, tmp_path, folder, capsys, monke
         ("p.safetensors", b"somebody's work", "", "exists, without a checkpoint"),
         ("p.checkpoint", b"torn", "", "checkpoint p.checkpoint cannot be read"),
         (None, b"", "--steps 6", "with steps = 4, not 6: give another --out"),
-        (None, b"", "--data nowhere", "nowhere has no train windows with 32 blocks to choose from"),
+        (None, b"", "--data {folder}/short", "short has no train windows with 32 blocks to choose from"),
         (None, b"", "--out q.safetensors --loss mse --lr 1e30 --steps 60", "lower --lr"),
     ],
 )
@@ -362,6 +373,6 @@ def test_train_refuses(file, spoilt, options, message, tmp_path, folder, capsys,
         assert train("p.safetensors") == 0
     kept = {path: path.read_bytes() for path in tmp_path.glob("p.*")}
     capsys.readouterr()
-    arguments = [*TRAIN, "--out", "p.safetensors", *options.split()]
+    arguments = [*TRAIN, "--out", "p.safetensors", *options.format(folder=folder).split()]
     assert_refused(train_predictor.main, "train_predictor", arguments, message, capsys)
     assert kept == {path: path.read_bytes() for path in tmp_path.glob("p.*")}
