@@ -545,15 +545,16 @@ def _read_config(raw):
 def _rope_parameters(raw):
     """theta, and the scaling: None, or {"rope_type": ...} and the keys of ROPE_KEYS."""
     # transformers 5 writes rope_parameters; 4 writes rope_theta and rope_scaling, and 'type' before 'rope_type'.
-    given = {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    given = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    given |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope = {"rope_theta": 1e4, "beta_fast": 32.0, "beta_slow": 1.0}
     rope["original_max_position_embeddings"] = raw["max_position_embeddings"]
     rope |= {key: value for key, value in given.items() if value is not None}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     _refuse(rope_type not in ROPE_KEYS, f"rope type {rope_type!r} is not supported; use one of {', '.join(ROPE_KEYS)}")
+    unusual = rope.get("partial_rotary_factor", 1) != 1 or rope.get("mscale") or not rope.get("truncate", True)
+    _refuse(unusual, f"RoPE with partial_rotary_factor, mscale or truncate false is not supported; {REMEDY}")
     if rope_type == "yarn":
-        variant = rope.get("mscale") or not rope.get("truncate", True)
-        _refuse(variant, f"YaRN with mscale, or with truncate false, is not supported; {REMEDY}")
         rope.setdefault("attention_factor", 0.1 * math.log(max(rope["factor"], 1.0)) + 1.0)
     scaling = {"rope_type": rope_type} | {key: float(rope[key]) for key in ROPE_KEYS[rope_type]}
     return float(rope["rope_theta"]), None if rope_type == "default" else scaling
