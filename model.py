@@ -12,6 +12,7 @@ and RoPE scalings.
 
 import json
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import huggingface_hub
 import jinja2
-import jinja2.ext
 import tokenizers
 import torch
 import torch.nn as nn
@@ -51,106 +51,15 @@ class LlamaConfig:
     qk_norm: bool = False  # Qwen3 normalises each head of q and k before RoPE
     nope_layers: tuple[int, ...] = ()  # SmolLM3 has layers without RoPE
 
-    @property
-    def group_size(self):
-        return self.n_heads // self.n_kv_heads
-
     @staticmethod
     def from_json(raw: dict) -> "LlamaConfig":
         """From the contents of a Hugging Face config.json, of transformers 4 or 5. Raises ModelError."""
-        return _config_from_json(raw)
-
-
-def rope_table(config: LlamaConfig, device) -> torch.Tensor:
-    """cos and sin of every position's angles (context_len, 2, D/2) float32; Hugging Face's formulas."""
-    D, theta = config.head_dim, config.rope_theta
-    exponent = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D  # (D/2,)
-    freq = 1.0 / theta**exponent  # (D/2,)
-    scaling, scale = config.rope_scaling or {"rope_type": "default", "factor": 1.0}, 1.0
-    keep = torch.zeros_like(freq)  # (D/2,): the share of a frequency that is kept; the rest is divided by the factor
-    if scaling["rope_type"] == "llama3":
-        # By the turns made over the original context: few -> divide, many -> keep, linear between.
-        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # (D/2,)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # (D/2,)
-    elif scaling["rope_type"] == "yarn":
-        # The same, but linear in the index of the frequency: from beta_fast turns (keep) to beta_slow turns (divide).
-        turns = [scaling["beta_fast"], scaling["beta_slow"]]
-        original = scaling["original_max_position_embeddings"]
-        low, high = (D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
-        if scaling["truncate"]:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, D - 1)
-        keep = 1 - ((exponent * D / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)  # (D/2,)
-        scale = scaling["attention_factor"]  # of q and k, and so its square of the attention logits
-    freq = keep * freq + (1 - keep) * freq / scaling["factor"]  # (D/2,)
-    angles = torch.arange(config.context_len, dtype=torch.float32, device=device)[:, None] * freq  # (context_len, D/2)
-    return torch.stack((angles.cos(), angles.sin()), 1) * scale  # (context_len, 2, D/2)
-
-
-def rotate(x, cos, sin):
-    """RoPE in float32: x (heads, T, D) by cos (T, D) and sin (T, D), the sine negated in its first half."""
-    halves_swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)  # (heads, T, D)
-    return torch.addcmul(x * cos, halves_swapped, sin).to(x.dtype)  # (heads, T, D)
-
-
-def rotation_matrix(cos, sin):
-    """RoPE of one token as a matrix (D, D), from cos and sin (1, D): x @ matrix is one launch, `rotate` is four."""
-    return cos[0].diag() + sin[0].diag().roll(cos.shape[1] // 2, 0)  # (D, D)
-
-
-class Linear(nn.Linear):
-    """y = x W^T + b, or residual + y. A wider x than W widens W, one matrix at a time: see `product_dtype`."""
-
-    def forward(self, x, residual=None):  # (T, n_in) -> (T, n_out); overwrites the residual (T, n_out)
-        if residual is not None and self.bias is None and residual.dtype == self.weight.dtype:
-            return residual.addmm_(x, self.weight.T)  # (T, n_out), in one launch
-        bias = None if self.bias is None else self.bias.to(x.dtype)  # (n_out,)
-        y = F.linear(x, self.weight.to(x.dtype), bias)  # (T, n_out)
-        return y if residual is None else residual.add_(y)  # (T, n_out)
-
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x, dtype):  # (..., C) -> (..., C) in dtype
-        if x.is_cpu and x.shape[:-1] == (1,):  # four operations instead of nine: 60 norms a token
-            row = x.float()  # (1, C)
-            mean_square = torch.addmm(row.new_full((1, 1), self.eps), row, row.mT, alpha=1 / row.numel())  # (1, 1)
-            return (row * mean_square.rsqrt_()).to(dtype) * self.weight.to(dtype)  # (1, C)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(dtype)  # (..., C)
-
-
-class Block(nn.Module):
-    """Attention, then SwiGLU; each normalises its input and adds its output to the residual stream."""
-
-    def __init__(self, layer, config):
-        super().__init__()
-        self.layer, self.config = layer, config
-        c, d_q, d_kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.has_rope = layer not in c.nope_layers
-        self.attn_norm = RMSNorm(c.d_model, c.rms_eps)
-        self.qkv = Linear(c.d_model, d_q + 2 * d_kv, c.attention_bias)  # rows: q, then k, then v
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_eps) if c.qk_norm else None for _ in range(2))
-        self.attn_out = Linear(d_q, c.d_model, c.output_bias)
-        self.mlp_norm = RMSNorm(c.d_model, c.rms_eps)
-        self.gate_up = Linear(c.d_model, 2 * c.d_ff, c.mlp_bias)  # rows: gate, then up
-        self.down = Linear(c.d_ff, c.d_model, c.mlp_bias)
-
-    def forward(self, x, rope, attend, kv_dtype):  # x (T, C), overwritten -> (T, C)
-        T, n_heads, n_kv_heads = x.shape[0], self.config.n_heads, self.config.n_kv_heads
-        dtype = product_dtype(self.qkv.weight, T)
-        heads = self.qkv(self.attn_norm(x, dtype)).view(T, -1, self.config.head_dim)  # (T, Hq + 2 Hk, D)
-        heads = heads.transpose(0, 1).to(kv_dtype)  # (Hq + 2 Hk, T, D)
-        qk, v = heads.split((n_heads + n_kv_heads, n_kv_heads))  # (Hq + Hk, T, D), (Hk, T, D)
-        if self.q_norm is not None:
-            q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
-            qk = torch.cat((self.q_norm(q, kv_dtype), self.k_norm(k, kv_dtype)))  # (Hq + Hk, T, D)
-        if self.has_rope:
-            qk = rope(qk)  # (Hq + Hk, T, D)
-        q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
-        out = attend(self.layer, q, k, v).transpose(0, 1).reshape(T, -1).to(dtype)  # (T, Hq * D)
-        x = self.attn_out(out, x)  # (T, C)
-        gate, up = self.gate_up(self.mlp_norm(x, dtype)).chunk(2, dim=-1)  # (T, F), (T, F)
-        return self.down(F.silu(gate).mul_(up), x)  # (T, C)
+        try:
+            return _read_config(raw)
+        except KeyError as error:
+            raise ModelError(f"config.json: the key {error} is missing")
+        except (TypeError, ValueError, ArithmeticError, IndexError) as error:
+            raise ModelError(f"config.json: {error}")
 
 
 class Llama(nn.Module):
@@ -168,7 +77,7 @@ class Llama(nn.Module):
             self.blocks = nn.ModuleList(Block(layer, config) for layer in range(config.n_layers))
             self.norm = RMSNorm(config.d_model, config.rms_eps)
             self.head = Linear(config.d_model, config.vocab_size, False)
-        self.to_empty(device=device).to(dtype).requires_grad_(False)
+        self.to(dtype).to_empty(device=device).requires_grad_(False)
         if config.tie_embeddings:
             self.head.weight = self.embed
         self.register_buffer("rope_table", rope_table(config, device), persistent=False)
@@ -205,6 +114,96 @@ class Llama(nn.Module):
         one_row = len(tokens) == 1 and self.embed.is_cpu  # oneDNN takes twice as long as PyTorch for bfloat16
         with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None) if one_row else nullcontext():
             return self.logits(self.hidden(tokens, positions, attend)[-1:])[0]  # (V,)
+
+
+class Block(nn.Module):
+    """Attention, then SwiGLU; each normalises its input and adds its output to the residual stream."""
+
+    def __init__(self, layer, config):
+        super().__init__()
+        self.layer, self.config = layer, config
+        c, d_q, d_kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.has_rope = layer not in c.nope_layers
+        self.attn_norm = RMSNorm(c.d_model, c.rms_eps)
+        self.qkv = Linear(c.d_model, d_q + 2 * d_kv, c.attention_bias)  # rows: q, then k, then v
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_eps) if c.qk_norm else None for _ in range(2))
+        self.attn_out = Linear(d_q, c.d_model, c.output_bias)
+        self.mlp_norm = RMSNorm(c.d_model, c.rms_eps)
+        self.gate_up = Linear(c.d_model, 2 * c.d_ff, c.mlp_bias)  # rows: gate, then up
+        self.down = Linear(c.d_ff, c.d_model, c.mlp_bias)
+
+    def forward(self, x, rope, attend, kv_dtype):  # x (T, C), overwritten -> (T, C)
+        T, n_heads, n_kv_heads = x.shape[0], self.config.n_heads, self.config.n_kv_heads
+        dtype = product_dtype(self.qkv.weight, T)
+        heads = self.qkv(self.attn_norm(x, dtype)).view(T, -1, self.config.head_dim)  # (T, Hq + 2 Hk, D)
+        heads = heads.transpose(0, 1).to(kv_dtype)  # (Hq + 2 Hk, T, D)
+        qk, v = heads.split((n_heads + n_kv_heads, n_kv_heads))  # (Hq + Hk, T, D), (Hk, T, D)
+        if self.q_norm is not None:
+            q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
+            qk = torch.cat((self.q_norm(q, kv_dtype), self.k_norm(k, kv_dtype)))  # (Hq + Hk, T, D)
+        if self.has_rope:
+            qk = rope(qk)  # (Hq + Hk, T, D)
+        q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
+        out = attend(self.layer, q, k, v).transpose(0, 1).reshape(T, -1).to(dtype)  # (T, Hq * D)
+        x = self.attn_out(out, x)  # (T, C)
+        gate, up = self.gate_up(self.mlp_norm(x, dtype)).chunk(2, dim=-1)  # (T, F), (T, F)
+        return self.down(F.silu(gate).mul_(up), x)  # (T, C)
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b, or residual + y. A wider x than W widens W, one matrix at a time: see `product_dtype`."""
+
+    def forward(self, x, residual=None):  # (T, n_in) -> (T, n_out); overwrites the residual (T, n_out)
+        if residual is not None and self.bias is None and residual.dtype == self.weight.dtype:
+            return residual.addmm_(x, self.weight.T)  # (T, n_out), in one launch
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # (n_out,)
+        y = F.linear(x, self.weight.to(x.dtype), bias)  # (T, n_out)
+        return y if residual is None else residual.add_(y)  # (T, n_out)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x, dtype):  # (..., C) -> (..., C) in dtype
+        if x.is_cpu and x.shape[:-1] == (1,):  # four operations instead of nine: 60 norms a token
+            row = x.float()  # (1, C)
+            mean_square = torch.addmm(row.new_full((1, 1), self.eps), row, row.mT, alpha=1 / row.numel())  # (1, 1)
+            return (row * mean_square.rsqrt_()).to(dtype) * self.weight.to(dtype)  # (1, C)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(dtype)  # (..., C)
+
+
+def rope_table(config: LlamaConfig, device) -> torch.Tensor:
+    """cos and sin of every position's angles (context_len, 2, D/2) float32; Hugging Face's formulas."""
+    D, theta = config.head_dim, config.rope_theta
+    exponent = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D  # (D/2,)
+    freq = 1.0 / theta**exponent  # (D/2,)
+    scaling, scale = config.rope_scaling or {"rope_type": "default", "factor": 1.0}, 1.0
+    keep = torch.zeros_like(freq)  # (D/2,): the share of a frequency that is kept; the rest is divided by the factor
+    if scaling["rope_type"] == "llama3":
+        # By the turns made over the original context: few -> divide, many -> keep, linear between.
+        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # (D/2,)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # (D/2,)
+    elif scaling["rope_type"] == "yarn":
+        # The same, but linear in the index of the frequency: from beta_fast turns (keep) to beta_slow turns (divide).
+        turns = [scaling["beta_fast"], scaling["beta_slow"]]
+        original = scaling["original_max_position_embeddings"]
+        low, high = (D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
+        low, high = max(math.floor(low), 0), min(math.ceil(high), D - 1)
+        keep = 1 - ((exponent * D / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)  # (D/2,)
+        scale = scaling["attention_factor"]  # of q and k, and so its square of the attention logits
+    freq = keep * freq + (1 - keep) * freq / scaling["factor"]  # (D/2,)
+    angles = torch.arange(config.context_len, dtype=torch.float32, device=device)[:, None] * freq  # (context_len, D/2)
+    return torch.stack((angles.cos(), angles.sin()), 1) * scale  # (context_len, 2, D/2)
+
+
+def rotate(x, cos, sin):
+    """RoPE in float32: x (heads, T, D) by cos (T, D) and sin (T, D), the sine negated in its first half."""
+    halves_swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)  # (heads, T, D)
+    return torch.addcmul(x * cos, halves_swapped, sin).to(x.dtype)  # (heads, T, D)
+
+
+def rotation_matrix(cos, sin):
+    """RoPE of one token as a matrix (D, D), from cos and sin (1, D): x @ matrix is one launch, `rotate` is four."""
+    return cos[0].diag() + sin[0].diag().roll(cos.shape[1] // 2, 0)  # (D, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,27 +281,15 @@ def multiplies(dtype) -> bool:
 # Text
 
 
-class GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks answers for training; here its content is rendered as it is."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
-
-
 class Tokenizer:
     """A Hugging Face folder's tokenizer.json and its chat template."""
 
     def __init__(self, folder: Path):
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ModelError(f"{path} is missing; use a model with a fast tokenizer, saved as tokenizer.json")
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
-            raise ModelError(f"{path} is not a tokenizer: {_one_line(error)}")
+            raise ModelError(f"{path} is no fast tokenizer ({_one_line(error)}); use a model that has one")
         config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
         config = _read_json(config_path) if config_path.is_file() else {}
         tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
@@ -320,8 +307,9 @@ class Tokenizer:
         starts_with_bos = bos is not None and text.startswith(bos)
         return self.tokenizer.encode(text, add_special_tokens=special_tokens and not starts_with_bos).ids
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: list[int]) -> str:
+        """The text without its special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def chat(self, messages: list[dict]) -> str:
         """The chat template's text for messages [{"role": ..., "content": ...}, ...], ending where the answer starts.
@@ -334,15 +322,16 @@ class Tokenizer:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        # {% generation %} ... {% endgeneration %} marks answers for training; for rendering, it is a scope of its own.
+        source = re.sub(r"({%[-+]?\s*(?:end)?)generation(\s*[-+]?%})", r"\1with\2", self.chat_template)
+        options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(**options)
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # and no escapes for HTML
         try:
-            template = environment.from_string(self.chat_template)
-            options = dict(add_generation_prompt=True, tools=None, documents=None)
-            return template.render(messages=messages, **options, **self.special_tokens)
+            values = dict(messages=messages, add_generation_prompt=True, tools=None, documents=None)
+            return environment.from_string(source).render(values | self.special_tokens)
         except Exception as error:  # a template is a program: anything can happen in it
             raise ModelError(f"the chat template fails: {_one_line(error)}")
 
@@ -394,14 +383,25 @@ def _find_folder(name_or_path):
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
-    if name_or_path.count("/") != 1 or name_or_path.startswith(("/", ".", "~")):
-        raise ModelError(f"{name_or_path}: no such folder; use a Hugging Face folder or a hub id (owner/name)")
     files = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
     files += ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(name_or_path, allow_patterns=files))
     except Exception as error:  # network, hub, disk and naming errors share no base class
-        raise ModelError(f"{name_or_path}: neither a folder nor fetched from the hub: {_one_line(error)}")
+        raise ModelError(f"{name_or_path}: neither a folder, nor fetched from the hub ({_one_line(error)})")
+
+
+# The parts of a block -> Hugging Face's names, in the order in which their rows are stacked.
+HF_NAMES = {
+    "attn_norm": "input_layernorm",
+    "qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "attn_out": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate_up": "mlp.gate_proj mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 
 
 def checkpoint_targets(model):
@@ -412,19 +412,12 @@ def checkpoint_targets(model):
     if not c.tie_embeddings:
         targets["lm_head.weight"] = model.head.weight
     for i, block in enumerate(model.blocks):
-        for module, names, rows in (
-            (block.attn_norm, "input_layernorm", c.d_model),
-            (block.qkv, "self_attn.q_proj self_attn.k_proj self_attn.v_proj", (d_q, d_kv, d_kv)),
-            (block.q_norm, "self_attn.q_norm", c.head_dim),
-            (block.k_norm, "self_attn.k_norm", c.head_dim),
-            (block.attn_out, "self_attn.o_proj", c.d_model),
-            (block.mlp_norm, "post_attention_layernorm", c.d_model),
-            (block.gate_up, "mlp.gate_proj mlp.up_proj", c.d_ff),
-            (block.down, "mlp.down_proj", c.d_model),
-        ):
-            for kind, parameter in module.named_parameters() if module is not None else ():  # weight, perhaps bias
-                parts = zip(names.split(), parameter.split(rows))
-                targets |= {f"model.layers.{i}.{name}.{kind}": part for name, part in parts}
+        for path, parameter in block.named_parameters():
+            part, kind = path.split(".")  # kind: weight or bias
+            names = HF_NAMES[part].split()
+            rows = (d_q, d_kv, d_kv) if part == "qkv" else len(parameter) // len(names)
+            slices = zip(names, parameter.split(rows))
+            targets |= {f"model.layers.{i}.{name}.{kind}": target for name, target in slices}
     return targets
 
 
@@ -453,21 +446,17 @@ def _fill(model, folder):
 
 
 def _checkpoint_files(folder):
-    """model.safetensors, or the shards that its index names, none of which may lie outside the folder."""
+    """model.safetensors, or the shards that its index names: files of this folder, never paths that lead out of it."""
     index_path = folder / "model.safetensors.index.json"
     if not index_path.is_file():
         return [folder / "model.safetensors"]
     names = _read_json(index_path).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index_path}: no weight_map from tensor names to file names")
-    root = folder.resolve()
-    # The hub's cache is the one place where links lead out: snapshots/<revision>/<file> -> blobs/<hash>.
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    names = sorted(set(names.values()))
-    for name in names:
-        if ".." in Path(name).parts or not any((root / name).resolve().is_relative_to(r) for r in roots):
+    for name in names.values():
+        if name != Path(name).name:
             raise ModelError(f"{index_path}: {name!r} lies outside the model's folder")
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(names.values()))]
 
 
 def _read_json(path):
@@ -490,21 +479,15 @@ def _one_line(error):
 # config.json
 
 
-# The families that load, by their model_type, and the architecture that config.json names for each.
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-}
+FAMILIES = "llama", "mistral", "qwen2", "qwen3", "smollm3"  # by their model_type
+REMEDY = "use a dense Llama, Mistral, Qwen2, Qwen3 or SmolLM3, not quantised, that attends to its whole context"
 
 # The RoPE types that are known, and Hugging Face's keys for the parameters of each beside rope_theta.
 ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
 }
 
 
@@ -513,58 +496,25 @@ def _refuse(condition, message):
         raise ModelError(f"config.json: {message}")
 
 
-def _config_from_json(raw):
-    try:
-        _refuse_unsupported(raw)
-        config = _read_config(raw)
-    except KeyError as error:
-        raise ModelError(f"config.json: the key {error} is missing")
-    except (TypeError, ValueError, ArithmeticError, IndexError) as error:
-        raise ModelError(f"config.json: {error}")
-    for name in "n_layers n_heads n_kv_heads head_dim d_model d_ff vocab_size context_len".split():
-        _refuse(getattr(config, name) < 1, f"{name} is {getattr(config, name)}; it must be at least 1")
-    heads, kv_heads, scaling = config.n_heads, config.n_kv_heads, config.rope_scaling or {}
-    _refuse(heads % kv_heads, f"{heads} heads do not divide into {kv_heads} KV heads")
-    _refuse(config.head_dim % 2, f"head_dim is {config.head_dim}; RoPE needs an even one")
-    _refuse(not config.rope_theta > 1, f"rope_theta is {config.rope_theta}; it must be more than 1")
-    for key in set(scaling) - {"rope_type", "truncate"}:
-        _refuse(not scaling[key] > 0, f"the RoPE scaling's {key} is {scaling[key]}; it must be positive")
-    return config
-
-
-def _refuse_unsupported(raw):
-    """Refuses, by name, what this file does not compute."""
-    family, architectures = raw.get("model_type"), raw.get("architectures") or []
-    experts = any(raw.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
-    known = family in FAMILIES and FAMILIES[family] in (architectures or [FAMILIES[family]])
-    window = raw.get("sliding_window", 4096) if family == "mistral" else raw.get("use_sliding_window")
-    window = window or "sliding_attention" in (raw.get("layer_types") or [])
-    flat = {"hidden_act": "silu", "partial_rotary_factor": 1.0} | raw | (raw.get("rope_parameters") or {})
-    act, part = flat["hidden_act"], flat["partial_rotary_factor"]
-    for condition, what, remedy in (
-        (experts, f"a mixture of experts (model_type {family!r})", "a dense model"),
-        (not known, f"model_type {family!r}, architectures {architectures}", f"a {', '.join(FAMILIES.values())}"),
-        (raw.get("quantization_config"), "a quantised checkpoint (quantization_config)",
-         "the model's float16, bfloat16 or float32 weights"),
-        (window, "a sliding window", "a model that attends to its whole context"),
-        (act != "silu", f"hidden_act {act!r}", "a model with 'silu'"),
-        (part != 1.0, f"partial_rotary_factor {part!r}", "a model with 1.0"),
-    ):  # fmt: skip
-        _refuse(condition, f"{what} is not supported; use {remedy}")
-
-
 def _read_config(raw):
-    family, theta, scaling = raw["model_type"], *_rope_parameters(raw)
+    family, act, eos = raw.get("model_type"), raw.get("hidden_act", "silu"), raw.get("eos_token_id")
+    window = raw.get("sliding_window", 4096) if family == "mistral" else raw.get("use_sliding_window")
+    unsupported = {
+        f"model_type {family!r}": family not in FAMILIES,
+        "a quantised checkpoint": raw.get("quantization_config"),
+        "a sliding window": window or "sliding_attention" in (raw.get("layer_types") or []),
+        f"hidden_act {act!r}": act != "silu",
+    }
+    for what, found in unsupported.items():
+        _refuse(found, f"{what} is not supported; {REMEDY}")
+
+    theta, scaling = _rope_parameters(raw)
     n_layers, context_len = int(raw["num_hidden_layers"]), int(raw["max_position_embeddings"])
     if scaling and scaling["rope_type"] == "yarn":  # config.json may name the context before its extension
         context_len = max(context_len, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
-    nope_layers = ()
-    if family == "smollm3":
-        interval = raw.get("no_rope_layer_interval", 4)
-        uses_rope = raw.get("no_rope_layers") or [(i + 1) % interval for i in range(n_layers)]  # 0: no RoPE
-        nope_layers = tuple(i for i in range(n_layers) if not uses_rope[i])
-    eos, attention_bias = raw.get("eos_token_id"), bool(raw.get("attention_bias", False))
-    return LlamaConfig(
+    uses_rope = raw["no_rope_layers"] if family == "smollm3" else [True] * n_layers  # for each layer, despite its name
+    attention_bias = bool(raw.get("attention_bias", False))
+    config = LlamaConfig(
         n_layers=n_layers,
         n_heads=int(raw["num_attention_heads"]),
         n_kv_heads=int(raw.get("num_key_value_heads") or raw["num_attention_heads"]),
@@ -582,25 +532,29 @@ def _read_config(raw):
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         output_bias=attention_bias and family != "qwen2",
         qk_norm=family == "qwen3",
-        nope_layers=nope_layers,
+        nope_layers=tuple(layer for layer in range(n_layers) if not uses_rope[layer]),
     )
+    for name, value in (vars(config) | (scaling or {})).items():
+        _refuse(type(value) in (int, float) and not value > 0, f"{name} is {value}; it must be positive")
+    heads, kv_heads = config.n_heads, config.n_kv_heads
+    _refuse(heads % kv_heads, f"{heads} heads do not divide into {kv_heads} KV heads")
+    _refuse(config.head_dim % 2, f"head_dim is {config.head_dim}; RoPE needs an even one")
+    return config
 
 
 def _rope_parameters(raw):
     """theta, and the scaling: None, or {"rope_type": ...} and the keys of ROPE_KEYS."""
     # transformers 5 writes rope_parameters; 4 writes rope_theta and rope_scaling, and 'type' before 'rope_type'.
-    given = {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope = {"rope_theta": 2e6 if raw["model_type"] == "smollm3" else 1e4}
+    given = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    given |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = {"rope_theta": 1e4, "beta_fast": 32.0, "beta_slow": 1.0}
     rope["original_max_position_embeddings"] = raw["max_position_embeddings"]
     rope |= {key: value for key, value in given.items() if value is not None}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     _refuse(rope_type not in ROPE_KEYS, f"rope type {rope_type!r} is not supported; use one of {', '.join(ROPE_KEYS)}")
+    unusual = rope.get("partial_rotary_factor", 1) != 1 or rope.get("mscale") or not rope.get("truncate", True)
+    _refuse(unusual, f"RoPE with partial_rotary_factor, mscale or truncate false is not supported; {REMEDY}")
     if rope_type == "yarn":
-        rope = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "mscale": 0.0, "mscale_all_dim": 0.0} | rope
-        rope.setdefault("factor", raw["max_position_embeddings"] / rope["original_max_position_embeddings"])
-        mscale, all_dim = rope["mscale"], rope["mscale_all_dim"]
-        growth = 0.1 * math.log(max(rope["factor"], 1.0))
-        one, both = growth + 1.0, (mscale * growth + 1.0) / (all_dim * growth + 1.0)
-        rope.setdefault("attention_factor", both if mscale and all_dim else one)
+        rope.setdefault("attention_factor", 0.1 * math.log(max(rope["factor"], 1.0)) + 1.0)
     scaling = {"rope_type": rope_type} | {key: float(rope[key]) for key in ROPE_KEYS[rope_type]}
     return float(rope["rope_theta"]), None if rope_type == "default" else scaling

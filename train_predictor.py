@@ -3,11 +3,11 @@
     python train_predictor.py collect --data data
     python train_predictor.py train --data data --out predictor.safetensors
 
-The job: rank all blocks of a layer's heads by the attention that the next P tokens will pay them, given true rows of
-attention M tokens apart, as decoding with history_rows="true" has them. Reading order: the corpus (documents, their
-split, contexts), `record` (one dense pass -> windows of history rows and block masses), `Window` (a file that training
-reads), `scores_of_rows` (many predictions in one pass), the losses, `train`, the command line. Both commands may be
-interrupted: the same command continues. The method is in attnpred.py; experiments/evaluate.py judges the outcome.
+The job: rank all blocks of a layer's heads by the attention that the next M tokens will pay them, given true rows of
+attention M tokens apart, as decoding with history_rows="true" and P = M has them. Reading order: the corpus,
+`record` (one dense pass -> windows of history rows and block masses), `Window` (a file that training reads),
+`scores_of_rows` (many predictions in one pass), the losses, `train`. Both commands may be interrupted: the same command
+continues. The method is in attnpred.py; experiments/evaluate.py judges the outcome.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import attnpred
 import kernels
-from attnpred import Config, InputError, OneLineParser, Predictor, ShownDefaults, load_predictor, write_atomically
+from attnpred import Config, InputError, OneLineParser, Predictor, ShownDefaults, write_atomically
 from model import causal_attention, load_model
 from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
 
@@ -81,14 +81,10 @@ def text_documents(paths) -> dict[str, list[tuple[str, str]]]:
     for path in paths:
         try:
             text = pathlib.Path(path).read_text("utf-8")
-        except OSError as error:
-            raise InputError(f"text {path} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"text {path} is not UTF-8 (byte {error.start}): convert it first") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"text {path} cannot be read ({error}): give UTF-8 files") from None
         size = max(MIN_DOCUMENT_CHARS, min(MAX_DOCUMENT_CHARS, len(text) // 100))
         sections += [(f"{path}:{start}", text[start : start + size]) for start in range(0, len(text), size)]
-    if not any(text.strip() for _, text in sections):
-        raise InputError("the text is empty: give files with some text")
     return {"text": sections}
 
 
@@ -146,7 +142,7 @@ def chat_tokens(tokenizer, ids, length, rng):
 # Recording
 # --------------------------------------------------------------------------------------------------------------------
 
-
+ROWS = 192  # in a window
 MAX_LOGITS = 1 << 20  # computed at a time by `record`: 4 MB, about what a core caches
 
 
@@ -171,7 +167,7 @@ def block_mass(q, k, n_tokens, block_size):
 
 @torch.inference_mode()
 def record(model, config: Config, tokens, ends, rows, stride):
-    """One dense pass over tokens -> for each end a window: pooled and mass, both (L', heads, rows, N) float16.
+    """One dense pass over tokens -> for each end a window: pooled and mass, both (layers, heads, rows, N) float16.
 
     Row r belongs to position p = end - 1 - (rows - 1 - r) * stride. Its pooled row is what a true row of the history
     is there; its mass is the root mean square of the block masses, over the `stride` positions up to p and the queries
@@ -179,24 +175,23 @@ def record(model, config: Config, tokens, ends, rows, stride):
     """
     m, device = model.config, model.device
     heads = m.n_kv_heads if config.select_heads == "kv" else m.n_heads
-    shape = m.n_layers - config.dense_layers, heads, rows
-    windows = [torch.zeros(2, *shape, config.n_blocks(end), dtype=attnpred.HISTORY_DTYPE) for end in ends]
+    shape = 2, m.n_layers, heads, rows
+    windows = [torch.zeros(*shape, config.n_blocks(end), dtype=attnpred.HISTORY_DTYPE) for end in ends]
 
     def attend(layer, q, k, v):
-        if layer >= config.dense_layers:
-            padded = F.pad(k, (0, 0, 0, -k.shape[1] % config.block_size))
-            k_cache = padded.unflatten(1, (-1, config.block_size))  # (Hk, N, b, D)
-            for end, (pooled, mass) in zip(ends, windows):
-                last = q[:, end - 1 - (rows - 1) * stride : end : stride]  # (Hq, rows, D)
-                maxima, _ = kernels.pool_history(last, k_cache, end, stride)  # (Hq, rows, N)
-                pooled[layer - config.dense_layers] = attnpred.group_rms(maxima[None], heads)[0]
-                chunk = max(1, MAX_LOGITS // (len(q) * end * stride))  # rows at a time
-                for first in range(0, rows, chunk):
-                    stop = min(first + chunk, rows)
-                    length = end - (rows - stop) * stride  # of the text up to the chunk's last row
-                    sums = block_mass(q[:, length - (stop - first) * stride : length], k, length, config.block_size)
-                    squares = sums.square().view(heads, -1, stop - first, stride, sums.shape[-1]).mean((1, 3))
-                    mass[layer - config.dense_layers, :, first:stop, : sums.shape[-1]] = squares.sqrt()
+        padded = F.pad(k, (0, 0, 0, -k.shape[1] % config.block_size))
+        k_cache = padded.unflatten(1, (-1, config.block_size))  # (Hk, N, b, D)
+        for end, (pooled, mass) in zip(ends, windows):
+            last = q[:, end - 1 - (rows - 1) * stride : end : stride]  # (Hq, rows, D)
+            maxima, _ = kernels.pool_history(last, k_cache, end, stride)  # (Hq, rows, N)
+            pooled[layer] = attnpred.group_rms(maxima[None], heads)[0]
+            chunk = max(1, MAX_LOGITS // (len(q) * end * stride))  # rows at a time
+            for first in range(0, rows, chunk):
+                stop = min(first + chunk, rows)
+                length = end - (rows - stop) * stride  # of the text up to the chunk's last row
+                sums = block_mass(q[:, length - (stop - first) * stride : length], k, length, config.block_size)
+                squares = sums.square().view(heads, -1, stop - first, stride, sums.shape[-1]).mean((1, 3))
+                mass[layer, :, first:stop, : sums.shape[-1]] = squares.sqrt()
         return causal_attention(layer, q, k, v)
 
     model(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device), attend)
@@ -205,35 +200,31 @@ def record(model, config: Config, tokens, ends, rows, stride):
 
 def collect(args):
     """Record windows of training and validation contexts in --data; windows that exist already are kept."""
-    config = Config(select_heads=args.select_heads, block_size=args.block_size, dense_layers=args.dense_layers)
-    if args.rows <= config.history_len:
-        raise InputError(f"windows of {args.rows} rows have no row after a history: try {config.history_len + 128}")
-    if min(args.lengths) < args.rows * args.stride:
-        needed = f"{args.rows} rows at a stride of {args.stride} need {args.rows * args.stride}"
+    config = Config(select_heads=args.select_heads, block_size=args.block_size)
+    if min(args.lengths) < ROWS * args.stride:
+        needed = f"{ROWS} rows at a stride of {args.stride} need {ROWS * args.stride}"
         raise InputError(f"a context of {min(args.lengths)} tokens is too short: {needed}")
     documents = text_documents(args.text) if args.text else installed_documents()
     device, dtype, _ = attnpred.choose_device(args)
     model, tokenizer = load_model(args.model or str(fetch_default_llm()), dtype, device)
-    if config.dense_layers >= model.config.n_layers:
-        raise InputError(f"dense layers {config.dense_layers}: the model has {model.config.n_layers} in all")
     if max(args.lengths) > model.config.context_len:
         raise InputError(f"the model's context is {model.config.context_len} tokens: {max(args.lengths)} is too long")
     installed = f"CPython {sys.version.split()[0]} and the packages beside it, without torch"
     settings = {name: str(getattr(args, name)) for name in WINDOW_SETTINGS}
-    settings |= {"llm": pathlib.Path(args.model).name if args.model else DEFAULT_LLM}
-    settings |= {"corpus": "own files" if args.text else installed}
+    settings["llm"] = pathlib.Path(args.model).name if args.model else DEFAULT_LLM
+    settings["corpus"] = "own files" if args.text else installed
     data = make_folder(args.data)
     for path in sorted(data.glob("*.safetensors"))[:1]:
         check_settings(Window(path).about, settings, f"{data} was collected", "give another --data")
     work = []
     for split, count in (("train", args.contexts), ("validation", args.validation_contexts)):
-        amounts = args.lengths, count, args.windows, args.rows * args.stride
+        amounts = args.lengths, count, args.windows, ROWS * args.stride
         for index, (origin, tokens, ends) in enumerate(draw_contexts(documents, split, *amounts, tokenizer, args.seed)):
             paths = [data / f"{split}-{index:03d}-{end:05d}.safetensors" for end in ends]
             if not all(path.exists() for path in paths):
                 work.append((origin, tokens, ends, paths))
-    for origin, tokens, ends, paths in tqdm(work, "collecting", unit="context", disable=args.quiet):
-        windows = record(model, config, tokens, ends, args.rows, args.stride)
+    for origin, tokens, ends, paths in tqdm(work, "collecting", unit="context", disable=None):
+        windows = record(model, config, tokens, ends, ROWS, args.stride)
         for path, end, (pooled, mass) in zip(paths, ends, windows):
             if not (pooled.isfinite().all() and mass.isfinite().all()):
                 raise InputError(f"the attention over {origin[:60]!r} is not finite: use --dtype float32")
@@ -244,9 +235,10 @@ def collect(args):
 # Files, and how an interrupted run continues: every file notes its settings, and a later run insists on the same
 # --------------------------------------------------------------------------------------------------------------------
 
-WINDOW_SETTINGS = "seed", "block_size", "dense_layers", "select_heads", "rows", "stride"
-METHOD_SETTINGS = "history_len", "calibration_interval", "selection_interval", "history_rows", "share_budget"
-UNNOTED = "function", "out", "quiet", "restart", "device", "backend"  # may differ when a training continues
+WINDOW_SETTINGS = "seed", "block_size", "select_heads", "stride"
+METHOD_SETTINGS = "block_size", "select_heads", "history_len", "calibration_interval", "selection_interval"
+METHOD_SETTINGS += "history_rows", "share_budget"
+TRAIN_SETTINGS = "data", "seed", "dtype", "loss", "share_budget", "steps", "lr", "validate_every"
 
 
 def make_folder(path) -> pathlib.Path:
@@ -274,35 +266,30 @@ def check_settings(noted, settings, what, remedy):
             raise InputError(f"{what} with {name} = {noted.get(name)}, not {value}: {remedy}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training data
-# --------------------------------------------------------------------------------------------------------------------
-
-
 class Window:
-    """One file of `collect`: rows of every sparse layer and head at equal distances, read a few layers at a time."""
+    """One file of `collect`: rows of every layer and head at equal distances, read one layer at a time."""
 
     def __init__(self, path):
         try:
             file = safetensors.safe_open(path, "pt")
-            self.about = file.metadata()
-            n_tokens, self.stride = int(self.about["n_tokens"]), int(self.about["stride"])
-            self.pooled, self.mass = file.get_slice("pooled"), file.get_slice("mass")  # (L', heads, rows, N) each
-            numbers = {name: int(self.about[name]) for name in ("block_size", "dense_layers")}
-            self.config = Config(**numbers, select_heads=self.about["select_heads"])
+            about = self.about = file.metadata()
+            n_tokens, stride, block_size = (int(about[name]) for name in ("n_tokens", "stride", "block_size"))
+            select_heads = about["select_heads"]
+            self.pooled, self.mass = file.get_slice("pooled"), file.get_slice("mass")  # (layers, heads, rows, N) each
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} is not a window of `collect` ({error}): remove it, and collect again") from None
-        self.path = path
-        self.layers, _, self.rows, _ = self.pooled.get_shape()
-        first = n_tokens - self.rows * self.stride  # tokens before those of row 0
-        self.middle = [self.config.middle(first + row * self.stride + 1) for row in range(self.rows)]
+        method = dict(calibration_interval=stride, selection_interval=stride, select_heads=select_heads)
+        self.config = Config(block_size=block_size, history_rows="true" if stride > 1 else "every", **method)
+        self.layers, _, self.rows, n_blocks = self.pooled.get_shape()
+        lengths = range(n_tokens - self.rows * stride + 1, n_tokens + 1, stride)  # at the first token of each row
+        self.middle = [self.config.middle(length) for length in lengths]
+        start, end = torch.tensor(self.middle).T[..., None]  # (rows, 1) each
+        block = torch.arange(n_blocks)
+        self.in_middle = (block >= start) & (block < end)  # (rows, N)
 
-    def load(self, layers):
-        """pooled and mass of some sparse layers: (layers, heads, rows, N) float32 each."""
-        pooled, mass = (torch.cat([x[layer : layer + 1] for layer in layers]).float() for x in (self.pooled, self.mass))
-        if not (pooled.isfinite().all() and mass.isfinite().all()):
-            raise InputError(f"{self.path} holds NaN or infinity: remove it, and collect again")
-        return pooled, mass
+    def load(self, layer):
+        """pooled and mass of a layer: (heads, rows, N) float32 each."""
+        return self.pooled[layer].float(), self.mass[layer].float()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -390,35 +377,23 @@ BUDGETS = (256, 512, 1024)
 MIN_MIDDLE_BLOCKS = 32  # a window with fewer teaches no choice
 
 
-def targets_of(window, mass, rows, selection):
-    """What selections serve: the root mean square of mass rows t ... t + selection - 1, for each t in rows (T,) int64.
+def draw_batch(windows, rng, history_len):
+    """A slab of history rows of one layer of one window, and the mass that selections at some of its rows serve.
 
-    mass (layers, heads, window.rows, N) -> (layers, heads, T, N), and which blocks are in the middle then (T, N).
-    """
-    start, end = torch.tensor([window.middle[t] for t in rows.tolist()]).T[..., None]  # (T, 1) each
-    block = torch.arange(mass.shape[-1])
-    return mass.unfold(2, selection, 1)[:, :, rows].square().mean(-1).sqrt(), (block >= start) & (block < end)
-
-
-def draw_batch(windows, rng, layers, history_len, selection):
-    """A slab of history rows of a few whole layers of one window, and what selections at some of its rows serve.
-
-    Returns rows (B, H + span, n), targets (T,) rows of it before which decoding selects, what these selections serve
-    (B, T, n), and which columns belong to the middle then (T, n). B = layers * heads; the n columns are a crop.
+    Returns rows (heads, H + span, n), targets (T,) rows of it before which decoding selects, the mass there
+    (heads, T, n), and which columns belong to the middle then (T, n). The n columns are a crop.
     """
     window = rng.choice(windows)
-    pooled, mass = window.load(rng.sample(range(window.layers), min(layers, window.layers)))
-    last = window.rows - selection  # the last row before which a selection is made
-    first = rng.randrange(max(1, last - history_len - SPAN + 2))
-    stop = min(first + history_len + SPAN, last + 1)
+    pooled, mass = window.load(rng.randrange(window.layers))  # (heads, window.rows, N) each
+    first = rng.randrange(max(1, window.rows - history_len - SPAN + 1))
+    stop = min(first + history_len + SPAN, window.rows)
     selects = range(first + history_len, stop)
     targets = torch.tensor(sorted(rng.sample(selects, min(TARGETS, len(selects)))))  # (T,) rows of the window
-    mass, valid = targets_of(window, mass, targets, selection)  # (layers, heads, T, N), (T, N)
     start, end = window.middle[targets[-1]]
     left = rng.randrange(start, max(start, end - COLUMNS) + 1)
     columns = slice(left, min(end, left + COLUMNS))
-    rows = pooled[:, :, first:stop, columns].flatten(0, 1)  # (B, H + span, n)
-    return rows, targets - first, mass[..., columns].flatten(0, 1), valid[:, columns]
+    valid = window.in_middle[targets, columns]  # (T, n)
+    return pooled[:, first:stop, columns], targets - first, mass[:, targets, columns], valid
 
 
 def select(scores, config):
@@ -430,56 +405,43 @@ def select(scores, config):
 
 
 @torch.no_grad()
-def left_out(window, weights, config, selection, rows, device="cpu"):
+def left_out(window, weights, config, rows, device="cpu"):
     """The squared mass of the blocks that selections before `rows` (T,) leave out, summed over the blocks of a head.
 
-    Returns {budget: (L', heads, T)}. The image ends where the middle does at the last of the rows.
+    Returns {budget: (layers, heads, T)}. The image ends where the middle does at the last of the rows.
     """
     found = {budget: [] for budget in BUDGETS}
+    middle = slice(*window.middle[rows[-1]])
+    valid = window.in_middle[rows, middle]  # (T, n)
     for layer in range(window.layers):
-        pooled, mass = window.load([layer])  # (1, heads, window.rows, N) each
-        mass, valid = targets_of(window, mass, rows, selection)  # (1, heads, T, N), (T, N)
-        middle = slice(*window.middle[rows[-1]])
-        mass, valid, image = mass[0, ..., middle], valid[:, middle], pooled[0, ..., middle].to(device)
+        pooled, mass = window.load(layer)  # (heads, window.rows, N) each
+        image = pooled[..., middle].to(device)
         scores = scores_of_rows(image, rows.to(device), weights, config.history_len).cpu()  # (heads, T, n)
         scores = scores.masked_fill(~valid, -torch.inf).transpose(0, 1)  # (T, heads, n)
         for budget, sums in found.items():
             selected = select(scores, replace(config, budget=budget)).transpose(0, 1)  # (heads, T, n)
-            sums.append((mass.square() * (valid & ~selected)).sum(-1))
+            sums.append((mass[:, rows, middle].square() * (valid & ~selected)).sum(-1))
     return {budget: torch.stack(sums) for budget, sums in found.items()}
 
 
-def validate(windows, weights, config, selection, device="cpu"):
+def validate(windows, weights, config, device="cpu"):
     """The root mean square of the mass that selections leave out, at each of BUDGETS."""
     weights, found = kernels.prepare_weights(weights, device), {budget: [] for budget in BUDGETS}
     for window in windows:
-        rows = torch.arange(config.history_len, window.rows - selection + 1, 4)
-        for budget, sums in left_out(window, weights, config, selection, rows, device).items():
+        rows = torch.arange(config.history_len, window.rows, 4)
+        for budget, sums in left_out(window, weights, config, rows, device).items():
             found[budget].append(sums.mean().item())
     return {f"left out, {budget}": math.sqrt(statistics.fmean(means)) for budget, means in found.items()}
 
 
-def open_data(args):
-    """The method's settings, P in rows, the training windows, and the validation windows."""
-    found = []
-    for split in ("train", "validation"):
-        windows = [Window(path) for path in sorted(pathlib.Path(args.data).glob(f"{split}-*.safetensors"))]
-        if not windows:
-            raise InputError(f"{args.data} has no {split} windows: `python train_predictor.py collect` records them")
-        middles = [window.middle[min(Config.history_len, window.rows - 1)] for window in windows]  # at the first target
-        windows = [window for window, (start, end) in zip(windows, middles) if end - start >= MIN_MIDDLE_BLOCKS]
-        if not windows:
-            raise InputError(f"{args.data} leaves too few blocks to choose from: collect longer contexts")
-        found.append(windows)
-    training, validation = found
-    stride, rows = training[0].stride, training[0].rows
-    interval = args.selection_interval or stride
-    longest = (rows - Config.history_len) * stride
-    if interval % stride or not stride <= interval <= longest:
-        raise InputError(f"P = {interval} must be a multiple of the windows' stride, {stride}, and at most {longest}")
-    changes = dict(calibration_interval=stride, selection_interval=interval, share_budget=args.share_budget)
-    config = replace(training[0].config, **changes, history_rows="true" if stride > 1 else "every")
-    return config, interval // stride, training, validation
+def open_windows(folder, split):
+    """The windows of a split that leave enough blocks to choose from at the first target."""
+    windows = [Window(path) for path in sorted(pathlib.Path(folder).glob(f"{split}-*.safetensors"))]
+    windows = [window for window in windows if window.in_middle[Config.history_len].sum() >= MIN_MIDDLE_BLOCKS]
+    if not windows:
+        enough = f"with {MIN_MIDDLE_BLOCKS} blocks to choose from"
+        raise InputError(f"{folder} has no {split} windows {enough}: run `collect`, or collect longer contexts")
+    return windows
 
 
 def train(args):
@@ -488,48 +450,50 @@ def train(args):
     checkpoint = out.with_suffix(".checkpoint")
     make_folder(out.parent)
     device, dtype, _ = attnpred.choose_device(args)
-    config, selection, training, validation = open_data(args)
-    predictor = load_predictor(args.init_from) if args.init_from else starting_point(args.seed)
+    training, validation = open_windows(args.data, "train"), open_windows(args.data, "validation")
+    config = replace(training[0].config, share_budget=args.share_budget)
+    predictor = starting_point(args.seed)
     predictor.load_state_dict(scaled(predictor.state_dict(), INPUT_SCALE))
     parameters = dict(predictor.to(device).requires_grad_(True).named_parameters())
     optimizer = torch.optim.Adam(predictor.parameters(), lr=args.lr, betas=(0.9, 0.98))
     average = {name: p.detach().clone() for name, p in parameters.items()}  # running mean of the weights
-    settings = {name: str(value) for name, value in vars(args).items() if name not in UNNOTED}
+    settings = {name: str(getattr(args, name)) for name in TRAIN_SETTINGS}
     curve, done = [], 0
-    if checkpoint.exists() and not args.restart:
+    if checkpoint.exists():
         state = load_checkpoint(checkpoint, settings, device)
         predictor.load_state_dict(state["predictor"])
         optimizer.load_state_dict(state["optimizer"])
         average, curve, done = state["average"], state["curve"], state["done"]
-    elif out.exists() and not args.restart:
-        raise InputError(f"{out} exists, without a checkpoint to continue from: give another --out, or --restart")
+    elif out.exists():
+        raise InputError(f"{out} exists, without a checkpoint to continue from: give another --out")
 
     def assess(loss, step):
-        """Add a row to the curve, and keep the weights if they leave out the least so far."""
+        """Add a row to the curve, keep the weights if they leave out the least so far, and write a checkpoint."""
         weights = {name: w.cpu() for name, w in scaled(average, 1 / INPUT_SCALE).items()}
-        measured = validate(validation, weights, config, selection, device)
+        measured = validate(validation, weights, config, device)
         curve.append({"step": step, "loss": loss} | measured)
         errors = [sum(row[name] for name in measured) for row in curve]
         if errors[-1] == min(errors):
-            about = {name: training[0].about[name] for name in ("llm", "corpus", "block_size", "select_heads")}
+            about = {name: training[0].about[name] for name in ("llm", "corpus")}
             about |= {name: getattr(config, name) for name in METHOD_SETTINGS} | {"seed": args.seed, "loss": args.loss}
             about |= {"steps": step, "validation": json.dumps({name: round(r, 4) for name, r in measured.items()})}
             write_tensors(out, weights, about)
         write(out.with_suffix(".json"), json.dumps(curve, indent=1).encode())
+        state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+        torch.save(state | {"curve": curve, "done": step, "settings": settings}, buffer := io.BytesIO())
+        write(checkpoint, buffer.getvalue())
 
-    running = curve[-1]["loss"] if curve else None  # running mean of the loss
-    bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=args.quiet)
+    running = curve[-1]["loss"] if done else None  # running mean of the loss
+    bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=None)
     for step in bar:
         rng = random.Random(f"{args.seed} {step}")  # of the step alone: a resumed run draws the same batches
-        rows, targets, mass, valid = (
-            x.to(device) for x in draw_batch(training, rng, args.layers, config.history_len, selection)
-        )
+        rows, targets, mass, valid = (x.to(device) for x in draw_batch(training, rng, config.history_len))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = scores_of_rows(rows * INPUT_SCALE, targets, parameters, config.history_len) / INPUT_SCALE
         loss = LOSSES[args.loss](scores, mass, valid)
         if not loss.isfinite():
             raise InputError(f"the loss is {loss.item()} at step {step}: lower --lr; {out} keeps the best weights")
-        if step == 0:
+        if not curve:
             assess(loss.item(), 0)
         cosine = (1 + math.cos(math.pi * step / args.steps)) / 2
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 50) * cosine
@@ -543,9 +507,6 @@ def train(args):
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % args.validate_every == 0 or step + 1 == args.steps:
             assess(running, step + 1)
-            state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            torch.save(state | {"curve": curve, "done": step + 1, "settings": settings}, buffer := io.BytesIO())
-            write(checkpoint, buffer.getvalue())
             bar.set_postfix({name: f"{value:.4f}" for name, value in curve[-1].items() if name != "step"})
     print(", ".join(f"{name}: {value:.4g}" for name, value in curve[-1].items()))
 
@@ -556,8 +517,8 @@ def load_checkpoint(path, settings, device):
         noted = state["settings"]
     except Exception as error:  # the unpickler raises many types of exception on damaged input
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"checkpoint {path} cannot be read ({reason}): --restart begins anew") from None
-    check_settings(noted, settings, f"checkpoint {path} was written", "--restart begins anew")
+        raise InputError(f"checkpoint {path} cannot be read ({reason}): give another --out") from None
+    check_settings(noted, settings, f"checkpoint {path} was written", "give another --out")
     return state
 
 
@@ -586,7 +547,6 @@ def parse_args(argv):
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
         dtypes = ["auto", "float32", "bfloat16"]
         sub.add_argument("--dtype", default="auto", choices=dtypes, help="of LLM or convolutions; auto: bfloat16")
-        sub.add_argument("--quiet", action="store_true", help="no progress bar")
         return sub.add_argument
 
     add = add_command(collect)
@@ -595,25 +555,15 @@ def parse_args(argv):
     add("--lengths", nargs="+", type=positive, default=[4096], help="tokens of a context; the lengths alternate")
     add("--contexts", type=positive, default=24, help="for training")
     add("--validation-contexts", type=positive, default=6, help="for validation")
-    add("--windows", type=positive, default=2, help="windows of rows recorded of each context")
-    add("--rows", type=positive, default=192, help="rows in a window")
-    add("--stride", type=positive, default=8, help="tokens from one row to the next: M, or 1 for history_rows=every")
+    add("--windows", type=positive, default=2, help=f"windows of {ROWS} rows recorded of each context")
+    add("--stride", type=positive, default=8, help="M = P, tokens from one row to the next; 1: history_rows=every")
     add("--select-heads", default=Config.select_heads, choices=["kv", "q"], help="a row per KV head or per query head")
     add("--block-size", type=int, default=Config.block_size, help="tokens per block")
-    add("--dense-layers", type=int, default=Config.dense_layers, help="first layers, always dense: not recorded")
     add = add_command(train)
     add("--out", default="predictor.safetensors", help="the best weights; beside them: checkpoint and curve (.json)")
-    add("--init-from", help="start from this predictor: safetensors, or a state dict such as the authors publish")
-    add("--restart", action="store_true", help="ignore a checkpoint, overwrite the weights")
     add("--loss", default="relative", choices=LOSSES, help="relative: over the score; mse: as the paper")
-    add(
-        "--selection-interval",
-        type=positive,
-        help="P: the target is the mass of the next P tokens (default: the stride)",
-    )
     add("--share-budget", default=Config.share_budget, choices=["layer", "head"], help="how heads share the budget")
     add("--steps", type=positive, default=12000, help="training steps")
-    add("--layers", type=positive, default=1, help="layers in a step, all heads of each")
     add("--lr", type=float, default=1e-3, help="highest learning rate; rises over 50 steps and falls as a cosine")
     add("--validate-every", type=positive, default=2000, help="steps from one validation and checkpoint to the next")
     return parser.parse_args(argv)

