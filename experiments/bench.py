@@ -30,7 +30,6 @@ import torch
 from torch.utils.benchmark import Timer
 
 import attnpred
-import kernels
 from attnpred import Config, InputError, OneLineParser, SparseDecoder, decode_one_token, prefill
 from experiments import roofline
 from experiments.hot_paths import PATHS
@@ -38,7 +37,7 @@ from experiments.tables import markdown
 from model import Llama, LlamaConfig, checkpoint_targets, load_model
 from weights.fetch_llm import fetch_default_llm
 
-TEXT = pathlib.Path(kernels.__file__)  # its tokens show what a selection fetches
+TEXT = pathlib.Path(torch.__file__).parent / "_tensor_docs.py"  # its tokens show what a selection fetches
 TEXT_TOKENS, TEXT_STEPS = 4096, 64  # of it: the prompt, and how many are decoded
 RATES = dict(memory=3350e9, link=55e9, host=200e9)  # bytes/s: an H100's memory, PCIe 5 x16, the host's memory
 SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B}  # None: the default model, with its weights
