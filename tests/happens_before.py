@@ -80,8 +80,7 @@ class Actor:
         self.learn(event.clock, "wait_event")
 
     def record_event(self):
-        recorded = self.checker.orders("record_event")
-        return Event(self.checker, self.clock | self.checker.host.clock if recorded else Counter())
+        return Event(self.checker, self.clock.copy() if self.checker.orders("record_event") else Counter())
 
 
 class Event:
