@@ -8,23 +8,22 @@ Host threads and streams are *actors*. An actor runs its operations one after an
 launch, an event, a future, or a copy that the host waits for orders the operations of two actors. Two operations on the
 same byte, at least one of them a write, are a race if nothing orders them, even if this run computes the right numbers.
 
-*Vector clocks* record the order. Every actor numbers its operations, and its clock says up to which number each actor's
-operations are certainly complete. An actor that waits for another takes over what that one knows: the maximum of
-both clocks, entry by entry (`|` of Counters). So operation n of actor A happens before an operation of B if and only if
-B's clock then says n or more for A.
+*Vector clocks* record the order. Each actor numbers its operations, and its clock says up to which number each actor's
+operations are certainly complete. An actor that waits for another takes over the other's clock: the maximum of both,
+entry by entry (`|` of Counters). So operation n of actor A happens before an operation of actor B exactly if B's clock
+then says n or more for A.
 
-*Bytes*: a tensor on the device is a `DeviceTensor`, which computes on the CPU, at once. A dispatch mode sees all
-operations. An operation writes its results and the arguments that its schema marks as mutable, and reads its other
-tensors; views touch nothing. For every storage and every actor, two arrays give each byte the number of the last
-operation that read it, and of the last that wrote it; strided views of these arrays are exactly the bytes of a tensor.
-A function that launches a kernel runs its PyTorch reference and counts as one operation, which touches what its
-declaration says.
+*Bytes*. A tensor on the device is a `DeviceTensor`, which computes on the CPU, at once. A dispatch mode sees each
+operation: it writes its results and its mutable arguments, and reads its other tensors; views touch nothing. For each
+storage and actor, one array holds for every byte the number of the last operation that read it, another that of the
+last one that wrote it; the bytes of a tensor are a strided view of such an array. A function that launches a kernel
+runs its PyTorch reference instead and counts as one operation, which touches what its declaration says.
 
-*Freed memory*: PyTorch's allocator hands memory that Python has freed to the next allocation on the stream that it was
-allocated on. That is a race, too, if another stream may still be using it.
+*Freed memory*. PyTorch gives memory that Python has freed to the next allocation on the stream that it was allocated
+on. This is a race if another stream may still use it.
 
 Limits: one device; no CUDA graphs; one worker for all executors, which runs a job within `submit`; indexing with a
-tensor touches the whole operand; pinned memory of PyTorch's own is not followed after it is freed.
+tensor touches the whole operand; pinned memory that PyTorch allocates is not followed after it is freed.
 """
 
 import contextlib
@@ -164,14 +163,13 @@ class Checker(TorchDispatchMode):
             synchronize=self.synchronize, _lazy_init=lambda: None,
             cudart=lambda: SimpleNamespace(cudaHostRegister=self.pin, cudaHostUnregister=self.unpin),
         )  # fmt: skip
-        patches = [(torch.cuda, name, fake) for name, fake in cuda.items()]
-        patches.append((torch, "Generator", lambda device, make=torch.Generator: make()))
-        patches.append((ThreadPoolExecutor, "submit", lambda _, job, *args: Future(self, partial(job, *args))))
+        enter = self.patches.enter_context
+        enter(mock.patch.multiple(torch.cuda, **cuda))
+        enter(mock.patch.object(torch, "Generator", lambda device, make=torch.Generator: make()))
+        enter(mock.patch.object(ThreadPoolExecutor, "submit", lambda _, job, *args: Future(self, partial(job, *args))))
         for (module, name), touched in self.declared.items():
-            patches.append((module, name, partial(self.launch, getattr(module, name), touched)))
-        for patch in patches:
-            self.patches.enter_context(mock.patch.object(*patch))
-        self.patches.enter_context(torch.inference_mode())  # so that `to` and others are dispatched whole
+            enter(mock.patch.object(module, name, partial(self.launch, getattr(module, name), touched)))
+        enter(torch.inference_mode())  # so that `to` and others are dispatched whole
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the host, then copied
         self.patches.callback(torch._C._set_only_lift_cpu_tensors, False)
         return super().__enter__()
