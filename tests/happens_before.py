@@ -22,8 +22,8 @@ runs its PyTorch reference instead and counts as one operation, which touches wh
 *Freed memory*. PyTorch gives memory that Python has freed to the next allocation on the stream that it was allocated
 on. This is a race if another stream may still use it.
 
-Limits: one device; no CUDA graphs; one worker for all executors, which runs a job within `submit`; indexing with a
-tensor touches the whole operand; pinned memory that PyTorch allocates is not followed after it is freed.
+Limits: one device; no CUDA graphs; one worker for all executors, which runs a job within `submit` and launches nothing;
+indexing with a tensor touches the whole operand; pinned memory of PyTorch's own is not followed after it is freed.
 """
 
 import contextlib
@@ -96,8 +96,7 @@ class Future:
     def __init__(self, checker, job):
         self.checker, self.job, caller, checker.host = checker, job, checker.host, checker.worker
         checker.worker.clock |= caller.clock
-        with checker.use_stream(checker.streams[0]):
-            self.value = job()
+        self.value = job()
         self.clock, checker.host = checker.worker.clock.copy(), caller
         checker.unjoined.add(self)
 

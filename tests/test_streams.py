@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -92,13 +93,15 @@ def neighbouring_bytes(ordered):
 
 
 def freed_while_another_stream_uses_it(ordered):
-    x, side = torch.ones(4, device="cuda"), side_stream()
+    x, y, side = torch.ones(4, device="cuda"), torch.ones(4, device="cuda"), side_stream()
     with torch.cuda.stream(side):
         x.add_(1)
     view = x[1:]
     del x
     torch.ones(1, device="cuda")  # elsewhere: the view keeps the memory
     del view
+    y.cpu()  # allocates nothing on the device
+    del y
     if ordered:
         torch.cuda.synchronize()
     torch.ones(1, device="cuda")
@@ -122,6 +125,7 @@ def blocks_attended_to(ordered):
     table, starts, lengths = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([4, 2, 0], [0, 1], [5, 10]))
     q, block_max, side = torch.rand(2, 16, device="cuda"), torch.zeros(1, 3, device="cuda"), side_stream()
     out, lse = kernels.sparse_decode(q, pool, pool, table, starts, lengths, block_max, "triton")
+    q[0, 0] = 1  # a number goes along with the launch: the host waits for nothing
     with torch.cuda.stream(side):
         pool[1::2].zero_()
         pool[4, 5:].zero_()
@@ -130,7 +134,16 @@ def blocks_attended_to(ordered):
     return ["zero_ .* writes what that sparse_decode .* reads"]
 
 
-PROGRAMS = [neighbouring_bytes, freed_while_another_stream_uses_it, blocks_copied, blocks_attended_to]
+def jobs(ordered):
+    host, executor = torch.zeros(4, pin_memory=True), ThreadPoolExecutor(1)
+    host.add_(1)
+    first, second = (executor.submit(half.add_, 1) for half in host.split(2))
+    (second if ordered else first).result()
+    assert host[2:].tolist() == [2, 2]
+    return [r"resolve_conj \(.*, host\) reads what that add_ \(.*, worker\) writes"]
+
+
+PROGRAMS = [neighbouring_bytes, freed_while_another_stream_uses_it, blocks_copied, blocks_attended_to, jobs]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
