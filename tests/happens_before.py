@@ -235,10 +235,10 @@ class Checker(TorchDispatchMode):
     # Operations
 
     def check(self, actor, deed, last):
-        """Report the last of others' operations, as in Memory.last, that `actor` does not know to be complete."""
+        """Report the last operations, as in Memory.last, that `actor` does not know to be complete."""
         for (other, how), numbers in last.items():
             number = numbers.max(initial=0)
-            if other is not actor and number > actor.clock[other]:
+            if number > actor.clock[other]:
                 self.races.add(f"{actor.operations[-1]} {deed} that {other.operations[number - 1]} {how}")
 
     def note(self, name, actor, reads=(), writes=(), allocates=False):
