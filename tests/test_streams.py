@@ -137,7 +137,7 @@ def blocks_attended_to(ordered):
 
 def jobs(ordered):
     host, executor = torch.zeros(4, pin_memory=True), ThreadPoolExecutor(1)
-    host.add_(1)
+    host.copy_(torch.ones(4, device="cuda"))  # the host waits
     first, second = (executor.submit(half.add_, 1) for half in host.split(2))
     (second if ordered else first).result()
     assert host[2:].tolist() == [2, 2]
