@@ -102,6 +102,7 @@ def freed_while_another_stream_uses_it(ordered):
     del view
     y.cpu()  # allocates nothing on the device
     del y
+    torch.cuda.current_stream().record_event().synchronize()  # not the side stream
     if ordered:
         torch.cuda.synchronize()
     torch.ones(1, device="cuda")
