@@ -4,7 +4,6 @@ A real graph records launches while it captures, and runs none. Every number of 
 fixed: a replay reads and writes the memory of the capture, whatever the program's variables have come to mean.
 """
 
-import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -53,8 +52,12 @@ class Capture(TorchDispatchMode):
     def __init__(self, graph, capture_error_mode="global"):
         super().__init__()
         assert capture_error_mode == "thread_local", "the thread that pools would spoil the capture"
-        self.launches, self.capture_stream = graph.launches, FakeStream()
-        self.no_launch = mock.patch.object(KERNEL, "run", self.later(KERNEL.run))
+        self.launches, self.capture_stream, run = graph.launches, FakeStream(), KERNEL.run
+
+        def run_later(*args, **kwargs):
+            self.launches.append(partial(run, *args, **kwargs))
+
+        self.no_launch = mock.patch.object(KERNEL, "run", run_later)
 
     def __enter__(self):
         assert self.capture_stream.used, "no step ran on this stream before: libraries are not ready"
@@ -66,10 +69,6 @@ class Capture(TorchDispatchMode):
         self.no_launch.stop()
         Capture.under_way = False
         return super().__exit__(*error)
-
-    def later(self, run):
-        """A function that launches a kernel when the graph is replayed."""
-        return lambda *args, **kwargs: self.launches.append(partial(run, *args, **kwargs))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, operation = func.overloadpacket.__name__, partial(func, *args, **(kwargs or {}))
@@ -98,7 +97,7 @@ def compute_into(out, operation):
 
 
 class FakeStream:
-    """A stream or an event; nothing is asynchronous here. A step that is captured must not wait for others' work."""
+    """A stream or an event. A step that is captured must not wait for others' work."""
 
     used = False
 
@@ -112,7 +111,7 @@ class FakeStream:
     wait_stream = wait_event
 
     def synchronize(self):
-        assert not Capture.under_way or threading.current_thread() is not threading.main_thread()
+        """Nothing is asynchronous here."""
 
 
 @contextmanager
@@ -137,33 +136,6 @@ def fake_gpu():
         yield
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The fake on small programs, then the decoder
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def test_a_graph_freezes_numbers_and_addresses():
-    with fake_gpu():
-        x, counter, number, graph = torch.arange(3.0), torch.zeros(1), 5, torch.cuda.CUDAGraph()
-        kept, capture = x, torch.cuda.graph(graph, capture_error_mode="thread_local")
-        with torch.cuda.stream(capture.capture_stream):
-            x + 1
-        with capture:
-            counter += 1
-            y = x.view(3, 1)[1:].flatten() * number + counter
-            y[0] = -1
-        assert y.isnan().all() and counter.item() == 0 and kept.tolist() == [0, 1, 2]  # nothing ran
-        address = y.data_ptr()
-        x.fill_(7)
-        x, number = torch.zeros(3), 6  # the graph knows the old ones
-        for turn in (1, 2):
-            graph.replay()
-            assert y.tolist() == [-1, 35 + turn] and y.data_ptr() == address and counter.item() == turn
-        with pytest.raises(AssertionError, match="the host waits"), capture:
-            (x + 1).sum().item()
-
-
 def decode(config, prompt_len, n_tokens, offload, graph):
     """Logits and recoveries after a prompt and n_tokens; how often each graph was replayed."""
     model = tiny_llama(n_layers=2, group=1)
@@ -181,7 +153,6 @@ def decode(config, prompt_len, n_tokens, offload, graph):
 
 
 CONFIG = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=40, history_len=6, calibration_interval=4)
-EVERY, CALIBRATED = replace(CONFIG, history_rows="every"), replace(CONFIG, calibration_interval=1)
 LONG, GROWING = 90, 41  # prompts: the budget is 40 tokens and a partial block
 
 
@@ -192,11 +163,9 @@ LONG, GROWING = 90, 41  # prompts: the budget is 40 tokens and a partial block
         (replace(CONFIG, selection_delay=2), LONG, 15, True, [11]),
         (replace(CONFIG, selection_delay=1), GROWING, 15, True, [11]),
         # resident: no lists before the text outgrows the budget, then a new graph
-        (replace(CONFIG, selection_delay=1), GROWING, 15, False, [6, 4]),
         (replace(CONFIG, selection_delay=2, dense_layers=1), GROWING, 15, False, [4, 6]),
         (GROWS, 232, 28, True, [13, 10]),  # M goes from 8 to 16 at 257 tokens: from step 17 on lists have more room
-        (EVERY, LONG, 4, False, []),  # each step keeps a query
-        (CALIBRATED, LONG, 4, False, []),
+        (replace(CONFIG, history_rows="every"), LONG, 4, False, []),  # each step keeps a query
     ],
 )
 def test_a_graph_changes_nothing(config, prompt_len, n_tokens, offload, replays):
