@@ -6,15 +6,20 @@
     4. sparse_decode   query, those blocks ->  attention output; `write_rows` makes a row of history of it
     5. copy_blocks     host memory         ->  device slots, for the blocks that `assign_slots` does not find there
 
-Each section gives the mathematics, a PyTorch reference that can be checked by eye, the Triton kernel, and the launcher
-that the rest of the project calls. The argument `backend` ("torch" or "triton") says which code runs.
+Each section gives the mathematics, a PyTorch reference, the Triton kernel, and the launcher that the rest of the
+project calls. The argument `backend` ("torch" or "triton") says which code runs. A CPU runs the references, too, except
+for attention, where it calls `attend_padded`. What the launchers share is at the end.
 
 Shapes: Hq query heads, Hk KV heads, D head dimension, T cached tokens, b tokens per block, N = ceil(T / b) blocks.
 `heads` counts selection heads: Hk where the queries of a KV head select together, Hq where each selects for itself;
 G = Hq / heads. The kernels need D and b to be powers of two.
 
-Integers that change from token to token are marked `do_not_specialize`: Triton would otherwise compile a kernel anew
-when such a number becomes 1 or a multiple of 16.
+Conventions of the kernels. Arguments in capitals are compile-time constants. Integers that change from token to token
+are marked `do_not_specialize`: Triton would otherwise compile a kernel anew when such a number becomes 1 or a multiple
+of 16. An index that multiplies a large stride is int64, because offsets may exceed 2^31. OPERAND is the dtype in which
+tl.dot multiplies: the inputs' own, but float32 in the interpreter; input_precision="ieee" forbids TF32 for float32
+inputs. Running softmaxes keep a maximum `m`, a sum of exponentials `l` and a weighted sum `acc`; a split that sees no
+key ends with l = 0, so its log-sum-exp is -inf and it weighs nothing.
 
 Source: Yang et al., AttentionPredictor, NeurIPS 2025, arXiv 2502.04077. The incremental prediction is this project's.
 """
@@ -27,7 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c rounds once; later versions want to be asked
+os.environ.setdefault(
+    "TRITON_DEFAULT_FP_FUSION", "1"
+)  # a * b + c rounds once; newer Triton versions turn this off by default
 try:
     import triton
     import triton.language as tl
@@ -36,7 +43,7 @@ except ImportError:  # the torch backend works without Triton
     triton = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda function: function), knobs=None)
 
 LOWEST = tl.constexpr(-3.0e38)  # a running maximum starts here: finite, so that LOWEST - LOWEST is not NaN
-PROGRAMS_PER_MULTIPROCESSOR = 2  # how many programs a split pass over K aims at
+PROGRAMS_PER_MULTIPROCESSOR = 2  # how many a split pass over K launches, about
 TILE_BYTES = 16384  # of K or of V that a program loads at once; several such loads are in flight
 
 
@@ -50,17 +57,19 @@ TILE_BYTES = 16384  # of K or of V that a program loads at once; several such lo
 POOL_CHUNK_HEADS, POOL_CHUNK_TOKENS = 8, 1024  # whose keys the reference multiplies at once: they stay in a CPU cache
 
 
-def pool_history_reference(q, k_cache, n_tokens, stride):
-    """See `pool_history`."""
+def pool_history_reference(q, k_cache, n_tokens, row_distance):
+    """See `pool_history`. In short: logits = q @ k.mT / sqrt(D), -inf for keys in a row's future, and then
+    pooled = softmax(logits).unflatten(-1, (N, b)).amax(-1). It runs in chunks of keys that stay in a CPU's cache.
+    """
     (n_heads, rows, head_dim), (n_kv_heads, _, block_size, _) = q.shape, k_cache.shape
     n_blocks = -(-n_tokens // block_size)
     dtype = torch.promote_types(q.dtype, torch.float32)
     q = q.reshape(n_kv_heads, -1, head_dim).to(dtype) * head_dim**-0.5  # (Hk, G * rows, D)
-    position = n_tokens - 1 - stride * torch.arange(rows - 1, -1, -1, device=q.device)  # (rows,)
+    position = n_tokens - 1 - row_distance * torch.arange(rows - 1, -1, -1, device=q.device)  # (rows,)
     pooled = q.new_empty(n_kv_heads, n_heads // n_kv_heads, rows, n_blocks)  # the block maxima first
     lse = q.new_full(pooled.shape[:3], float("-inf"))  # (Hk, G, rows)
-    heads, chunk = POOL_CHUNK_HEADS, max(1, POOL_CHUNK_TOKENS // block_size)
-    for some_q, some_k, some_max, some_lse in zip(*(x.split(heads) for x in (q, k_cache, pooled, lse))):
+    chunk = max(1, POOL_CHUNK_TOKENS // block_size)  # blocks
+    for some_q, some_k, some_max, some_lse in zip(*(x.split(POOL_CHUNK_HEADS) for x in (q, k_cache, pooled, lse))):
         for first in range(0, n_blocks, chunk):
             last = min(first + chunk, n_blocks)
             k = some_k[:, first:last].flatten(1, 2).to(dtype)  # (heads, chunk * b, D)
@@ -115,10 +124,10 @@ def _pool_kernel(
     tl.store(partial_lse_ptr + out_row * splits + split, m + tl.log(l), mask=in_group)
 
 
-def pool_history(q, k_cache, n_tokens, stride=1, backend="torch"):
+def pool_history(q, k_cache, n_tokens, row_distance=1, backend="torch"):
     """Block-max-pooled causal attention probabilities of past queries (README: prefill and calibrate).
 
-    q        (Hq, rows, D), rotated; row r is the query of position n_tokens - 1 - (rows - 1 - r) * stride
+    q        (Hq, rows, D), rotated; row r is the query of position n_tokens - 1 - (rows - 1 - r) * row_distance
     k_cache  (Hk, capacity, b, D), rotated; the first n_tokens keys are read. Several layers may be flattened into the
              heads of both.
     returns  pooled (Hq, rows, N) float32, and the rows' log-sum-exp of scaled logits (Hq, rows) float32
@@ -126,9 +135,11 @@ def pool_history(q, k_cache, n_tokens, stride=1, backend="torch"):
     n_heads, rows, head_dim = q.shape
     n_kv_heads, capacity, block_size, _ = k_cache.shape
     assert n_heads % n_kv_heads == 0 and 1 <= n_tokens <= capacity * block_size
-    assert rows >= 1 and (rows - 1) * stride < n_tokens, f"{rows} rows, {stride} apart, in {n_tokens} tokens"
+    assert rows >= 1 and (rows - 1) * row_distance < n_tokens, (
+        f"{rows} rows, {row_distance} apart, in {n_tokens} tokens"
+    )
     if not use_triton(backend, q.device):
-        return pool_history_reference(q, k_cache, n_tokens, stride)
+        return pool_history_reference(q, k_cache, n_tokens, row_distance)
     check_caches(q, k_cache)
     group, n_blocks = n_heads // n_kv_heads, -(-n_tokens // block_size)
     tile_blocks, stages = kv_tile(head_dim, block_size, q.element_size())
@@ -140,7 +151,7 @@ def pool_history(q, k_cache, n_tokens, stride=1, backend="torch"):
     partial_lse = q.new_empty((n_heads, rows, splits), dtype=torch.float32)
     _pool_kernel[(row_tiles, splits, n_kv_heads)](
         q, k_cache, pooled, partial_lse,
-        n_tokens, n_blocks, splits, rows, stride, head_dim**-0.5,
+        n_tokens, n_blocks, splits, rows, row_distance, head_dim**-0.5,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_BLOCKS=tile_blocks, TILE_ROWS=tile_rows,
         OPERAND=dot_operand(q.dtype), num_warps=4, num_stages=stages,
@@ -155,14 +166,15 @@ def pool_history(q, k_cache, n_tokens, stride=1, backend="torch"):
 # The last convolution is linear and works on single cells, so it may be applied before the mean. With
 #     p[r, n] = sum over c of w3[c] * relu(conv2)[c, r, n]      the score is      b3 + (1/H) * sum over r of p[r, n].
 # p[r, n] depends on the image two rows and two columns around (r, n). Rows 2 ... H-3 of the window see no vertical
-# padding, so their p stays the same while the window slides. After `new` rows have entered, these are computed:
+# padding, so their p stays the same while the window slides. After k rows have entered, k + 4 rows are recomputed:
 #
-#     row        0 1 | 2 ............... H-3-new | H-2-new ......... H-3 | H-2 H-1
-#     p          new | kept from the last call   | interior now: new     | new        new + 4 rows in all
-#     because    padding above has come nearer     they saw padding below  they see padding below
+#     row        0 1          | 2 ......... H-3-k | H-2-k ........... H-3 | H-2 H-1
+#     p          recomputed   | kept              | recomputed            | recomputed
+#     because    padding is     no padding within   padding was below them, padding is
+#                above them     two rows            now rows are            below them
 #
-# When the middle has grown by columns, the two columns before them have lost their padding on the right: the kept rows
-# are computed anew from there on.
+# When the middle has grown by columns, the two columns before the new ones had padding on their right: from there on
+# the kept rows are recomputed, too.
 #
 # The history is a ring of H rows: row r of the window (0 is the oldest) lies in slot (newest + 1 + r) mod H. The
 # contributions p live in a ring of the same shape, in the same slots.
@@ -199,7 +211,10 @@ def predict_reference(history, newest, start, end, weights):
 
 
 def stale_strips(history_len, new_rows, start, end, valid_end):
-    """What `predict` computes: strips (first row, last row + 1, first column) of the window, each up to column end."""
+    """What `predict` recomputes: strips (top, bottom, left) of the window, rows top ... bottom - 1 from column left on.
+
+    A strip begins at the image's left edge or at least two columns inside, so that its two columns of context exist.
+    """
     if valid_end <= start or new_rows >= history_len - 4:
         return [(0, history_len, start)]
     bottom = history_len - 2 - new_rows
@@ -210,10 +225,13 @@ def stale_strips(history_len, new_rows, start, end, valid_end):
 
 
 def contributions_reference(image, strip, weights):
-    """p of one strip: image (heads, H, n) -> (heads, rows, columns). Rows and columns around it give the context."""
+    """p of one strip: image (heads, H, n) -> (heads, rows, columns).
+
+    Each of the two convolutions needs a row or column around its output: of the image, or zeros at the image's edge.
+    """
     top, bottom, left = strip
     context = image[:, max(0, top - 2) : bottom + 2, max(0, left - 2) :]  # (heads, rows', columns')
-    pad = (int(left == 0), 1, int(top == 0), int(bottom == image.shape[1]))  # zeros outside the image only
+    pad = (int(left == 0), 1, int(top == 0), int(bottom == image.shape[1]))  # a strip ends at the right edge
     x = F.pad(context[:, None].float(), pad).contiguous(memory_format=torch.channels_last)
     x = F.relu_(F.conv2d(x, weights["conv1.weight"], weights["conv1.bias"]))  # (heads, 16, rows'', columns'')
     x = F.relu_(F.conv2d(F.pad(x, pad), weights["conv2.weight"], weights["conv2.bias"]))  # (heads, 32, rows, columns)
@@ -223,27 +241,29 @@ def contributions_reference(image, strip, weights):
 def update_contributions_reference(history, contributions, newest, strips, start, end, weights):
     """Compute the strips of p anew, a few heads at a time, to bound the memory."""
     slots = window_slots(newest, history.shape[1], history.device)  # (H,)
-    chunk = max(1, PREDICT_CELLS // max((bottom - top + 4) * (end - first) for top, bottom, first in strips))
+    chunk = max(1, PREDICT_CELLS // max((bottom - top + 4) * (end - left) for top, bottom, left in strips))
     for some_history, some_p in zip(history.split(chunk), contributions.split(chunk)):
         image = some_history[:, slots, start:end]  # (chunk, H, n), the oldest row first
-        for top, bottom, first in strips:
-            p = contributions_reference(image, (top, bottom, first - start), weights)  # (chunk, rows, columns)
-            some_p[:, slots[top:bottom], first:end] = p.to(some_p.dtype)
+        for top, bottom, left in strips:
+            p = contributions_reference(image, (top, bottom, left - start), weights)  # (chunk, rows, columns)
+            some_p[:, slots[top:bottom], left:end] = p.to(some_p.dtype)
 
 
 # Grid: (heads, tiles of TILE columns, chunks of ROWS rows). A program walks down its columns. Both convolutions are
 # matrix products on tensor cores: a cell's 3 x 3 patch (9 of 16 columns) times conv1's taps (16, 16), then conv1's 16
-# channels times (16, 32) for each of conv2's 9 taps. Each row of conv1 is added to the three rows of conv2 that look at
-# it, so that only history and p touch global memory. Outside the image conv1's output is zero, as conv2's padding
-# demands. Traffic: ROWS + 4 rows of history read (27 taps hit the cache), ROWS rows of p written; weights stay cached.
-@triton.jit(do_not_specialize=["newest", "start", "first", "end", "top", "bottom"])
+# channels times (16, 32) for each of conv2's 9 taps. A row of conv1 enters three rows of conv2, through the bottom,
+# middle and top row of taps; only history and p touch global memory. Outside the image conv1's output is zero, as
+# conv2's padding demands. Traffic: ROWS + 4 rows of history read (each value 27 times, from the cache all but once),
+# ROWS rows of p written; weights stay cached.
+@triton.jit(do_not_specialize=["newest", "left", "end", "top", "bottom"])
 def _contributions_kernel(
     history_ptr, contributions_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr,
-    stride_hh, stride_hr, stride_ph, stride_pr, newest, start, first, end, top, bottom, H,
+    stride_hh, stride_hr, stride_ph, stride_pr, newest, start, left, end, top, bottom, history_len,
     ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
-    column = first + tl.program_id(1) * TILE + tl.arange(0, TILE)  # (TILE,)
+    TAP_ROW: tl.constexpr = 3 * 16 * 32  # weights in a row of conv2's taps
+    column = left + tl.program_id(1) * TILE + tl.arange(0, TILE)  # (TILE,)
     first_row = top + tl.program_id(2) * ROWS
     last_row = tl.minimum(first_row + ROWS, bottom)
     tap, c1, c2 = tl.arange(0, 16), tl.arange(0, 16), tl.arange(0, 32)
@@ -254,8 +274,8 @@ def _contributions_kernel(
     for row in range(first_row - 1, last_row + 1):  # of conv1
         acc_next = bias
         tap_row = row - 1 + tap // 3  # (16,)
-        slot = (newest + 1 + tap_row + H) % H
-        row_mask = (tap < 9) & (tap_row >= 0) & (tap_row < H)
+        slot = (newest + 1 + tap_row + history_len) % history_len
+        row_mask = (tap < 9) & (tap_row >= 0) & (tap_row < history_len)
         for dx in range(3):  # not unrolled: three sets of conv2 weights would spill registers
             x_column = column + dx - 1  # (TILE,) of conv1, as this tap of conv2 sees it
             tap_column = x_column[:, None] - 1 + tap[None, :] % 3  # (TILE, 16)
@@ -263,15 +283,15 @@ def _contributions_kernel(
             cell = head * stride_hh + slot[None, :] * stride_hr + tap_column
             patch = tl.load(history_ptr + cell, mask=patch_mask, other=0.0).to(tl.float32)  # (TILE, 16)
             x = tl.dot(patch, w1, input_precision=PRECISION) + b1[None, :]  # (TILE, 16)
-            in_image = (x_column >= start) & (x_column < end) & (row >= 0) & (row < H)
+            in_image = (x_column >= start) & (x_column < end) & (row >= 0) & (row < history_len)
             x = tl.where(in_image[:, None], tl.maximum(x, 0.0), 0.0)
-            w2 = w2_ptr + (dx * 16 + c1[:, None]) * 32 + c2[None, :]  # (16, 32) of tap (0, dx); a row of taps is 1536
-            acc_previous = tl.dot(x, tl.load(w2 + 3072), acc_previous, input_precision=PRECISION)
-            acc = tl.dot(x, tl.load(w2 + 1536), acc, input_precision=PRECISION)
-            acc_next = tl.dot(x, tl.load(w2), acc_next, input_precision=PRECISION)
+            tap_ptr = w2_ptr + (dx * 16 + c1[:, None]) * 32 + c2[None, :]  # (16, 32) of tap (0, dx)
+            acc_previous = tl.dot(x, tl.load(tap_ptr + 2 * TAP_ROW), acc_previous, input_precision=PRECISION)
+            acc = tl.dot(x, tl.load(tap_ptr + TAP_ROW), acc, input_precision=PRECISION)
+            acc_next = tl.dot(x, tl.load(tap_ptr), acc_next, input_precision=PRECISION)
         if row > first_row:  # row - 1 is complete, and the program's own
             p = tl.sum(tl.maximum(acc_previous, 0.0) * w3[None, :], 1)  # (TILE,)
-            out = head * stride_ph + (newest + row) % H * stride_pr + column
+            out = head * stride_ph + (newest + row) % history_len * stride_pr + column
             tl.store(contributions_ptr + out, p, mask=column < end)
         acc_previous, acc = acc, acc_next
 
@@ -280,8 +300,8 @@ def predict(history, contributions, newest, new_rows, start, end, valid_end, wei
     """Scores of the middle blocks (README: predict).
 
     history        (heads, H, capacity) ring, float32 or float16; columns start ... end - 1 are the image
-    contributions  the same shape and dtype, updated in place: must come from the previous call, which had the same
-                   start, and the end `valid_end`; a first call passes valid_end = start
+    contributions  the same shape and dtype, updated in place. It must hold what the previous call left; that call had
+                   the same `start`, and its `end` is now passed as `valid_end`. A first call passes valid_end = start
     newest         slot of the last row
     new_rows       rows that have entered since that call
     weights        from `prepare_weights`
@@ -295,13 +315,13 @@ def predict(history, contributions, newest, new_rows, start, end, valid_end, wei
         assert history.stride(2) == contributions.stride(2) == 1
         tile = 128 if heads * triton.cdiv(end - start, 128) >= n_multiprocessors(history.device) else 64
         precision = "ieee" if interpreted() or is_amd() else "tf32x3"  # float32's accuracy, on tensor cores if possible
-        for top, bottom, first in strips:
-            grid = heads, triton.cdiv(end - first, tile), triton.cdiv(bottom - top, ROWS_PER_PROGRAM)
+        for top, bottom, left in strips:
+            grid = heads, triton.cdiv(end - left, tile), triton.cdiv(bottom - top, ROWS_PER_PROGRAM)
             _contributions_kernel[grid](
                 history, contributions, weights["conv1.taps"], weights["conv1.bias"],
                 weights["conv2.taps"], weights["conv2.bias"], weights["conv3.weight"],
                 history.stride(0), history.stride(1), contributions.stride(0), contributions.stride(1),
-                newest, start, first, end, top, bottom, history_len,
+                newest, start, left, end, top, bottom, history_len,
                 ROWS=ROWS_PER_PROGRAM, TILE=tile, PRECISION=precision, num_warps=tile // 16,
             )  # fmt: skip
     else:
@@ -327,22 +347,22 @@ def select_blocks_reference(scores, k):
 def _sortable(scores_ptr, index, n):
     """Unsigned integers that sort like the scores: NaN as -inf, -0 as +0, and what is not a score below all of them."""
     bits = tl.load(scores_ptr + index, mask=index < n, other=0.0).to(tl.int32, bitcast=True)  # (TILE,)
-    bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, -0x800000, bits)  # any NaN becomes -inf
+    bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, -0x800000, bits)  # any NaN gets the bits of -inf
     bits = tl.where(bits == -0x80000000, 0, bits)
-    key = bits ^ ((bits >> 31) | -0x80000000)
+    key = bits ^ ((bits >> 31) | -0x80000000)  # flip all bits of a negative number, of others the sign bit
     return tl.where(index < n, key, 0).to(tl.uint32, bitcast=True)  # (TILE,)
 
 
 # The k-th largest key is the largest threshold that at least k keys reach. It is found bit by bit, the highest first; a
 # last pass writes the indices of all larger keys, and of the first few keys that equal the threshold.
-# Grid: (rows,). Traffic: the scores once from memory, and 32 times from the cache.
+# Grid: (rows,). A tile is TILE scores. Traffic: the scores once from memory and 32 times from the cache; k indices.
 @triton.jit(do_not_specialize=["n"])
 def _select_kernel(scores_ptr, blocks_ptr, stride_row, n, k, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = scores_ptr + row * stride_row
     threshold = tl.full([], 0, tl.uint32)
     bit = tl.full([], 0x80000000, tl.uint32)
-    larger = 0  # keys above the threshold: those that reach the last refused candidate, which is threshold + 1
+    larger = 0  # keys that reach the last refused candidate; after the loop that is threshold + 1: keys above it
     for _ in range(32):
         reached = 0  # keys that reach threshold + bit
         for first in range(0, n, TILE):
@@ -384,51 +404,22 @@ def select_blocks(scores, k, backend="torch"):
 # --------------------------------------------------------------------------------------------------------------------
 # 4. Sparse flash-decoding.   out[h] = softmax(q k / sqrt(D)) v over the tokens of the blocks in head h's list
 #
-# A list is a run of block addresses in a table; the addresses point into a pool of blocks, which may be the whole cache
-# or the slots of an offloaded one. Lists of different heads may have different lengths. The queries of a group share
-# each block that is read.
+# A list is a run of entries in a block table. An entry is the number of a block in k_pool and v_pool, which are the
+# whole cache, or the slots of an offloaded one. Lists of different heads may have different lengths. The queries of a
+# group share each block that is read.
 # --------------------------------------------------------------------------------------------------------------------
 
 MERGE_TILE = 32  # partial results that the merge holds at once
-
-
-def pad_lists(lists):
-    """Lists of blocks (n,) int32, as a rectangle (lists, longest): a listed block fills it."""
-    padding = next((int(blocks[0]) for blocks in lists if len(blocks)), 0)
-    return pad_sequence(lists, batch_first=True, padding_value=padding)
-
-
-def length_mask(lengths, n_tokens):
-    """What to add to logits: 0 for the first lengths[...] of n_tokens, -inf for the others; (..., n_tokens) float32."""
-    return torch.where(torch.arange(n_tokens, device=lengths.device) < lengths[..., None], 0.0, float("-inf"))
-
-
-def gather_blocks(pool, address):
-    """Blocks of a pool (blocks, b, D), copied together: (lists, n) addresses -> (lists, n * b, D)."""
-    return pool.index_select(0, address.flatten()).view(len(address), -1, pool.shape[-1])
-
-
-def attend_padded(q, k_pool, v_pool, address, mask):
-    """Attention on a CPU, in one operation for all heads: q (Hq, D), none of the lists empty -> as `sparse_decode`.
-
-    address (heads, n) from `pad_lists`; mask (heads, n * b) from `length_mask`. PyTorch approximates the exponentials
-    of 16-bit inputs: the log-sum-exp is then good to 5e-5, while `sparse_decode_reference` has float32's accuracy.
-    """
-    k, v = (gather_blocks(pool, address)[:, None] for pool in (k_pool, v_pool))  # (heads, 1, n * b, D)
-    groups = q.view(len(address), 1, -1, q.shape[1])  # (heads, 1, G, D)
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike F's, it returns the log-sum-exp
-    out, lse = attend(groups, k, v, attn_mask=mask[:, None, None])  # (heads, 1, G, D), (heads, 1, G)
-    return out.view(q.shape), lse.view(-1)
 
 
 def sparse_decode_reference(q, k_pool, v_pool, table, starts, lengths, block_max):
     """See `sparse_decode`. What follows a list in its last block must be finite."""
     block_size, head_dim = k_pool.shape[1:]
     starts, blocks = starts.tolist(), (-(-lengths // block_size)).tolist()
-    address = pad_lists([table[start : start + n] for start, n in zip(starts, blocks)])  # (heads, longest)
-    mask = length_mask(lengths, address.shape[1] * block_size)  # (heads, tokens)
+    pool_block = pad_lists([table[start : start + n] for start, n in zip(starts, blocks)])  # (heads, longest)
+    mask = length_mask(lengths, pool_block.shape[1] * block_size)  # (heads, tokens)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    k, v = (gather_blocks(pool, address).to(dtype) for pool in (k_pool, v_pool))  # (heads, tokens, D)
+    k, v = (gather_blocks(pool, pool_block).to(dtype) for pool in (k_pool, v_pool))  # (heads, tokens, D)
     groups = q.view(len(starts), -1, head_dim).to(dtype) * head_dim**-0.5  # (heads, G, D)
     logits = groups @ k.mT + mask[:, None]  # (heads, G, tokens)
     lse = logits.logsumexp(-1)  # (heads, G), -inf where the list is empty
@@ -440,8 +431,26 @@ def sparse_decode_reference(q, k_pool, v_pool, table, starts, lengths, block_max
     return (p @ v).to(q.dtype).view(q.shape), lse.view(-1).float()
 
 
-# The lengths are known on the device only, so the grid is fixed and the programs divide the work among themselves: all
-# lists are cut into tiles, every head's tiles into splits of `chunk`, and program p takes the p-th split of all.
+def pad_lists(lists):
+    """Lists of pool blocks (n,) int32, padded to a rectangle (lists, longest) with any block that is listed."""
+    padding = next((int(blocks[0]) for blocks in lists if len(blocks)), 0)
+    return pad_sequence(lists, batch_first=True, padding_value=padding)
+
+
+def length_mask(lengths, n_tokens):
+    """What masks logits when it is added: (..., n_tokens) float32, 0 up to each of lengths (...,), -inf after it."""
+    return torch.where(torch.arange(n_tokens, device=lengths.device) < lengths[..., None], 0.0, float("-inf"))
+
+
+def gather_blocks(pool, pool_block):
+    """Copy blocks of a pool (blocks, b, D) together: pool_block (lists, n) -> (lists, n * b, D)."""
+    return pool.index_select(0, pool_block.flatten()).view(len(pool_block), -1, pool.shape[-1])
+
+
+# The lengths are known on the device only, so n_programs + heads programs start, and each finds its share itself. All
+# lists are cut into tiles, and a list's tiles into splits of `chunk`; program p takes the p-th split of all. Example:
+# lists of 5, 1, 0 and 9 tiles and n_programs = 4 give chunk = ceil(15 / 4) = 4, splits = 2, 1, 0, 3 and
+# first = 0, 2, 3, 3. Programs 0 and 1 take list 0, program 2 list 1, programs 3 to 5 list 3; 6 and 7 return at once.
 @triton.jit
 def _divide_work(lengths_ptr, heads, n_programs, TILE: tl.constexpr, MAX_HEADS: tl.constexpr):
     head = tl.arange(0, MAX_HEADS)
@@ -454,8 +463,8 @@ def _divide_work(lengths_ptr, heads, n_programs, TILE: tl.constexpr, MAX_HEADS: 
 
 
 # Grid: (n_programs + heads,). A program walks its split of one list in tiles of TILE_BLOCKS whole blocks with a running
-# softmax; the GROUP queries that share the list are the rows of one tl.dot, padded to 16. It leaves its normalised
-# output, its log-sum-exp, and each block's largest logit. Traffic: K and V of the listed blocks, once.
+# softmax; the GROUP queries that share the list are the rows of one tl.dot, padded to 16. Traffic: it reads K and V of
+# the listed blocks once, and writes its normalised output, its log-sum-exp, and each block's largest logit.
 @triton.jit
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, lengths_ptr, partial_out_ptr, partial_lse_ptr, block_max_ptr,
@@ -466,11 +475,11 @@ def _decode_kernel(
     TILE: tl.constexpr = TILE_BLOCKS * BLOCK_SIZE
     program = tl.program_id(0)
     every_head, every_first, every_splits, chunk = _divide_work(lengths_ptr, heads, n_programs, TILE, MAX_HEADS)
-    mine = (program >= every_first) & (program < every_first + every_splits)  # (MAX_HEADS,) true at one head, or none
-    if tl.sum(mine.to(tl.int32), 0) == 0:
+    owner = (program >= every_first) & (program < every_first + every_splits)  # (MAX_HEADS,) true at one head, or none
+    if tl.sum(owner.to(tl.int32), 0) == 0:
         return
-    head = tl.sum(tl.where(mine, every_head, 0), 0)
-    split = program - tl.sum(tl.where(mine, every_first, 0), 0)
+    head = tl.sum(tl.where(owner, every_head, 0), 0)
+    split = program - tl.sum(tl.where(owner, every_first, 0), 0)
     start, length = tl.load(starts_ptr + head), tl.load(lengths_ptr + head)
     g = tl.arange(0, GROUP_PAD)  # (GROUP_PAD,) query of the group
     d = tl.arange(0, HEAD_DIM)
@@ -484,13 +493,14 @@ def _decode_kernel(
 
     first_tile = split * chunk
     last_tile = tl.minimum(first_tile + chunk, tl.cdiv(length, TILE))
-    position = first_tile * TILE + token  # (TILE,) in the list
-    address = tl.load(table_ptr + start + position // BLOCK_SIZE, mask=position < length, other=0)  # (TILE,)
+    list_pos = first_tile * TILE + token  # (TILE,) of tokens in the list
+    pool_block = tl.load(table_ptr + start + list_pos // BLOCK_SIZE, mask=list_pos < length, other=0)  # (TILE,)
     for tile in range(first_tile, last_tile):
-        listed = position < length  # (TILE,)
-        row = address.to(tl.int64) * stride_n + token % BLOCK_SIZE * stride_t  # (TILE,)
-        position += TILE
-        address = tl.load(table_ptr + start + position // BLOCK_SIZE, mask=position < length, other=0)  # a tile ahead
+        listed = list_pos < length  # (TILE,)
+        row = pool_block.to(tl.int64) * stride_n + token % BLOCK_SIZE * stride_t  # (TILE,)
+        list_pos += TILE
+        entry_ptr = table_ptr + start + list_pos // BLOCK_SIZE
+        pool_block = tl.load(entry_ptr, mask=list_pos < length, other=0)  # of the next tile, to hide the latency
         k = tl.load(k_ptr + row[None, :] + d[:, None], mask=listed[None, :], other=0.0).to(OPERAND)  # (D, TILE)
         logits = tl.dot(q, k, input_precision="ieee") * scale  # (GROUP_PAD, TILE)
         logits = tl.where(listed[None, :], logits, float("-inf"))
@@ -503,7 +513,8 @@ def _decode_kernel(
         rescale = tl.exp(m - m_new)
         l = l * rescale + tl.sum(p, 1)
         v = tl.load(v_ptr + row[:, None] + d[None, :], mask=listed[:, None], other=0.0)  # (TILE, D)
-        acc = tl.dot(p.to(v.dtype).to(OPERAND), v.to(OPERAND), acc * rescale[:, None], input_precision="ieee")
+        p = p.to(v.dtype).to(OPERAND)  # rounded as v is, in the interpreter too
+        acc = tl.dot(p, v.to(OPERAND), acc * rescale[:, None], input_precision="ieee")
         m = m_new
     partial = program * GROUP + g  # (GROUP_PAD,)
     tl.store(partial_lse_ptr + partial, m + tl.log(l), mask=in_group)
@@ -546,10 +557,10 @@ def sparse_decode(q, k_pool, v_pool, table, starts, lengths, block_max, backend=
 
     q          (Hq, D), rotated; query i uses list i // G
     k_pool     (blocks, b, D), v_pool alike, with the same strides
-    table      (A,) int32: addresses of blocks in the pool
+    table      (E,) int32: the numbers of blocks in the pools
     starts     (heads,) int32: where each list starts in the table
     lengths    (heads,) int32: tokens in each list, which are all in full blocks but the last; may be 0
-    block_max  (G, A) float32, written at the lists' entries: the largest scaled logit of each block; for the torch
+    block_max  (G, E) float32, written at the lists' entries: the largest scaled logit of each block; for the torch
                backend perhaps None
     returns    out (Hq, D) in q's dtype, and the log-sum-exp of scaled logits (Hq,) float32; 0 and -inf for empty lists
     """
@@ -582,31 +593,47 @@ def sparse_decode(q, k_pool, v_pool, table, starts, lengths, block_max, backend=
     return out, lse
 
 
-def write_rows(block_max, lse, columns, starts, lengths, rows, block_size):
+def attend_padded(q, k_pool, v_pool, pool_block, mask):
+    """What a CPU runs: attention in one operation for all heads, without block maxima. No list may be empty.
+
+    q (Hq, D); pool_block (heads, n) from `pad_lists`; mask (heads, n * b) from `length_mask` -> as `sparse_decode`.
+    PyTorch approximates the exponentials of 16-bit inputs: the log-sum-exp is then good to 5e-5, while
+    `sparse_decode_reference` has float32's accuracy.
+    """
+    k, v = (gather_blocks(pool, pool_block)[:, None] for pool in (k_pool, v_pool))  # (heads, 1, n * b, D)
+    groups = q.view(len(pool_block), 1, -1, q.shape[1])  # (heads, 1, G, D)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike F's, it returns the log-sum-exp
+    out, lse = attend(groups, k, v, attn_mask=mask[:, None, None])  # (heads, 1, G, D), (heads, 1, G)
+    return out.view(q.shape), lse.view(-1)
+
+
+def write_rows(block_max, lse, block, starts, lengths, rows, block_size):
     """The history rows that sparse attention leaves: the largest probability of each listed block.
 
     The queries of a group share a row, their root mean square. One call serves all layers, and only the paper's setting
     makes one for each token, so it needs no kernel of its own.
 
     block_max, starts, lengths  as in `sparse_decode`, the starts in ascending order; lse (heads * G,) float32
-    columns                     (A,) int64: the number of each listed block
+    block                       (E,) int64: the block of the text that each entry stands for
     rows                        (heads, capacity) float32 or float16, overwritten; zero where nothing was attended
     """
-    entry = torch.arange(len(columns), device=columns.device, dtype=torch.int32)  # (A,)
-    head = (torch.searchsorted(starts, entry, right=True) - 1).clamp(min=0)  # (A,)
-    offset = entry - starts[head]  # (A,) in the head's list
+    entry = torch.arange(len(block), device=block.device, dtype=torch.int32)  # (E,)
+    head = (torch.searchsorted(starts, entry, right=True) - 1).clamp(min=0)  # (E,)
+    offset = entry - starts[head]  # (E,) in the head's list
     listed = (offset >= 0) & (offset * block_size < lengths[head])
-    p = torch.exp(block_max - lse.view(len(starts), -1).T[:, head]).square().mean(0).sqrt()  # (A,)
+    p = torch.exp(block_max - lse.view(len(starts), -1).T[:, head]).square().mean(0).sqrt()  # (E,)
     p = torch.where(listed, p, 0.0).to(rows.dtype)
-    rows.zero_().index_put_((head, torch.where(listed, columns, 0)), p, accumulate=True)
+    block = torch.where(listed, block, 0)  # (E,): what is not listed adds 0 to block 0
+    rows.zero_().index_put_((head, block), p, accumulate=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 5. Copying.   First the difference: a wanted block that is in a slot stays there; the others take, in order, the empty
-# slots. Then destination[to[i]] = source[from[i]] for every i with from[i] >= 0.
+# 5. Copying.   destination[to[i]] = source[from[i]]   for every i with from[i] >= 0
 #
-# A slot whose block is no longer wanted counts as empty from the next call on, not in this one: the token that runs
-# beside the copy still reads it. So there are more slots than wanted blocks: spare ones for the blocks that come.
+# `assign_slots` decides what to copy, and where: a wanted block that a slot holds stays there, and the others take the
+# empty slots in order. A slot whose block is no longer wanted counts as empty from the next call on, not in this one,
+# because the token that runs during the copy still reads it. So there are more slots than wanted blocks: spare ones
+# for the new blocks.
 # --------------------------------------------------------------------------------------------------------------------
 
 COPY_PROGRAMS = 16  # use at most 16 multiprocessors, leaving the rest for compute
@@ -625,12 +652,12 @@ def assign_slots(wanted, held):
     It runs once per selection and needs no kernel of its own.
     """
     assert len(wanted) == len(held) and wanted.dtype == held.dtype == torch.int32
-    held_blocks, slot = held.sort(dim=1, stable=True)  # (rows, s): the empty slots first, in ascending order
-    at = torch.searchsorted(held_blocks, wanted).clamp(max=held.shape[1] - 1)  # (rows, k)
-    missing = (wanted >= 0) & (held_blocks.gather(1, at) != wanted)  # (rows, k)
-    at = torch.where(missing, missing.cumsum(1) - 1, at)  # the r-th missing block takes the r-th empty slot
-    slots = slot.gather(1, at)  # (rows, k)
-    new_held = torch.full_like(held, -1).scatter_reduce(1, slots, wanted, "amax")  # a wanted -1 changes nothing
+    held_blocks, slot_of = held.sort(dim=1, stable=True)  # (rows, s): the empty slots first, in ascending order
+    index = torch.searchsorted(held_blocks, wanted).clamp(max=held.shape[1] - 1)  # (rows, k)
+    missing = (wanted >= 0) & (held_blocks.gather(1, index) != wanted)  # (rows, k)
+    index = torch.where(missing, missing.cumsum(1) - 1, index)  # the r-th missing block takes the r-th empty slot
+    slots = slot_of.gather(1, index)  # (rows, k)
+    new_held = torch.full_like(held, -1).scatter_reduce(1, slots, wanted, "amax")  # -1 loses
     return torch.where(wanted >= 0, slots, -1).int(), torch.where(missing, wanted, -1), new_held
 
 
@@ -642,24 +669,24 @@ def copy_blocks_reference(source, destination, source_index, destination_index):
 
 
 # Grid: (COPY_PROGRAMS,). The launcher has sorted the indices: the rows to copy come first. Each program counts them and
-# takes every COPY_PROGRAMS-th tile of them, so that all share the work however few there are. A tile is TILE lanes of 4
-# bytes, moved as integers whatever the dtype. Traffic: those rows, read and written once.
+# takes every COPY_PROGRAMS-th tile of them, so that all share the work however few there are. A tile is TILE words of 4
+# bytes, moved as integers whatever the dtype. Traffic: the indices; those rows, read and written once.
 @triton.jit(do_not_specialize=["n"])
 def _copy_kernel(
     source_ptr, destination_ptr, source_index_ptr, destination_index_ptr, n, stride_source, stride_destination,
-    LANES: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    WORDS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    TILES: tl.constexpr = (LANES + TILE - 1) // TILE  # of a row
-    copied = 0  # rows
+    TILES: tl.constexpr = (WORDS + TILE - 1) // TILE  # of a row
+    n_copied = 0  # rows
     for first in range(0, n, CHUNK):
         i = first + tl.arange(0, CHUNK)  # (CHUNK,)
-        copied += tl.sum((tl.load(source_index_ptr + i, mask=i < n, other=-1) >= 0).to(tl.int32), 0)
-    for tile in tl.range(tl.program_id(0), copied * TILES, tl.num_programs(0), num_stages=3):
+        n_copied += tl.sum((tl.load(source_index_ptr + i, mask=i < n, other=-1) >= 0).to(tl.int32), 0)
+    for tile in tl.range(tl.program_id(0), n_copied * TILES, tl.num_programs(0), num_stages=3):
         source_row = tl.load(source_index_ptr + tile // TILES).to(tl.int64)
         destination_row = tl.load(destination_index_ptr + tile // TILES).to(tl.int64)
-        lane = tile % TILES * TILE + tl.arange(0, TILE)  # (TILE,)
-        bits = tl.load(source_ptr + source_row * stride_source + lane, mask=lane < LANES)
-        tl.store(destination_ptr + destination_row * stride_destination + lane, bits, mask=lane < LANES)
+        word = tile % TILES * TILE + tl.arange(0, TILE)  # (TILE,)
+        bits = tl.load(source_ptr + source_row * stride_source + word, mask=word < WORDS)
+        tl.store(destination_ptr + destination_row * stride_destination + word, bits, mask=word < WORDS)
 
 
 def copy_blocks(source, destination, source_index, destination_index, backend="torch"):
@@ -676,11 +703,11 @@ def copy_blocks(source, destination, source_index, destination_index, backend="t
     assert source.stride(1) == destination.stride(1) == 1
     source, destination = source.view(torch.int32), destination.view(torch.int32)
     source_index, order = source_index.sort(descending=True)
-    lanes = source.shape[1]
+    words = source.shape[1]
     _copy_kernel[(COPY_PROGRAMS,)](
         source, destination, source_index, destination_index[order],
         len(source_index), source.stride(0), destination.stride(0),
-        LANES=lanes, TILE=min(2048, triton.next_power_of_2(lanes)), CHUNK=COPY_CHUNK, num_warps=4,
+        WORDS=words, TILE=min(2048, triton.next_power_of_2(words)), CHUNK=COPY_CHUNK, num_warps=4,
     )  # fmt: skip
 
 

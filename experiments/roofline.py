@@ -93,7 +93,7 @@ def counting(host=None):
         given = dict(zip(kernel.arg_names, arguments)) | options
         counts.launches.append(Launch(kernel, grid, given))
         if kernel is kernels._copy_kernel and counts.on_host(given["destination_ptr"]):  # every block is copied
-            counts.link_bytes += given["n"] * given["LANES"] * given["destination_ptr"].element_size()
+            counts.link_bytes += given["n"] * given["WORDS"] * given["destination_ptr"].element_size()
 
     def pool(q, k_cache, n_tokens, stride=1, backend="torch"):
         if backend == "triton":

@@ -314,7 +314,8 @@ def test_counters_are_exact(select_heads, heads):
     config = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=32, dense_layers=1, calibration_interval=4,
                     selection_interval=2, history_len=10, history_rows="every", select_heads=select_heads)  # fmt: skip
     decoder = SparseDecoder(config, model, random_predictor(), 200)
-    list(generate(model, decoder, list(range(50)), 10))
+    with mock.patch.object(kernels, "predict", wraps=kernels.predict) as predict:
+        list(generate(model, decoder, list(range(50)), 10))
     steps = range(1, 10)
     key = 16 * 4  # a head's key, in bytes
     end = {s: (50 + 1 + (s - 1) // 2 * 2 - 8) // 8 for s in steps}  # of the middle at the selection that serves step s
@@ -323,6 +324,9 @@ def test_counters_are_exact(select_heads, heads):
     assert decoder.stats.attention_bytes == sum(2 * key * (2 * (50 + s) + 2 * heads * attended[s]) for s in steps)
     assert decoder.stats.dense_bytes == sum(2 * 2 * key * 3 * (50 + s) for s in steps)
     assert decoder.stats.calibration_bytes == sum(2 * 2 * key * (50 + s) for s in (4, 8))
+    ends = [end[s] for s in (1, 3, 5, 7, 9)]  # of the middle at the selections after steps 0, 2, 4, 6 and 8
+    expected = [(0, 1, ends[0], 1), *((2, 1, new, old) for old, new in zip(ends, ends[1:]))]
+    assert [call.args[3:7] for call in predict.call_args_list] == expected  # new_rows, start, end, valid_end
     columns = {s: (50 + s + 1 - 8) // 8 - 1 for s in (2, 4, 6, 8)}
     assert decoder.stats.choosing_bytes == sum(2 * heads * (10 + 4) * n * 2 for n in columns.values())
     assert decoder.stats.read_bytes == sum(

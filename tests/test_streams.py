@@ -56,7 +56,7 @@ DECLARED = {
     (kernels, "predict"): touched_by_predict,
     (kernels, "select_blocks"): lambda a: ([a.scores], []),
     (kernels, "sparse_decode"): touched_by_sparse_decode,
-    (kernels, "write_rows"): lambda a: ([a.block_max, a.lse, a.columns, a.starts, a.lengths], [a.rows]),
+    (kernels, "write_rows"): lambda a: ([a.block_max, a.lse, a.block, a.starts, a.lengths], [a.rows]),
     (kernels, "assign_slots"): lambda a: ([a.wanted, a.held], []),
     (kernels, "copy_blocks"): touched_by_copy_blocks,
     (attnpred, "causal_attention"): lambda a: ([a.q, a.k, a.v], []),
