@@ -3,7 +3,7 @@
     python attnpred.py --prompt "Why is the sky blue?"
 
 Reading order: `Config` (the parameters), `Predictor` (the network), `SparseDecoder` (the method: prefill, attend,
-calibrate, predict, select), `KVCache` and `OffloadedCache` (where K and V are), `generate`, the command line. The
+calibrate, predict, select), `generate`, `KVCache` and `OffloadedCache` (where K and V are), the command line. The
 arithmetic is in kernels.py, the language model in model.py.
 
 Source: Yang et al., AttentionPredictor: Temporal Patterns Matter for KV Cache Compression, NeurIPS 2025
@@ -66,7 +66,9 @@ class Config:
     history_len: int = parameter(64, "H", 64, "rows of pooled attention kept")
     sink_tokens: int | None = parameter(None, "S", 64, "first tokens, always attended; default: one block")
     local_tokens: int = parameter(64, "R", 64, "last tokens, always attended")
-    budget: int = parameter(1024, "B", 1024, "tokens attended per head, sink and local tokens included")
+    budget: int = parameter(
+        1024, "B", 1024, "tokens attended per head, in the mean of those that share; sink and local tokens included"
+    )
     calibration_interval: int | str = parameter(
         "auto", "M", 5, "every M-th step the true attention row enters the history; auto: 8, doubled while T / M > B"
     )
@@ -86,13 +88,13 @@ class Config:
         "kv", "", "q", "kv: the query heads of a KV head select together; q: each for itself", ("kv", "q")
     )
     selection_delay: int | str = parameter(
-        0, "", 0, "tokens that run beside a calibration and its selection; auto: M / 8, at least 1 (with --offload)"
+        0, "", 0, "a selection takes effect this many tokens after its step; auto: M / 8, at least 1 (with --offload)"
     )
     swap_share: float = parameter(
         1.0,
         "",
         1.0,
-        "share of the selected blocks that one selection may exchange; the worst wait (with --offload: 0.15)",
+        "largest share of the blocks that one selection may replace, which bounds the copy (with --offload: 0.15)",
     )
 
     OFFLOADED = dict(selection_delay="auto", swap_share=0.15)  # what --offload changes
@@ -116,7 +118,7 @@ class Config:
         for name in ("sink_tokens", "local_tokens", "budget"):
             value = getattr(self, name)
             require(value % b == 0, f"{name} = {value} is not a multiple of the block size: try {value // b * b + b}")
-        delay, longest = self.selection_delay, self.longest_delay(0)
+        delay, longest = self.selection_delay, self.delay_limit(0)
         require(
             delay == "auto" or 0 <= delay < longest,
             f"selection_delay = {delay} must be auto or 0 ... {longest - 1}, below both intervals and the local window",
@@ -153,19 +155,20 @@ class Config:
                 m *= 2
         return m, self.selection_interval or m
 
-    def longest_delay(self, n_tokens: int) -> int:
-        """A delay must be below this: a selection is over before the next begins, its blocks are in the cache."""
+    def delay_limit(self, n_tokens: int) -> int:
+        """A delay must be below this: then a selection ends before the next one begins, and the blocks that it may
+        choose were complete when its calibration began."""
         return min(*self.intervals(n_tokens), self.local_tokens)
 
     def delay(self, n_tokens: int) -> int:
-        """How many tokens run beside a selection that is based on a text of n_tokens."""
+        """How many tokens after its step a selection takes effect, if the text has n_tokens then."""
         if self.selection_delay == "auto":
-            return min(max(1, self.intervals(n_tokens)[0] // 8), self.longest_delay(n_tokens) - 1)
+            return min(max(1, self.intervals(n_tokens)[0] // 8), self.delay_limit(n_tokens) - 1)
         return self.selection_delay
 
     def new_blocks(self, n_tokens: int) -> int:
         """Blocks that begin, at most, between a selection for a text of n_tokens and the next one."""
-        later = n_tokens + 2 * self.intervals(n_tokens)[1]
+        later = n_tokens + 2 * self.intervals(n_tokens)[1]  # M may double until then
         return self.n_blocks(self.intervals(later)[1] + self.delay(later))
 
     def tail_blocks(self, n_tokens: int) -> int:
@@ -176,7 +179,7 @@ class Config:
         """How many of the selected blocks one selection may exchange."""
         return math.ceil(self.swap_share * n_selected)
 
-    def row_stride(self, n_tokens: int) -> int:
+    def row_distance(self, n_tokens: int) -> int:
         """Tokens from one row of the history to the next."""
         return 1 if self.history_rows == "every" else self.intervals(n_tokens)[0]
 
@@ -232,22 +235,26 @@ def load_predictor(path) -> Predictor:
 class BlockLists:
     """What each selection head of each sparse layer attends to: its blocks in the order sink, selected, tail.
 
-    The lists of one layer lie one after another, A blocks in all. The tail is the local window and room for the tokens
-    that come before the next selection. All blocks are full but the one that holds the current token, which is the last
-    one that a length reaches.
+    The lists of a layer are stored one after another, A blocks in all. The tail is the local window and room for the
+    tokens until the next selection. A list's length counts the tokens written so far: every block within it is full but
+    the last one, which holds the current token.
     """
 
     ids: torch.Tensor  # (L', A) int64: head * capacity + block
     starts: torch.Tensor  # (L', heads) int64: where each head's list starts in ids
     lengths: torch.Tensor  # (L', heads) int32: tokens attended; one more with each token
     entries: torch.Tensor  # (L', k) int64: where the selected blocks are in ids
-    table: torch.Tensor  # (L' * A,) int32: addresses of the blocks in the cache's pool, for kernels; by cache.select
-    first: torch.Tensor  # (L', heads) int32: where each list starts in the table
+    table: torch.Tensor  # (L' * A,) int32: the blocks' numbers in the cache's pool, for kernels; cache.select fills it
+    table_starts: torch.Tensor  # (L', heads) int32: where each list starts in the table
     capacity: int
 
     @classmethod
     def build(cls, selected, heads, capacity, n_tokens, sink, end, tail, block_size):
-        """From the selected blocks (L', k) int64, as ids, ascending; `sink` and `tail` blocks, those from `end` on."""
+        """Make the lists of all sparse layers from the selected blocks (L', k) int64: ids, ascending in each layer.
+
+        Every list begins with `sink` blocks and ends with `tail` blocks from block `end` on. Example: of 2 heads, the
+        first selects blocks 3 and 5, the second none; sink 1, tail 2, end 8 give the lists 0 3 5 8 9 and 0 8 9.
+        """
         device, (layers, k) = selected.device, selected.shape
         head = selected // capacity  # (L', k)
         count = F.one_hot(head, heads).sum(1)  # (L', heads): a head has 0 ... k of them
@@ -265,8 +272,8 @@ class BlockLists:
         ids.scatter_(1, ((starts + sink + count)[..., None] + block[:tail]).flatten(1), tail_ids)
         lengths = ((sink + count) * block_size + n_tokens - end * block_size).int()
         table = torch.empty(ids.numel(), dtype=torch.int32, device=device)
-        first = (starts + torch.arange(layers, device=device)[:, None] * ids.shape[1]).int()
-        return cls(ids, starts, lengths, entries, table, first, capacity)
+        table_starts = (starts + torch.arange(layers, device=device)[:, None] * ids.shape[1]).int()
+        return cls(ids, starts, lengths, entries, table, table_starts, capacity)
 
     def tensors(self):
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
@@ -282,7 +289,7 @@ class BlockLists:
 
 @dataclass
 class Stats:
-    """What decoding cost and how well it went: exact counters, wall-clock seconds, and recovery."""
+    """What decoding cost and how well it went: bytes, wall-clock seconds, and recovery."""
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -292,7 +299,7 @@ class Stats:
     calibration_bytes: int = 0  # K read by calibration
     choosing_bytes: int = 0  # history and contributions read by prediction
     dense_bytes: int = 0  # K and V that dense attention would have read
-    choosing_seconds: float = 0.0  # calibration, prediction and selection, where the host waits for them: on a CPU
+    overhead_seconds: float = 0.0  # calibration, prediction and selection; on a GPU the host does not wait for them
     recovery: list = field(default_factory=list)  # (L', Hq) tensors: share of true attention, on calibrated steps
 
     @property
@@ -304,10 +311,15 @@ class Stats:
 class SparseDecoder:
     """One sequence being decoded: cache, attention history, prediction and selection, for all layers.
 
-    `prefill` and `decode_one_token` drive it; its two attention methods are what the model calls in each layer. Layers
-    from `dense_layers` on are sparse and have a history; the tensors of these L' layers are indexed by layer -
-    dense_layers. After every P-th token the blocks for the next P tokens are selected; between, a token only attends.
-    On a GPU, the model's device must be the current one, because Triton launches there.
+        prefill                        decode_one_token
+          begin_prompt                   begin_token        count the token, take over newly selected lists
+          prefill_attention, by layer    forward            run the model, or replay its CUDA graph:
+          finish_token                     run_layers         the lists grow by a token; then, layer by layer,
+                                             decode_attention   write K and V, attend to the listed blocks
+                                         finish_token       calibrate, predict and select, where it is due
+
+    Layers from `dense_layers` on are sparse and have a history; the tensors of these L' layers are indexed by layer -
+    dense_layers. On a GPU, the model's device must be the current one, because Triton launches there.
     """
 
     def __init__(
@@ -337,20 +349,22 @@ class SparseDecoder:
         self.predicted_end = 0  # end of the middle at the last prediction; 0: there was none
         kept = self.sparse_layers, m.n_heads, c.history_len, m.head_dim
         self.queries = torch.zeros(kept, dtype=dtype, device=device)  # (L', Hq, H, D): ring of the rows' queries
-        self.n_queries, self.last_query = 0, 0  # how many there have been; n_tokens at the newest one
+        self.n_queries, self.query_tokens = 0, 0  # how many there have been; n_tokens at the newest one
         self.lse = [None] * self.sparse_layers  # (Hq,) each: of this step's sparse attention
-        self.calibrated_lse = torch.zeros(self.sparse_layers, m.n_heads, device=device)  # of the calibrated step
-        self.fits = True  # the budget covers the text: nothing is selected, no row is written
+        self.sparse_lse = torch.zeros(self.sparse_layers, m.n_heads, device=device)  # the same of the calibrated step
+        self.selecting = False  # from the token on with which the text exceeds the budget: blocks are selected
+        self.attended_tokens = 0  # that a sparse layer attends to in this step, summed over its heads
         self.lists = self.next_lists = None  # BlockLists of this token, and those that the next token takes over
         self.selected = None  # (L', k) int64: ids of the selected blocks, once the text exceeds the budget
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
-        self.n_tokens = 0
+        self.n_tokens, self.n_prefilled = 0, 0  # of the text; of the prompt, those that have run
         self.step = 0  # decode steps since prefill
         self.calibration = None  # the calibration under way: a function that waits for its rows
         self.calibration_due = self.selection_due = -1  # the steps after which they end
-        self.side = torch.cuda.Stream(device) if backend == "triton" and uses_streams(device) else None
-        self.before = self.ready = None  # events: the start of this token; the end of what the side stream was given
-        self.graph, self.uses_graph = None, graph and self.side is not None
+        self.side_stream = torch.cuda.Stream(device) if backend == "triton" and uses_streams(device) else None
+        self.token_started = self.side_done = None  # events: this token begins; the side stream's work ends
+        self.graph = self.graph_token = self.graph_logits = None  # a captured step, its input and its output
+        self.uses_graph = graph and self.side_stream is not None
         self.stats = Stats()
 
     # Prefill
@@ -358,9 +372,8 @@ class SparseDecoder:
     def begin_prompt(self, n_tokens):
         self.n_tokens = n_tokens
         self.position.fill_(n_tokens - 1)
-        self.n_prefilled = 0  # tokens of the prompt that have run
-        stride = self.config.row_stride(n_tokens)
-        self.count_query(min(self.config.history_len, -(-n_tokens // stride)))
+        distance = self.config.row_distance(n_tokens)
+        self.count_query(min(self.config.history_len, -(-n_tokens // distance)))
 
     def prefill_attention(self, layer, q, k, v):
         """Dense causal attention of the prompt's next T tokens, to all tokens so far: one layer, one chunk.
@@ -370,26 +383,27 @@ class SparseDecoder:
         return causal_attention(layer, q, *self.take_prompt(layer, q, k, v))
 
     def take_prompt(self, layer, q, k, v):
-        """K and V enter the cache; returns both up to there. The queries of the prompt's history rows are kept.
+        """Write K and V to the cache; returns those of all tokens up to the end of this chunk: (Hk, first + T, D) each.
 
-        `select_next` pools them if the text exceeds the budget.
+        The queries of the rows that the history may need are kept; `begin_history` pools them once the text exceeds the
+        budget.
         """
-        first, stride = self.n_prefilled, self.config.row_stride(self.n_tokens)
+        first, distance = self.n_prefilled, self.config.row_distance(self.n_tokens)
         k, v = self.cache.write_prompt(layer, k, v, first)  # (Hk, first + T, D) each
         if layer >= self.dense_layers:
-            oldest = self.n_tokens - 1 - (self.n_queries - 1) * stride  # position of row 0
-            row = max(0, -(-(first - oldest) // stride))  # the first row whose query is in this chunk
-            kept = q[:, oldest + row * stride - first :: stride]  # (Hq, rows in this chunk, D)
+            oldest = self.n_tokens - 1 - (self.n_queries - 1) * distance  # position of row 0
+            row = max(0, -(-(first - oldest) // distance))  # the first row whose query is in this chunk
+            kept = q[:, oldest + row * distance - first :: distance]  # (Hq, rows in this chunk, D)
             self.queries[layer - self.dense_layers, :, row : row + kept.shape[1]] = kept
         return k, v
 
     # One token
 
     def begin_token(self):
-        """Count a token, and take over what was selected beside the one before it."""
+        """Count a token, and take over the lists that were selected while earlier tokens ran."""
         self.n_tokens += 1
         self.step += 1
-        if self.step % self.config.row_stride(self.n_tokens) == 0:
+        if self.step % self.config.row_distance(self.n_tokens) == 0:
             self.count_query(1)
         self.join()
         if self.next_lists is not None:
@@ -398,8 +412,8 @@ class SparseDecoder:
             else:
                 self.lists, self.graph = self.next_lists, None
             self.next_lists = None
-        if self.side:
-            self.before = torch.cuda.current_stream().record_event()
+        if self.side_stream:
+            self.token_started = torch.cuda.current_stream().record_event()
         self.cache.begin_token(self.n_tokens, self.lists)
 
     def run_layers(self, model, token):
@@ -407,7 +421,7 @@ class SparseDecoder:
         return model(token, self.position, self.decode_attention)
 
     def advance(self):
-        """The part of `begin_token` that runs on the device, and so in a CUDA graph."""
+        """What begins a token on the device, and so is part of a CUDA graph."""
         self.position += 1
         if self.lists is not None:
             self.lists.lengths += 1
@@ -420,32 +434,33 @@ class SparseDecoder:
             out = self.cache.attend_all(layer, q[:, 0])  # (Hq, D)
         else:
             out, self.lse[layer - self.dense_layers] = self.cache.attend(layer - self.dense_layers, q[:, 0])
-        if layer >= self.dense_layers and self.last_query == self.n_tokens:
+        if layer >= self.dense_layers and self.keeps_query:
             self.queries[layer - self.dense_layers, :, (self.n_queries - 1) % self.config.history_len] = q[:, 0]
         return out[:, None]
 
     def finish_token(self):
-        """After a step, or the prompt (step 0): calibrate, then predict and select where it is time to.
+        """After a step, or after the prompt (step 0): count reads, begin a calibration, finish what is due.
 
-        What a calibration and a selection need is taken now; their results are entered `delay` tokens later.
+        A calibration begins now. `delay` tokens later its row enters the history, and the next blocks are selected. The
+        token after that is the first one to use them.
         """
         calibration_interval, selection_interval = self.config.intervals(self.n_tokens)
         delay = self.config.delay(self.n_tokens) if self.step else 0
-        calibrates = self.step and not self.fits and self.step % calibration_interval == 0
+        calibrates = self.step and self.selecting and self.step % calibration_interval == 0
         selects = self.sparse_layers and self.step % selection_interval == 0
         if self.step:
             self.count_reads()
         if calibrates:
-            self.cache.keep(self.n_tokens)
+            self.cache.write_back(self.n_tokens)
             self.begin_calibration()
             self.calibration_due = self.step + delay
-        elif self.step and not self.fits and self.config.history_rows == "every":
+        elif self.step and self.selecting and self.config.history_rows == "every":
             self.push_row()
             self.cache.write_rows(torch.cat(self.lse), self.history.flatten(0, 1)[:, self.newest])
         if selects:
             self.selection_due = self.step + delay
         if self.step in (self.calibration_due, self.selection_due):
-            with self.beside_the_token(delay):
+            with self.on_side_stream(delay):
                 if self.step == self.calibration_due:
                     self.end_calibration()
                 if self.step == self.selection_due:
@@ -456,7 +471,7 @@ class SparseDecoder:
     def begin_calibration(self):
         """Pool the true attention row of this step: on the device at once, of an offloaded cache on the host."""
         newest = (self.n_queries - 1) % self.config.history_len
-        torch.stack(self.lse, out=self.calibrated_lse)
+        torch.stack(self.lse, out=self.sparse_lse)
         self.calibration = self.cache.begin_pooling(self.queries[:, :, newest : newest + 1], self.n_tokens)
         m = self.model_config
         keys = self.sparse_layers * m.n_kv_heads * self.n_tokens
@@ -464,35 +479,37 @@ class SparseDecoder:
 
     def end_calibration(self):
         """The true row enters the history."""
-        rows, lse = self.calibration()  # (L', heads, 1, N), (L', Hq, 1)
+        rows, true_lse = self.calibration()  # (L', heads, 1, N), (L', Hq, 1)
         self.push_row()
         self.store_rows(rows)
-        self.stats.recovery.append(torch.exp(self.calibrated_lse - lse[..., 0]))  # (L', Hq)
+        # the attended keys' share of the sum of all exponentials
+        self.stats.recovery.append(torch.exp(self.sparse_lse - true_lse[..., 0]))  # (L', Hq)
 
     def select_next(self):
         """Predict and select the blocks that the tokens up to the next selection attend to."""
-        start, end = self.config.middle(self.n_tokens + 1)
+        c, n_tokens = self.config, self.n_tokens + 1  # the next token is the first one that the lists serve
+        start, end = c.middle(n_tokens)
         end, scores = max(start, end), None
-        if not self.config.fits(self.n_tokens + 1):
-            if self.fits:
+        if c.fits(n_tokens) and self.cache.holds_everything:
+            return
+        if not c.fits(n_tokens):
+            if not self.selecting:
                 self.begin_history()
-            if self.config.topk_blocks:
+            if c.topk_blocks:
                 scores = self.scores(start, end)
             self.predicted_end, self.new_rows = end, 0
-        elif self.cache.holds_everything:
-            return
-        self.cache.keep(min(self.n_tokens, end * self.config.block_size))  # the sink may end after the text
-        self.next_lists = self.choose(scores, start, end)
+        self.cache.write_back(min(self.n_tokens, end * c.block_size))  # the sink may end after the text
+        self.next_lists = self.make_lists(scores, start, end)
         self.cache.select(self.next_lists)
 
     def begin_history(self):
         """From now on the text exceeds the budget: pool the rows of the queries kept so far."""
-        self.fits = False
+        self.selecting = True
         rows = min(self.n_queries, self.config.history_len)
         order = (self.n_queries - rows + torch.arange(rows, device=self.queries.device)) % self.config.history_len
-        stride = self.config.row_stride(self.n_tokens)
-        self.cache.keep(self.last_query)
-        self.store_rows(self.cache.pool(self.queries[:, :, order], self.last_query, stride)[0])
+        distance = self.config.row_distance(self.n_tokens)
+        self.cache.write_back(self.query_tokens)
+        self.store_rows(self.cache.pool(self.queries[:, :, order], self.query_tokens, distance)[0])
 
     def scores(self, start, end):
         """Predicted scores of the middle blocks [start, end): (L', heads, end - start) float32."""
@@ -507,38 +524,54 @@ class SparseDecoder:
         )  # (L' * heads, n)
         return scores.unflatten(0, (-1, self.heads))
 
-    def choose(self, scores, start, end) -> BlockLists:
-        """Lists with the blocks of the highest scores (layers, heads, n).
+    def choose(self, scores, start):
+        """The blocks with the best scores: ids (layers, heads * K) int64.
 
-        scores is None where all of the middle is selected, or nothing.
+        scores (layers, heads, n) of the blocks from `start` on
         """
-        c, n, device = self.config, end - start, self.history.device
+        c, (layers, heads, n) = self.config, scores.shape
+        shared = c.share_budget == "layer"
+        rows = scores.flatten(1) if shared else scores.flatten(0, 1)  # (rows, n'): a row's blocks share a budget
+        k = c.topk_blocks * (heads if shared else 1)
+        best = kernels.select_blocks(rows, k, self.backend).long()  # (rows, k) in n'
+        if self.selected is not None and c.swap_share < 1:
+            current = self.selected // self.capacity * n + self.selected % self.capacity - start  # (layers, heads * K)
+            current = (current if shared else current % n).view(best.shape)  # (rows, k) in n'
+            best = limit_exchange(rows, best, current, c.exchanged(k), self.backend)
+        if not shared:
+            best = best.view(layers, heads, k) + torch.arange(heads, device=best.device)[:, None] * n
+        best = best.flatten(1)  # (layers, heads * K) in heads * n
+        return best // n * self.capacity + best % n + start
+
+    def make_lists(self, scores, start, end) -> BlockLists:
+        """Lists with the best blocks by their scores (layers, heads, end - start), for the tokens from the next one on.
+
+        Without scores (None), all of the middle is attended while the text fits the budget, or else nothing of it.
+        """
+        c, device = self.config, self.history.device
         if scores is None:
-            best = torch.arange(self.heads * n if self.fits else 0, device=device).expand(self.sparse_layers, -1)
+            block = torch.arange(start, start if self.selecting else end, device=device)
+            head = torch.arange(self.heads, device=device)[:, None]
+            selected = (head * self.capacity + block).flatten().expand(self.sparse_layers, -1)  # (L', heads * blocks)
         else:
-            layers, shared = len(scores), c.share_budget == "layer"
-            rows = scores.flatten(1) if shared else scores.flatten(0, 1)  # (rows, n'): a row shares its budget
-            best = kernels.select_blocks(rows, c.topk_blocks * (self.heads if shared else 1), self.backend).long()
-            if self.selected is not None and c.swap_share < 1:
-                held = self.selected // self.capacity * n + self.selected % self.capacity - start  # (layers, heads * K)
-                held = (held if shared else held % n).view(best.shape)  # (rows, k)
-                best = limit_exchange(rows, best, held, c.exchanged(best.shape[1]), self.backend)
-            if not shared:
-                best = best.view(layers, self.heads, -1) + torch.arange(self.heads, device=device)[:, None] * n
-            best = best.flatten(1)  # (layers, k) in heads * n
-        selected = best // n * self.capacity + best % n + start  # (layers, k) ids
+            selected = self.choose(scores, start)
         self.selected = None if scores is None else selected
-        tail = c.tail_blocks(self.n_tokens)
         sink = min(start, c.n_blocks(self.n_tokens + 1))
         end = end if end > start else sink  # without a middle, the tail follows the sink
         left_out = self.heads * (end - sink) - selected.shape[1]  # blocks of a layer's middle
-        self.attended_tokens = self.heads * self.n_tokens - left_out * c.block_size  # of a layer
+        self.attended_tokens = self.heads * self.n_tokens - left_out * c.block_size
+        tail = c.tail_blocks(self.n_tokens)
         return BlockLists.build(selected, self.heads, self.capacity, self.n_tokens, sink, end, tail, c.block_size)
 
     # The history, and what is attended and counted
 
+    @property
+    def keeps_query(self) -> bool:
+        """Whether a row of the history may be pooled with the query of this step."""
+        return self.query_tokens == self.n_tokens
+
     def count_query(self, rows):
-        self.n_queries, self.last_query = self.n_queries + rows, self.n_tokens
+        self.n_queries, self.query_tokens = self.n_queries + rows, self.n_tokens
 
     def push_row(self):
         """The next row takes the oldest one's slot in the ring."""
@@ -585,9 +618,10 @@ class SparseDecoder:
     def forward(self, model, token):
         """Run the model on token (1,) -> logits (V,), which the next step may overwrite.
 
-        A step that keeps no query is captured once and then replayed.
+        A step is captured once and then replayed; one that keeps its query is not, because the ring slot which it
+        writes is a number of the host.
         """
-        if not self.uses_graph or self.last_query == self.n_tokens:
+        if not self.uses_graph or self.keeps_query:
             return self.run_layers(model, token)
         if self.graph is None:  # run this step, which compiles the kernels; capture it for the next ones
             self.graph, self.graph_token = torch.cuda.CUDAGraph(), token.clone()
@@ -604,52 +638,139 @@ class SparseDecoder:
         return self.graph_logits
 
     @contextmanager
-    def beside_the_token(self, delay):
-        """Run what follows on the side stream, beside the step under way, which it waits for only if it needs to."""
-        if not self.side:
+    def on_side_stream(self, delay):
+        """Run the body on the side stream, while the current token runs.
+
+        It waits for the start of that token, or for its end if it needs the token's query, keys or row.
+        """
+        if not self.side_stream:
             yield
             return
-        if not delay or self.fits or self.config.history_rows == "every":  # the newest query, keys or row are needed
-            self.before = torch.cuda.current_stream().record_event()
-        self.side.wait_event(self.before)
-        with torch.cuda.stream(self.side):
+        needs_end = not delay or not self.selecting or self.config.history_rows == "every"
+        if needs_end:
+            self.token_started = torch.cuda.current_stream().record_event()
+        self.side_stream.wait_event(self.token_started)
+        with torch.cuda.stream(self.side_stream):
             yield
-            self.ready = self.side.record_event()
+            self.side_done = self.side_stream.record_event()
 
     def join(self):
         """Have the current stream wait for what the side stream has been given."""
-        if self.ready:
-            torch.cuda.current_stream().wait_event(self.ready)
-            self.ready = None
+        if self.side_done:
+            torch.cuda.current_stream().wait_event(self.side_done)
+            self.side_done = None
 
     def warm_up(self):
         """On a GPU: compile now what calibration and selection would else compile in the middle of an answer."""
         start = self.config.sink_tokens // self.config.block_size
-        if self.side is None or self.capacity - start <= self.config.topk_blocks:
+        if self.side_stream is None or self.capacity - start <= self.config.topk_blocks:
             return
         if self.cache.holds_everything:
             self.cache.pool(self.queries[:, :, :1], 1)
-        if self.fits and self.config.topk_blocks:  # else the prompt's own selection has compiled them
-            self.choose(self.scores(start, self.capacity), start, self.capacity)
+        if not self.selecting and self.config.topk_blocks:  # else the prompt's own selection has compiled them
+            self.make_lists(self.scores(start, self.capacity), start, self.capacity)
             self.selected = None
 
     def __del__(self):
         """The next tensors may be given a dropped decoder's memory: wait until the side stream is done with it."""
-        if getattr(self, "ready", None) and not sys.is_finalizing():
+        if getattr(self, "side_done", None) and not sys.is_finalizing():
             self.join()
 
 
-def limit_exchange(scores, best, held, limit, backend):
-    """Let at most `limit` new blocks per row into a selection; the held ones that they do not replace stay.
+def limit_exchange(scores, best, current, limit, backend):
+    """The k best blocks of each row, of which at most `limit` are new: (rows, k) int64.
 
-    scores (rows, n); best and held (rows, k) int64: the highest scores, and the selection so far -> (rows, k) int64
+    scores (rows, n); best and current (rows, k) int64: the highest scores, and the blocks that are selected now
     """
-    scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min, neginf=torch.finfo(scores.dtype).min)
-    stays, new = (torch.zeros_like(scores, dtype=torch.bool).scatter_(1, blocks, True) for blocks in (held, best))
-    new &= ~stays
-    let_in = kernels.select_blocks(scores.masked_fill(~new, -torch.inf), limit, backend).long()  # (rows, limit)
-    new &= torch.zeros_like(new).scatter_(1, let_in, True)
-    return kernels.select_blocks(scores.masked_fill(~(stays | new), -torch.inf), best.shape[1], backend).long()
+    lowest = torch.finfo(scores.dtype).min  # of any score: below, -inf means that a block may not be selected
+    scores = scores.nan_to_num(nan=lowest, neginf=lowest)
+    is_current, is_new = (torch.zeros_like(scores, dtype=torch.bool).scatter_(1, x, True) for x in (current, best))
+    is_new &= ~is_current
+    admitted = kernels.select_blocks(scores.masked_fill(~is_new, -torch.inf), limit, backend).long()  # (rows, limit)
+    is_new &= torch.zeros_like(is_new).scatter_(1, admitted, True)
+    allowed = scores.masked_fill(~(is_current | is_new), -torch.inf)
+    return kernels.select_blocks(allowed, best.shape[1], backend).long()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Decoding
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch.Tensor:
+    """Run the prompt, tokens (T,), and select blocks for the first new tokens. Returns the next logits (vocab,).
+
+    The prompt runs in chunks, so that the memory for activations does not grow with it. On a terminal, standard error
+    shows the progress through a prompt of several chunks.
+    """
+    decoder.begin_prompt(len(tokens))
+    chunks, form = tokens.split(PREFILL_CHUNK), "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+    hide = True if len(chunks) == 1 else None  # None: unless standard error is a terminal
+    for chunk in tqdm(chunks, "Reading the prompt", disable=hide, leave=False, bar_format=form):
+        positions = decoder.n_prefilled + torch.arange(len(chunk), device=tokens.device)  # (chunk,)
+        hidden = model.hidden(chunk, positions, decoder.prefill_attention)  # (chunk, C)
+        decoder.n_prefilled += len(chunk)
+    decoder.finish_token()
+    decoder.warm_up()
+    return model.logits(hidden[-1:])[0]
+
+
+@torch.inference_mode()
+def decode_one_token(model: Llama, decoder: SparseDecoder, token: torch.Tensor) -> torch.Tensor:
+    """Append token (1,), attend sparsely, and select for later tokens when it is time. Returns logits (vocab,)."""
+    decoder.begin_token()
+    logits = decoder.forward(model, token)  # (vocab,)
+    began = time.perf_counter()
+    decoder.finish_token()
+    decoder.stats.overhead_seconds += time.perf_counter() - began
+    return logits
+
+
+def sample(logits, temperature=0.0, top_p=1.0, generator=None):
+    """The next token (1,) from logits (vocab,): greedy at temperature 0, else from the likeliest of total top_p."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    p, token = torch.softmax(logits / temperature, -1).sort(descending=True)  # (vocab,), (vocab,)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the most probable token always stays
+    return token[torch.multinomial(p, 1, generator=generator)]
+
+
+def generate(
+    model: Llama, decoder: SparseDecoder, tokens: list[int], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0
+) -> Iterator[int]:
+    """Yield up to max_new_tokens tokens that continue `tokens`, ending before an end-of-sequence token."""
+    stats, device = decoder.stats, model.device
+    generator = torch.Generator(device).manual_seed(seed)
+    began = time.perf_counter()
+    token = sample(prefill(model, decoder, torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
+    token.item()  # waits for a GPU
+    stats.prefill_tokens, stats.prefill_seconds = len(tokens), time.perf_counter() - began
+
+    for left in reversed(range(max_new_tokens)):
+        began, wait_for = time.perf_counter(), read_later(token)
+        if left:  # on a GPU the next step is launched before the host knows the token that it follows
+            stats.decode_tokens += 1
+            token = sample(decode_one_token(model, decoder, token), temperature, top_p, generator)  # (1,)
+        value = wait_for()
+        stats.decode_seconds += time.perf_counter() - began
+        if value in model.config.eos_token_ids:
+            return
+        yield value
+
+
+def read_later(token) -> Callable[[], int]:
+    """Begin to copy a token (1,) to the host; returns a function that waits for its value."""
+    if not uses_streams(token.device):
+        return token.item
+    value = torch.empty(1, dtype=token.dtype, pin_memory=token.is_cuda).copy_(token, non_blocking=True)
+    copied = torch.cuda.current_stream().record_event()
+
+    def wait():
+        copied.synchronize()
+        return value.item()
+
+    return wait
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -670,12 +791,12 @@ def group_rms(pooled, heads):
     return pooled.unflatten(1, (heads, -1)).square().mean(2).sqrt()
 
 
-def pool_rows(q, keys, heads, n_tokens, stride, backend):
+def pool_rows(q, keys, heads, n_tokens, row_distance, backend):
     """Pool rows of all sparse layers, as the history has them.
 
     q (L', Hq, rows, D), keys (L' * Hk, capacity, b, D) -> (L', heads, rows, N), and log-sum-exps (L', Hq, rows)
     """
-    pooled, lse = kernels.pool_history(q.flatten(0, 1), keys, n_tokens, stride, backend)  # (L' * Hq, rows, N)
+    pooled, lse = kernels.pool_history(q.flatten(0, 1), keys, n_tokens, row_distance, backend)  # (L' * Hq, rows, N)
     return group_rms(pooled.unflatten(0, q.shape[:2]), heads), lse.unflatten(0, q.shape[:2])
 
 
@@ -716,13 +837,13 @@ class KVCache:
         self.dense_layers = min(c.dense_layers, m.n_layers)
         self.lists = self.block_max = None
         self.needs_max = backend == "triton" or c.history_rows == "every"  # each block's largest logit
-        padded = self.kv.is_cpu and not self.needs_max  # so kernels.attend_padded serves
-        self.padded = [] if padded else None  # a sparse layer's addresses (heads, n) each
+        self.pads = self.kv.is_cpu and not self.needs_max  # so kernels.attend_padded serves
+        self.padded = []  # a sparse layer's pool blocks (heads, n) each
         if backend == "triton":  # a dense layer's lists: every block of each head
-            every_block = torch.arange(m.n_kv_heads * self.capacity, dtype=torch.int32, device=device)
-            lengths = torch.zeros(m.n_kv_heads, dtype=torch.int32, device=device)
-            self.every_block = every_block, every_block[:: self.capacity].contiguous(), lengths
-            self.every_max = self.kv.new_empty(m.n_heads // m.n_kv_heads, len(every_block), dtype=torch.float32)
+            self.dense_table = torch.arange(m.n_kv_heads * self.capacity, dtype=torch.int32, device=device)
+            self.dense_starts = self.dense_table[:: self.capacity].contiguous()  # (Hk,)
+            self.dense_lengths = torch.zeros_like(self.dense_starts)  # (Hk,)
+            self.dense_max = self.kv.new_empty(m.n_heads // m.n_kv_heads, len(self.dense_table), dtype=torch.float32)
 
     @property
     def device_bytes(self) -> int:
@@ -735,7 +856,7 @@ class KVCache:
         tokens = self.kv[:, layer].flatten(2, 3)[:, :, : self.n_tokens]  # (2, Hk, first + T, D)
         tokens[0, :, first:], tokens[1, :, first:] = k, v
         if self.backend == "triton":
-            self.every_block[2].fill_(self.n_tokens)
+            self.dense_lengths.fill_(self.n_tokens)
         return tokens
 
     def begin_token(self, n_tokens, lists):
@@ -750,8 +871,8 @@ class KVCache:
         """The token is at position (1,) int64; all lists have grown by it."""
         self.position = position
         if self.backend == "triton" and (self.dense_layers or self.lists is None):
-            self.every_block[2].add_(1)
-        elif self.padded:  # one operation for all layers
+            self.dense_lengths.add_(1)
+        elif self.pads and self.lists is not None:  # one operation for all layers
             lengths = self.lists.lengths  # (L', heads)
             self.longest = (-(-lengths // self.block_size)).amax(1).tolist()  # of a layer's lists, in blocks
             self.mask = kernels.length_mask(lengths, max(self.longest) * self.block_size)  # (L', heads, tokens)
@@ -760,8 +881,8 @@ class KVCache:
         """Store k, v (Hk, 1, D) of the current token."""
         write_at(self.kv[:, layer].flatten(2, 3), self.position, torch.stack((k, v)))
 
-    def keep(self, n_tokens):
-        """Everything is kept where it is."""
+    def write_back(self, n_tokens):
+        """There is nothing to do: K and V have one copy."""
 
     def select(self, lists, first_layer=0):
         """Note where the blocks of these lists are, which belong to the sparse layers from first_layer on."""
@@ -773,8 +894,8 @@ class KVCache:
         self.pad(lists, layers)
 
     def pad(self, lists, layers):
-        """On a CPU: note the addresses of these sparse layers as rectangles."""
-        if self.padded is not None:
+        """On a CPU: note the pool blocks of these sparse layers as rectangles."""
+        if self.pads:
             end = torch.full_like(lists.starts[:, :1], lists.ids.shape[1])  # (layers, 1)
             sizes = lists.starts.diff(append=end).tolist()  # blocks, with room for the tokens up to the next selection
             rows = zip(lists.table.view(lists.ids.shape), sizes)
@@ -782,24 +903,27 @@ class KVCache:
 
     def attend(self, layer, q):
         """Attention of q (Hq, D) over the lists of a sparse layer -> out (Hq, D), log-sum-exp (Hq,)."""
-        if self.padded:
-            n = self.longest[layer]
-            address, mask = self.padded[layer][:, :n], self.mask[layer, :, : n * self.block_size]
-            return kernels.attend_padded(q, *self.blocks, address, mask)  # of (heads, n), (heads, n * b)
-        lists = self.lists.table, self.lists.first[layer], self.lists.lengths[layer]
+        if self.pads:
+            n = self.longest[layer]  # blocks
+            pool_block, mask = self.padded[layer][:, :n], self.mask[layer, :, : n * self.block_size]
+            return kernels.attend_padded(q, *self.blocks, pool_block, mask)  # of (heads, n), (heads, n * b)
+        lists = self.lists.table, self.lists.table_starts[layer], self.lists.lengths[layer]
         return kernels.sparse_decode(q, *self.blocks, *lists, self.block_max, self.backend)
 
     def attend_all(self, layer, q):
         """Dense attention of q (Hq, D) -> (Hq, D)."""
         if self.backend == "triton":
             pool = self.kv[:, layer].flatten(1, 2)  # (2, Hk * capacity, b, D)
-            return kernels.sparse_decode(q, *pool, *self.every_block, self.every_max, self.backend)[0]
+            lists = self.dense_table, self.dense_starts, self.dense_lengths, self.dense_max
+            return kernels.sparse_decode(q, *pool, *lists, self.backend)[0]
         k, v = self.kv[:, layer].flatten(2, 3)[:, None, :, : self.n_tokens]  # (1, Hk, T, D) each
         return F.scaled_dot_product_attention(q.unflatten(0, (self.n_kv_heads, -1))[None], k, v)[0].flatten(0, 1)
 
-    def pool(self, q, n_tokens, stride=1):
+    def pool(self, q, n_tokens, row_distance=1):
         """See pool_rows."""
-        return pool_rows(q, self.kv[0, self.dense_layers :].flatten(0, 1), self.heads, n_tokens, stride, self.backend)
+        return pool_rows(
+            q, self.kv[0, self.dense_layers :].flatten(0, 1), self.heads, n_tokens, row_distance, self.backend
+        )
 
     def begin_pooling(self, q, n_tokens):
         """Pool one row per layer; returns a function that gives it."""
@@ -808,17 +932,17 @@ class KVCache:
 
     def write_rows(self, lse, rows):
         """The rows (L' * heads, capacity) that this step's attention leaves, from its lse (L' * Hq,)."""
-        lists = self.lists.ids.flatten() % self.capacity, self.lists.first.flatten(), self.lists.lengths.flatten()
-        kernels.write_rows(self.block_max, lse, *lists, rows, self.block_size)
+        block, starts = self.lists.ids.flatten() % self.capacity, self.lists.table_starts.flatten()
+        kernels.write_rows(self.block_max, lse, block, starts, self.lists.lengths.flatten(), rows, self.block_size)
 
 
 class OffloadedCache(KVCache):
     """A KVCache whose sparse layers have their K and V in host memory, a block's K and V side by side.
 
     The device has slots: for each sparse layer those of the selected blocks and spare ones, and for each head those of
-    the sink and of the tail. A new selection copies only the blocks that no slot holds yet, into spare slots, while
-    tokens that attend to the selection before it go on. A calibration runs where the keys are: a thread pools them in
-    host memory. Before each of both the tail's new blocks are written to the host.
+    the sink and of the tail, which are fixed. A new selection copies only the blocks that no slot holds yet, into spare
+    slots, while tokens still attend to the selection before it. A calibration runs where the keys are: a thread pools
+    them in host memory. Before a calibration and before a selection the tail's new blocks are written to the host.
     """
 
     holds_everything = False
@@ -837,8 +961,8 @@ class OffloadedCache(KVCache):
         n_slots = self.selectable + heads * (self.sink + self.ring)
         self.slots = torch.zeros(n_layers, n_slots, *block, dtype=dtype, device=device)  # (L', slots, 2, b, D)
         self.blocks = self.slots.flatten(0, 1).unbind(1)  # (L' * slots, b, D): K's, V's
-        self.home = self.slots[:, self.selectable :].unflatten(1, (heads, -1))  # (L', heads, sink + ring, 2, b, D)
-        self.home_cells = self.home.unflatten(1, (m.n_kv_heads, -1)).flatten(3, 5)  # (L', Hk, heads / Hk, cells, D)
+        self.fixed = self.slots[:, self.selectable :].unflatten(1, (heads, -1))  # (L', heads, sink + ring, 2, b, D)
+        self.fixed_cells = self.fixed.unflatten(1, (m.n_kv_heads, -1)).flatten(3, 5)  # (L', Hk, heads / Hk, cells, D)
         self.held = torch.full((n_layers, self.selectable), -1, dtype=torch.int32, device=device)  # ids in the slots
         self.written = 0  # tokens that the host has
         self.worker = None
@@ -861,8 +985,8 @@ class OffloadedCache(KVCache):
     def device_bytes(self) -> int:
         return self.kv.nbytes + self.slots.nbytes
 
-    def home_of(self, block):
-        """The slots in `home` of blocks of the sink or the tail."""
+    def fixed_slot(self, block):
+        """Where blocks of the sink or the tail are among a head's fixed slots."""
         return torch.where(block < self.sink, block, self.sink + block % self.ring)
 
     def write_prompt(self, layer, k, v, first=0):
@@ -879,31 +1003,31 @@ class OffloadedCache(KVCache):
         kept = [block for block in range(start, end) if block < self.sink or block >= end - self.ring]  # sink and tail
         block = torch.tensor(kept, device=self.device)  # (n,); a mask on the device would make the host wait
         each = blocks[:, block - start].repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, n, 2, b, D)
-        self.home[layer, :, self.home_of(block)] = each
+        self.fixed[layer, :, self.fixed_slot(block)] = each
         self.written = first + k.shape[1]
         return [torch.cat((old.flatten(1, 2), new), 1) for old, new in zip(earlier.unbind(2), (k, v))]
 
     def advance(self, position):
         super().advance(position)
-        key = self.home_of(position // self.block_size) * 2 * self.block_size + position % self.block_size  # (1,)
-        self.cells = torch.cat((key, key + self.block_size))  # (2,): where a head's slots keep the token's K and V
+        cell = self.fixed_slot(position // self.block_size) * 2 * self.block_size + position % self.block_size  # (1,)
+        self.cells = torch.cat((cell, cell + self.block_size))  # (2,): of the token's K and V in a head's fixed slots
 
     def write_token(self, layer, k, v):
         """Store k, v (Hk, 1, D) of the current token in its block's slots."""
         if layer < self.dense_layers:
             return super().write_token(layer, k, v)
-        cells = self.home_cells[layer - self.dense_layers]  # (Hk, heads / Hk, cells, D)
+        cells = self.fixed_cells[layer - self.dense_layers]  # (Hk, heads / Hk, cells, D)
         write_at(cells, self.cells, torch.cat((k, v), 1)[:, None].expand(-1, cells.shape[1], -1, -1))
 
-    def keep(self, n_tokens):
-        """Write the blocks that the host does not have yet back to it, up to a text of n_tokens."""
+    def write_back(self, n_tokens):
+        """Copy from the slots to the host what it does not have of the first n_tokens yet, in whole blocks."""
         if n_tokens <= self.written:
             return
         block = torch.arange(self.written // self.block_size, -(-n_tokens // self.block_size), device=self.device)
         layer = torch.arange(len(self.slots), device=self.device)[:, None, None]  # (L', 1, 1)
         kv_head = torch.arange(self.n_kv_heads, device=self.device)[:, None]  # (Hk, 1)
         head = kv_head * (self.heads // self.n_kv_heads)  # the first of those that share a KV head
-        slot = self.selectable + head * (self.sink + self.ring) + self.home_of(block)  # (Hk, blocks)
+        slot = self.selectable + head * (self.sink + self.ring) + self.fixed_slot(block)  # (Hk, blocks)
         source = (layer * self.slots.shape[1] + slot).flatten().int()  # (L' * Hk * blocks,)
         target = ((layer * self.n_kv_heads + kv_head) * self.capacity + block).flatten().int()
         blocks = self.slots.flatten(0, 1).flatten(1), self.host.flatten(0, 2).flatten(1)
@@ -927,19 +1051,19 @@ class OffloadedCache(KVCache):
         self.fetched += (fetch >= 0).sum()
         self.selected += lists.entries.numel()
         head, block = lists.ids // self.capacity, lists.ids % self.capacity  # (L', A)
-        table = self.selectable + head * (self.sink + self.ring) + self.home_of(block)
+        table = self.selectable + head * (self.sink + self.ring) + self.fixed_slot(block)
         lists.table.copy_((row + table.scatter_(1, lists.entries, slots.long())).flatten())
         self.pad(lists, slice(None))
 
-    def pool(self, q, n_tokens, stride=1):
+    def pool(self, q, n_tokens, row_distance=1):
         """As KVCache.pool, on the host: the queries go there, the rows come back."""
-        rows, lse = self.pool_on_host(q.cpu(), n_tokens, stride)
+        rows, lse = self.pool_on_host(q.cpu(), n_tokens, row_distance)
         return rows.to(q.device), lse.to(q.device)
 
     @torch.inference_mode()
-    def pool_on_host(self, q, n_tokens, stride=1):
+    def pool_on_host(self, q, n_tokens, row_distance=1):
         """`pool` with q and results in host memory; the keys must be there already."""
-        return pool_rows(q, self.host.flatten(0, 1)[:, :, 0], self.heads, n_tokens, stride, "torch")
+        return pool_rows(q, self.host.flatten(0, 1)[:, :, 0], self.heads, n_tokens, row_distance, "torch")
 
     def begin_pooling(self, q, n_tokens):
         """As KVCache.begin_pooling. Beside a GPU a thread pools, as soon as queries and keys are in host memory."""
@@ -968,82 +1092,6 @@ class OffloadedCache(KVCache):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Decoding
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Run the prompt, tokens (T,), and select blocks for the first new tokens. Returns the next logits (vocab,).
-
-    The prompt runs in chunks, so that the memory for activations does not grow with it. On a terminal, standard error
-    shows the progress through a prompt of several chunks.
-    """
-    decoder.begin_prompt(len(tokens))
-    chunks, form = tokens.split(PREFILL_CHUNK), "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
-    hide = True if len(chunks) == 1 else None  # None: unless standard error is a terminal
-    for chunk in tqdm(chunks, "Reading the prompt", disable=hide, leave=False, bar_format=form):
-        positions = decoder.n_prefilled + torch.arange(len(chunk), device=tokens.device)  # (chunk,)
-        hidden = model.hidden(chunk, positions, decoder.prefill_attention)  # (chunk, C)
-        decoder.n_prefilled += len(chunk)
-    decoder.finish_token()
-    decoder.warm_up()
-    return model.logits(hidden[-1:])[0]
-
-
-@torch.inference_mode()
-def decode_one_token(model: Llama, decoder: SparseDecoder, token: torch.Tensor) -> torch.Tensor:
-    """Append token (1,), attend sparsely, and select for later tokens when it is time. Returns logits (vocab,)."""
-    decoder.begin_token()
-    logits = decoder.forward(model, token)  # (vocab,)
-    began = time.perf_counter()
-    decoder.finish_token()
-    decoder.stats.choosing_seconds += time.perf_counter() - began
-    return logits
-
-
-def sample(logits, temperature=0.0, top_p=1.0, generator=None):
-    """The next token (1,) from logits (vocab,): greedy at temperature 0, else from the likeliest of total top_p."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    p, token = torch.softmax(logits / temperature, -1).sort(descending=True)  # (vocab,), (vocab,)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the most probable token always stays
-    return token[torch.multinomial(p, 1, generator=generator)]
-
-
-def generate(
-    model: Llama, decoder: SparseDecoder, tokens: list[int], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0
-) -> Iterator[int]:
-    """Yield up to max_new_tokens tokens that continue `tokens`, ending before an end-of-sequence token."""
-    stats, device = decoder.stats, model.device
-    generator = torch.Generator(device).manual_seed(seed)
-    began = time.perf_counter()
-    token = sample(prefill(model, decoder, torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
-    token.item()  # waits for a GPU
-    stats.prefill_tokens, stats.prefill_seconds = len(tokens), time.perf_counter() - began
-
-    for left in reversed(range(max_new_tokens)):
-        began, value = time.perf_counter(), read_later(token)
-        if left:  # on a GPU the next step is launched before the host knows the token that it follows
-            stats.decode_tokens += 1
-            token = sample(decode_one_token(model, decoder, token), temperature, top_p, generator)  # (1,)
-        value = value()
-        stats.decode_seconds += time.perf_counter() - began
-        if value in model.config.eos_token_ids:
-            return
-        yield value
-
-
-def read_later(token) -> Callable[[], int]:
-    """Begin to copy a token (1,) to the host; returns a function that waits for its value."""
-    if not uses_streams(token.device):
-        return token.item
-    value = torch.empty(1, dtype=token.dtype, pin_memory=token.is_cuda).copy_(token, non_blocking=True)
-    copied = torch.cuda.current_stream().record_event()
-    return lambda: (copied.synchronize(), value.item())[1]
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -1064,9 +1112,9 @@ def format_stats(decoder: SparseDecoder) -> str:
     if stats.recovery:
         recovery = torch.stack(stats.recovery).mean().item()
         lines.append(f"recovery   {recovery:.3f} of the true attention, mean of {len(stats.recovery)} calibrated steps")
-        if not decoder.side:
-            share = stats.choosing_seconds / stats.decode_seconds
-            lines.append(f"choosing   {share:.0%} of the time: to calibrate, predict and select")
+        if not decoder.side_stream:
+            share = stats.overhead_seconds / stats.decode_seconds
+            lines.append(f"overhead   {share:.0%} of the time: calibration, prediction and selection")
     if isinstance(decoder.cache, OffloadedCache):
         lines += decoder.cache.format_stats(decoder.n_tokens, steps)
     return "\n".join(lines)
@@ -1082,7 +1130,7 @@ def format_summary(decoder: SparseDecoder) -> str:
         line += f", KV read {read:,.1f} MB a token, dense {dense:,.1f} MB"
     if not decoder.sparse_layers:
         return line
-    if decoder.fits:
+    if not decoder.selecting:
         budget = decoder.config.budget
         return f"{line}: all {decoder.n_tokens:,} tokens fit the budget of {budget:,}; a longer text shows the method"
     return f"{line}: {stats.dense_bytes / max(stats.read_bytes, 1):.1f}x less"
@@ -1220,7 +1268,7 @@ def prefill_memory(c: Config, m: LlamaConfig, n_tokens, dtype, offload) -> int:
 def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, offload) -> tuple[int, int]:
     """Bytes that prefill and decoding allocate on the device and in host memory, beside the weights.
 
-    They are those of a decoder whose tensors have no memory.
+    It makes a decoder on the meta device, whose tensors have sizes but no memory, and adds up the sizes.
     """
     with torch.device("meta") as meta:  # takes what would be host memory as well
         model = SimpleNamespace(config=m, device=meta, kv_dtype=dtype)

@@ -186,7 +186,7 @@ class Ours:
         rows = decoder.history[..., : config.n_blocks(n_tokens)]  # (L', heads, H, N)
         rows.uniform_(0.5, 1).mul_(torch.rand_like(rows[:, :, :1]) ** 8)
         decoder.queries.normal_()
-        decoder.fits = not decoder.sparse_layers or config.fits(n_tokens + 1)  # False: keep this history
+        decoder.selecting = decoder.sparse_layers > 0 and not config.fits(n_tokens + 1)  # True: keep this history
         decoder.finish_token()
 
     def step(self):
@@ -297,7 +297,7 @@ def race(makers, rounds, device):
 
 
 STAGES = dict(attend="attention", attend_all="attention", select="gathering", write_rows="history rows")
-STAGES |= dict(pool="calibration", scores="prediction", choose="selection")
+STAGES |= dict(pool="calibration", scores="prediction", make_lists="selection")
 
 
 def stage_ms(contender):

@@ -53,7 +53,7 @@ def predict_multiply_adds(heads, history_len, new_rows, start, end, valid_end):
 def prediction_paths(m, c, n_tokens, dtype, device, backend):
     weights = kernels.prepare_weights(Predictor().requires_grad_(False).state_dict(), device)
     heads, (start, end) = m.n_layers * m.n_kv_heads, c.middle(n_tokens)
-    new_rows = c.intervals(n_tokens)[1] // c.row_stride(n_tokens)  # that a selection finds
+    new_rows = c.intervals(n_tokens)[1] // c.row_distance(n_tokens)  # that a selection finds
     history = torch.rand(heads, c.history_len, c.n_blocks(n_tokens), device=device).to(attnpred.HISTORY_DTYPE)
     contributions = torch.zeros_like(history)  # (L * Hk, H, N)
 

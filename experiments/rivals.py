@@ -279,12 +279,12 @@ class RivalDecoder(SparseDecoder):
 
     def decode_attention(self, layer, q, k, v):
         index = layer - self.dense_layers
-        if index >= 0 and self.rival and self.rival.needs_query and not self.fits and self.config.topk_blocks:
+        if index >= 0 and self.rival and self.rival.needs_query and self.selecting and self.config.topk_blocks:
             start, end = self.config.middle(self.n_tokens)
-            chosen = self.choose(self.rank(index, start, end, q[:, 0])[None], start, end)
+            chosen = self.make_lists(self.rank(index, start, end, q[:, 0])[None], start, end)
             self.attended_tokens -= self.heads  # `count_reads` adds this token
             self.cache.select(chosen, index)
-            chosen.first += index * len(chosen.table)
+            chosen.table_starts += index * len(chosen.table)
             for all_layers, one in zip(self.lists.tensors(), chosen.tensors()):  # this layer's part of the lists
                 all_layers.view(self.sparse_layers, -1)[index] = one.flatten()
             self.cache.advance(self.position)

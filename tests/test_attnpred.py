@@ -189,7 +189,7 @@ def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, n
         want = model(token, torch.tensor([prompt_len + step - 1]), naive.attend)  # first: `choose` reads our blocks
         got = decode_one_token(model, decoder, token)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-        if not decoder.fits:
+        if decoder.selecting:
             for layer in range(decoder.dense_layers, 3):
                 image = decoder.window()[layer - decoder.dense_layers]  # (heads, H, capacity)
                 torch.testing.assert_close(image, naive.image(layer, image.shape[-1]), atol=tolerance, rtol=tolerance)
@@ -212,11 +212,11 @@ def test_a_prompt_in_chunks_equals_one_in_one_piece(config, prompt_len, chunk, o
             decoder.queries.fill_(torch.nan), decoder.history.fill_(0.25)  # what is not written shows
             logits = prefill(model, decoder, tokens)
         cache = decoder.cache
-        tensors = [cache.host, cache.home, cache.kv] if offload else [cache.kv]
+        tensors = [cache.host, cache.fixed, cache.kv] if offload else [cache.kv]
         rows = decoder.queries[:, :, : decoder.n_queries], decoder.history
         if decoder.sparse_layers:
             assert not rows[0].isnan().any() and decoder.queries[:, :, decoder.n_queries :].isnan().all()
-            assert decoder.fits == config.fits(prompt_len + 1)
+            assert decoder.selecting != config.fits(prompt_len + 1)
         runs.append([logits, *rows, *tensors])
     for piece, chunked in zip(*runs, strict=True):
         torch.testing.assert_close(chunked, piece, atol=1e-3, rtol=1e-3, equal_nan=True)
@@ -303,7 +303,7 @@ def test_the_triton_backend_decodes_the_same(history_rows, dense_layers, monkeyp
         steps = [prefill(model, decoder, tokens[:36])]  # fits the budget; outgrows it while decoding
         steps += [decode_one_token(model, decoder, token).clone() for token in tokens[36:].split(1)]
         logits.append(torch.stack(steps))
-    assert not decoder.fits
+    assert decoder.selecting
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
@@ -342,7 +342,9 @@ def test_nothing_is_counted_as_chosen_while_everything_fits():
     model = tiny_llama()
     decoder = SparseDecoder(Config(budget=256), model, random_predictor(), 200)
     list(generate(model, decoder, list(range(50)), 10))
-    assert decoder.fits and decoder.stats.attention_bytes == decoder.stats.dense_bytes == decoder.stats.read_bytes
+    assert (
+        not decoder.selecting and decoder.stats.attention_bytes == decoder.stats.dense_bytes == decoder.stats.read_bytes
+    )
     assert decoder.history.count_nonzero() == 0
     assert "fit the budget of 256" in attnpred.format_summary(decoder)
 
@@ -521,7 +523,7 @@ def test_a_long_prompt_is_decoded_sparsely_and_covering_budgets_agree_with_dense
     offloaded = attnpred_main(capsys, *args, "--budget", "256", "--offload", *resident)
     assert sparse[0] == covering[0] == dense[0] == offloaded[0] == 0
     assert covering[1] == dense[1] != ""
-    assert "recovery" in sparse[2] and "choosing" in sparse[2] and "recovery" not in dense[2]
+    assert "recovery" in sparse[2] and "overhead" in sparse[2] and "recovery" not in dense[2]
     assert sparse[1] == offloaded[1] and "fetched" in offloaded[2] and "fetched" not in sparse[2]
 
 

@@ -104,7 +104,7 @@ def test_ada_snapkv_keeps_a_floor_per_head():
     decoder.rival.notes[0] = decoder.rival.notes[0] * scale
     start, end = decoder.config.middle(decoder.n_tokens)
     with torch.inference_mode():
-        decoder.next_lists = decoder.choose(decoder.scores(start, end), start, end)
+        decoder.next_lists = decoder.make_lists(decoder.scores(start, end), start, end)
     counts = [decoder.attended(layer, end)[:, start:].sum(1).tolist() for layer in range(2)]
     assert counts[0] == [2, 8] and min(counts[1]) >= 2 and sum(counts[1]) == 10  # K = 5
 

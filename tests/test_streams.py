@@ -196,7 +196,7 @@ def decode(model, predictor, offload, rows, delay, calibration, selection, backe
     decoder = SparseDecoder(config, model, predictor, len(tokens), backend=backend, offload=offload, graph=False)
     logits = [prefill(model, decoder, tokens[:37])]
     logits += [decode_one_token(model, decoder, token) for token in tokens[37:, None]]
-    assert not decoder.fits
+    assert decoder.selecting
     return torch.stack(logits)
 
 
