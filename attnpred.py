@@ -40,15 +40,6 @@ HISTORY_DTYPE = torch.float16  # of the history and of the contributions; predic
 PREFILL_CHUNK = 2048  # tokens of the prompt that run together: a multiple of every block size
 
 
-class InputError(Exception):
-    """The user gave something that cannot be used; the message says in one line what is wrong and what to do."""
-
-
-def require(condition, message):
-    if not condition:
-        raise InputError(message)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Parameters and predictor
 # --------------------------------------------------------------------------------------------------------------------
@@ -132,7 +123,11 @@ class Config:
 
     def n_blocks(self, n_tokens: int) -> int:
         """N: blocks in a cache of n_tokens, the last one perhaps partial."""
-        return -(-n_tokens // self.block_size)
+        return kernels.cdiv(n_tokens, self.block_size)
+
+    def selection_heads(self, m: LlamaConfig) -> int:
+        """Heads that select for themselves: KV heads, or query heads."""
+        return m.n_kv_heads if self.select_heads == "kv" else m.n_heads
 
     def middle(self, n_tokens: int) -> tuple[int, int]:
         """The blocks [start, end) between the sink and the local window; end <= start when there are none.
@@ -336,7 +331,7 @@ class SparseDecoder:
         self.config, self.model_config, self.backend = c, m, backend
         self.dense_layers = min(c.dense_layers, m.n_layers)
         self.sparse_layers = m.n_layers - self.dense_layers  # L'
-        self.heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
+        self.heads = c.selection_heads(m)
         self.capacity = c.n_blocks(capacity_tokens)
         self.weights = kernels.prepare_weights(predictor.state_dict(), device)
         cache = OffloadedCache if offload else KVCache
@@ -373,7 +368,7 @@ class SparseDecoder:
         self.n_tokens = n_tokens
         self.position.fill_(n_tokens - 1)
         distance = self.config.row_distance(n_tokens)
-        self.count_query(min(self.config.history_len, -(-n_tokens // distance)))
+        self.count_query(min(self.config.history_len, kernels.cdiv(n_tokens, distance)))
 
     def prefill_attention(self, layer, q, k, v):
         """Dense causal attention of the prompt's next T tokens, to all tokens so far: one layer, one chunk.
@@ -392,7 +387,7 @@ class SparseDecoder:
         k, v = self.cache.write_prompt(layer, k, v, first)  # (Hk, first + T, D) each
         if layer >= self.dense_layers:
             oldest = self.n_tokens - 1 - (self.n_queries - 1) * distance  # position of row 0
-            row = max(0, -(-(first - oldest) // distance))  # the first row whose query is in this chunk
+            row = max(0, kernels.cdiv(first - oldest, distance))  # the first row whose query is in this chunk
             kept = q[:, oldest + row * distance - first :: distance]  # (Hq, rows in this chunk, D)
             self.queries[layer - self.dense_layers, :, row : row + kept.shape[1]] = kept
         return k, v
@@ -415,6 +410,28 @@ class SparseDecoder:
         if self.side_stream:
             self.token_started = torch.cuda.current_stream().record_event()
         self.cache.begin_token(self.n_tokens, self.lists)
+
+    def forward(self, model, token):
+        """Run the model on token (1,) -> logits (V,), which the next step may overwrite.
+
+        A step is captured once and then replayed; one that keeps its query is not, because the ring slot which it
+        writes is a number of the host.
+        """
+        if not self.uses_graph or self.keeps_query:
+            return self.run_layers(model, token)
+        if self.graph is None:  # run this step, which compiles the kernels; capture it for the next ones
+            self.graph, self.graph_token = torch.cuda.CUDAGraph(), token.clone()
+            capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")  # a thread may pool beside it
+            stream = capture.capture_stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # AMD's library makes a handle for each stream, which a capture forbids
+                logits = self.run_layers(model, token)
+            with capture:  # waits for the whole device first
+                self.graph_logits = self.run_layers(model, self.graph_token)
+            return logits
+        self.graph_token.copy_(token)
+        self.graph.replay()
+        return self.graph_logits
 
     def run_layers(self, model, token):
         self.advance()
@@ -596,7 +613,8 @@ class SparseDecoder:
             return torch.ones(self.heads, n_blocks, dtype=torch.bool, device=self.history.device)
         ids, starts, lengths = (x[layer] for x in (lists.ids, lists.starts, lists.lengths))
         entry = torch.arange(len(ids), device=ids.device)  # (A,)
-        listed = (entry >= starts[:, None]) & (entry < (starts + -(-lengths // self.config.block_size))[:, None])
+        ends = starts + kernels.cdiv(lengths, self.config.block_size)  # (heads,)
+        listed = (entry >= starts[:, None]) & (entry < ends[:, None])  # (heads, A)
         mask = torch.zeros(self.heads * self.capacity, dtype=torch.bool, device=ids.device)
         mask[ids[listed.any(0)]] = True
         return mask.view(self.heads, -1)[:, :n_blocks]
@@ -613,29 +631,7 @@ class SparseDecoder:
         self.stats.attention_bytes += row_bytes * (self.dense_layers * dense + self.sparse_layers * sparse)
         self.stats.dense_bytes += row_bytes * m.n_layers * dense
 
-    # On a GPU: a step is captured once and replayed; selections run beside the tokens, on a stream of their own
-
-    def forward(self, model, token):
-        """Run the model on token (1,) -> logits (V,), which the next step may overwrite.
-
-        A step is captured once and then replayed; one that keeps its query is not, because the ring slot which it
-        writes is a number of the host.
-        """
-        if not self.uses_graph or self.keeps_query:
-            return self.run_layers(model, token)
-        if self.graph is None:  # run this step, which compiles the kernels; capture it for the next ones
-            self.graph, self.graph_token = torch.cuda.CUDAGraph(), token.clone()
-            capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")  # a thread may pool beside it
-            stream = capture.capture_stream
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # AMD's library makes a handle for each stream, which a capture forbids
-                logits = self.run_layers(model, token)
-            with capture:  # waits for the whole device first
-                self.graph_logits = self.run_layers(model, self.graph_token)
-            return logits
-        self.graph_token.copy_(token)
-        self.graph.replay()
-        return self.graph_logits
+    # On a GPU: calibration and selection run on a stream of their own, while tokens run
 
     @contextmanager
     def on_side_stream(self, delay):
@@ -874,7 +870,7 @@ class KVCache:
             self.dense_lengths.add_(1)
         elif self.pads and self.lists is not None:  # one operation for all layers
             lengths = self.lists.lengths  # (L', heads)
-            self.longest = (-(-lengths // self.block_size)).amax(1).tolist()  # of a layer's lists, in blocks
+            self.longest = kernels.cdiv(lengths, self.block_size).amax(1).tolist()  # of a layer's lists, in blocks
             self.mask = kernels.length_mask(lengths, max(self.longest) * self.block_size)  # (L', heads, tokens)
 
     def write_token(self, layer, k, v):
@@ -1023,7 +1019,8 @@ class OffloadedCache(KVCache):
         """Copy from the slots to the host what it does not have of the first n_tokens yet, in whole blocks."""
         if n_tokens <= self.written:
             return
-        block = torch.arange(self.written // self.block_size, -(-n_tokens // self.block_size), device=self.device)
+        end = kernels.cdiv(n_tokens, self.block_size)
+        block = torch.arange(self.written // self.block_size, end, device=self.device)
         layer = torch.arange(len(self.slots), device=self.device)[:, None, None]  # (L', 1, 1)
         kv_head = torch.arange(self.n_kv_heads, device=self.device)[:, None]  # (Hk, 1)
         head = kv_head * (self.heads // self.n_kv_heads)  # the first of those that share a KV head
@@ -1094,6 +1091,15 @@ class OffloadedCache(KVCache):
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
+
+
+class InputError(Exception):
+    """The user gave something that cannot be used; the message says in one line what is wrong and what to do."""
+
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
 
 
 def format_stats(decoder: SparseDecoder) -> str:

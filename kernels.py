@@ -32,9 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-os.environ.setdefault(
-    "TRITON_DEFAULT_FP_FUSION", "1"
-)  # a * b + c rounds once; newer Triton versions turn this off by default
+# a * b + c rounds once; newer Triton versions turn this off by default
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 try:
     import triton
     import triton.language as tl
@@ -54,7 +53,7 @@ TILE_BYTES = 16384  # of K or of V that a program loads at once; several such lo
 # pooled = exp(block_max - lse). Nothing of size rows x T exists.
 # --------------------------------------------------------------------------------------------------------------------
 
-POOL_CHUNK_HEADS, POOL_CHUNK_TOKENS = 8, 1024  # whose keys the reference multiplies at once: they stay in a CPU cache
+POOL_CHUNK_HEADS, POOL_CHUNK_TOKENS = 8, 1024  # of a step of the reference: its keys stay in a CPU's cache
 
 
 def pool_history_reference(q, k_cache, n_tokens, row_distance):
@@ -62,7 +61,7 @@ def pool_history_reference(q, k_cache, n_tokens, row_distance):
     pooled = softmax(logits).unflatten(-1, (N, b)).amax(-1). It runs in chunks of keys that stay in a CPU's cache.
     """
     (n_heads, rows, head_dim), (n_kv_heads, _, block_size, _) = q.shape, k_cache.shape
-    n_blocks = -(-n_tokens // block_size)
+    n_blocks = cdiv(n_tokens, block_size)
     dtype = torch.promote_types(q.dtype, torch.float32)
     q = q.reshape(n_kv_heads, -1, head_dim).to(dtype) * head_dim**-0.5  # (Hk, G * rows, D)
     position = n_tokens - 1 - row_distance * torch.arange(rows - 1, -1, -1, device=q.device)  # (rows,)
@@ -141,12 +140,12 @@ def pool_history(q, k_cache, n_tokens, row_distance=1, backend="torch"):
     if not use_triton(backend, q.device):
         return pool_history_reference(q, k_cache, n_tokens, row_distance)
     check_caches(q, k_cache)
-    group, n_blocks = n_heads // n_kv_heads, -(-n_tokens // block_size)
+    group, n_blocks = n_heads // n_kv_heads, cdiv(n_tokens, block_size)
     tile_blocks, stages = kv_tile(head_dim, block_size, q.element_size())
     tile_rows = max(16, min(64 if q.element_size() == 2 else 16, triton.next_power_of_2(group * rows)))
-    row_tiles = triton.cdiv(group * rows, tile_rows)
-    splits = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors(q.device), row_tiles * n_kv_heads)
-    splits = min(splits, triton.cdiv(n_blocks, tile_blocks))
+    row_tiles = cdiv(group * rows, tile_rows)
+    splits = cdiv(PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors(q.device), row_tiles * n_kv_heads)
+    splits = min(splits, cdiv(n_blocks, tile_blocks))
     pooled = q.new_empty((n_heads, rows, n_blocks), dtype=torch.float32)  # the block maxima first
     partial_lse = q.new_empty((n_heads, rows, splits), dtype=torch.float32)
     _pool_kernel[(row_tiles, splits, n_kv_heads)](
@@ -203,7 +202,9 @@ def window_slots(newest, history_len, device=None):
 
 
 def predict_reference(history, newest, start, end, weights):
-    """The whole network, as the paper draws it; `predict` must give the same scores (heads, end - start)."""
+    """The whole network, as the paper draws it: scores (heads, end - start). It is here to read and to test `predict`
+    against; decoding does not call it.
+    """
     image = history[:, window_slots(newest, history.shape[1], history.device), start:end].float()  # (heads, H, n)
     x = F.relu(F.conv2d(image[:, None], weights["conv1.weight"], weights["conv1.bias"], padding=1))  # (heads, 16, H, n)
     x = F.relu(F.conv2d(x, weights["conv2.weight"], weights["conv2.bias"], padding=1))  # (heads, 32, H, n)
@@ -313,10 +314,10 @@ def predict(history, contributions, newest, new_rows, start, end, valid_end, wei
     strips = stale_strips(history_len, new_rows, start, end, valid_end)
     if use_triton(backend, history.device):
         assert history.stride(2) == contributions.stride(2) == 1
-        tile = 128 if heads * triton.cdiv(end - start, 128) >= n_multiprocessors(history.device) else 64
+        tile = 128 if heads * cdiv(end - start, 128) >= n_multiprocessors(history.device) else 64
         precision = "ieee" if interpreted() or is_amd() else "tf32x3"  # float32's accuracy, on tensor cores if possible
         for top, bottom, left in strips:
-            grid = heads, triton.cdiv(end - left, tile), triton.cdiv(bottom - top, ROWS_PER_PROGRAM)
+            grid = heads, cdiv(end - left, tile), cdiv(bottom - top, ROWS_PER_PROGRAM)
             _contributions_kernel[grid](
                 history, contributions, weights["conv1.taps"], weights["conv1.bias"],
                 weights["conv2.taps"], weights["conv2.bias"], weights["conv3.weight"],
@@ -356,7 +357,7 @@ def _sortable(scores_ptr, index, n):
 # The k-th largest key is the largest threshold that at least k keys reach. It is found bit by bit, the highest first; a
 # last pass writes the indices of all larger keys, and of the first few keys that equal the threshold.
 # Grid: (rows,). A tile is TILE scores. Traffic: the scores once from memory and 32 times from the cache; k indices.
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["stride_row", "n"])
 def _select_kernel(scores_ptr, blocks_ptr, stride_row, n, k, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = scores_ptr + row * stride_row
@@ -415,15 +416,15 @@ MERGE_TILE = 32  # partial results that the merge holds at once
 def sparse_decode_reference(q, k_pool, v_pool, table, starts, lengths, block_max):
     """See `sparse_decode`. What follows a list in its last block must be finite."""
     block_size, head_dim = k_pool.shape[1:]
-    starts, blocks = starts.tolist(), (-(-lengths // block_size)).tolist()
+    starts, blocks = starts.tolist(), cdiv(lengths, block_size).tolist()
     pool_block = pad_lists([table[start : start + n] for start, n in zip(starts, blocks)])  # (heads, longest)
     mask = length_mask(lengths, pool_block.shape[1] * block_size)  # (heads, tokens)
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, v = (gather_blocks(pool, pool_block).to(dtype) for pool in (k_pool, v_pool))  # (heads, tokens, D)
     groups = q.view(len(starts), -1, head_dim).to(dtype) * head_dim**-0.5  # (heads, G, D)
     logits = groups @ k.mT + mask[:, None]  # (heads, G, tokens)
-    lse = logits.logsumexp(-1)  # (heads, G), -inf where the list is empty
-    p = torch.exp(logits - lse.clamp(min=torch.finfo(dtype).min)[..., None])  # (heads, G, tokens)
+    lse = logits.logsumexp(-1)  # (heads, G)
+    p = torch.exp(logits - lse[..., None])  # (heads, G, tokens)
     if block_max is not None:
         largest = logits.unflatten(-1, (-1, block_size)).amax(-1)  # (heads, G, longest)
         for start, n, head_max in zip(starts, blocks, largest):
@@ -433,8 +434,7 @@ def sparse_decode_reference(q, k_pool, v_pool, table, starts, lengths, block_max
 
 def pad_lists(lists):
     """Lists of pool blocks (n,) int32, padded to a rectangle (lists, longest) with any block that is listed."""
-    padding = next((int(blocks[0]) for blocks in lists if len(blocks)), 0)
-    return pad_sequence(lists, batch_first=True, padding_value=padding)
+    return pad_sequence(lists, batch_first=True, padding_value=int(lists[0][0]))
 
 
 def length_mask(lengths, n_tokens):
@@ -448,18 +448,18 @@ def gather_blocks(pool, pool_block):
 
 
 # The lengths are known on the device only, so n_programs + heads programs start, and each finds its share itself. All
-# lists are cut into tiles, and a list's tiles into splits of `chunk`; program p takes the p-th split of all. Example:
-# lists of 5, 1, 0 and 9 tiles and n_programs = 4 give chunk = ceil(15 / 4) = 4, splits = 2, 1, 0, 3 and
-# first = 0, 2, 3, 3. Programs 0 and 1 take list 0, program 2 list 1, programs 3 to 5 list 3; 6 and 7 return at once.
+# lists are cut into tiles, and a list's tiles into splits; program p takes the p-th split of all. Example: lists of 5,
+# 1, 2 and 9 tiles and n_programs = 4 give tiles_per_split = ceil(17 / 4) = 5, splits = 1, 1, 1, 2 and
+# first_program = 0, 1, 2, 3. Programs 3 and 4 share the last list; programs 5 to 7 return at once.
 @triton.jit
 def _divide_work(lengths_ptr, heads, n_programs, TILE: tl.constexpr, MAX_HEADS: tl.constexpr):
     head = tl.arange(0, MAX_HEADS)
     length = tl.load(lengths_ptr + head, mask=head < heads, other=0)  # (MAX_HEADS,) tokens
     tiles = tl.cdiv(length, TILE)
-    chunk = tl.maximum(tl.cdiv(tl.sum(tiles, 0), n_programs), 1)  # tiles of a split
-    splits = tl.cdiv(tiles, chunk)  # (MAX_HEADS,): n_programs + heads in all, at most
-    first = tl.cumsum(splits, 0) - splits  # (MAX_HEADS,) the program that takes a head's first split
-    return head, first, splits, chunk
+    tiles_per_split = tl.cdiv(tl.sum(tiles, 0), n_programs)
+    splits = tl.cdiv(tiles, tiles_per_split)  # (MAX_HEADS,): n_programs + heads in all, at most
+    first_program = tl.cumsum(splits, 0) - splits  # (MAX_HEADS,) the program that takes a head's first split
+    return head, first_program, splits, tiles_per_split
 
 
 # Grid: (n_programs + heads,). A program walks its split of one list in tiles of TILE_BLOCKS whole blocks with a running
@@ -474,13 +474,17 @@ def _decode_kernel(
 ):  # fmt: skip
     TILE: tl.constexpr = TILE_BLOCKS * BLOCK_SIZE
     program = tl.program_id(0)
-    every_head, every_first, every_splits, chunk = _divide_work(lengths_ptr, heads, n_programs, TILE, MAX_HEADS)
-    owner = (program >= every_first) & (program < every_first + every_splits)  # (MAX_HEADS,) true at one head, or none
+    every_head, every_first_program, every_splits, tiles_per_split = _divide_work(
+        lengths_ptr, heads, n_programs, TILE, MAX_HEADS
+    )
+    owner = (program >= every_first_program) & (
+        program < every_first_program + every_splits
+    )  # (MAX_HEADS,) true at one head, or none
     if tl.sum(owner.to(tl.int32), 0) == 0:
         return
     head = tl.sum(tl.where(owner, every_head, 0), 0)
-    split = program - tl.sum(tl.where(owner, every_first, 0), 0)
-    start, length = tl.load(starts_ptr + head), tl.load(lengths_ptr + head)
+    split = program - tl.sum(tl.where(owner, every_first_program, 0), 0)
+    list_start, length = tl.load(starts_ptr + head), tl.load(lengths_ptr + head)
     g = tl.arange(0, GROUP_PAD)  # (GROUP_PAD,) query of the group
     d = tl.arange(0, HEAD_DIM)
     token = tl.arange(0, TILE)  # of a tile
@@ -491,28 +495,28 @@ def _decode_kernel(
     l = tl.zeros((GROUP_PAD,), tl.float32)
     acc = tl.zeros((GROUP_PAD, HEAD_DIM), tl.float32)
 
-    first_tile = split * chunk
-    last_tile = tl.minimum(first_tile + chunk, tl.cdiv(length, TILE))
+    first_tile = split * tiles_per_split
+    last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(length, TILE))
     list_pos = first_tile * TILE + token  # (TILE,) of tokens in the list
-    pool_block = tl.load(table_ptr + start + list_pos // BLOCK_SIZE, mask=list_pos < length, other=0)  # (TILE,)
+    pool_block = tl.load(table_ptr + list_start + list_pos // BLOCK_SIZE, mask=list_pos < length, other=0)  # (TILE,)
     for tile in range(first_tile, last_tile):
         listed = list_pos < length  # (TILE,)
-        row = pool_block.to(tl.int64) * stride_n + token % BLOCK_SIZE * stride_t  # (TILE,)
+        kv_offset = pool_block.to(tl.int64) * stride_n + token % BLOCK_SIZE * stride_t  # (TILE,)
         list_pos += TILE
-        entry_ptr = table_ptr + start + list_pos // BLOCK_SIZE
+        entry_ptr = table_ptr + list_start + list_pos // BLOCK_SIZE
         pool_block = tl.load(entry_ptr, mask=list_pos < length, other=0)  # of the next tile, to hide the latency
-        k = tl.load(k_ptr + row[None, :] + d[:, None], mask=listed[None, :], other=0.0).to(OPERAND)  # (D, TILE)
+        k = tl.load(k_ptr + kv_offset[None, :] + d[:, None], mask=listed[None, :], other=0.0).to(OPERAND)  # (D, TILE)
         logits = tl.dot(q, k, input_precision="ieee") * scale  # (GROUP_PAD, TILE)
         logits = tl.where(listed[None, :], logits, float("-inf"))
         block_max = tl.max(tl.reshape(logits, (GROUP_PAD, TILE_BLOCKS, BLOCK_SIZE)), 2)  # (GROUP_PAD, TILE_BLOCKS)
         entry = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)  # (TILE_BLOCKS,) in the list
         max_mask = in_group[:, None] & (entry * BLOCK_SIZE < length)[None, :]
-        tl.store(block_max_ptr + g[:, None] * stride_mg + start + entry[None, :], block_max, mask=max_mask)
+        tl.store(block_max_ptr + g[:, None] * stride_mg + list_start + entry[None, :], block_max, mask=max_mask)
         m_new = tl.maximum(m, tl.max(block_max, 1))  # (GROUP_PAD,)
         p = tl.exp(logits - m_new[:, None])  # (GROUP_PAD, TILE)
         rescale = tl.exp(m - m_new)
         l = l * rescale + tl.sum(p, 1)
-        v = tl.load(v_ptr + row[:, None] + d[None, :], mask=listed[:, None], other=0.0)  # (TILE, D)
+        v = tl.load(v_ptr + kv_offset[:, None] + d[None, :], mask=listed[:, None], other=0.0)  # (TILE, D)
         p = p.to(v.dtype).to(OPERAND)  # rounded as v is, in the interpreter too
         acc = tl.dot(p, v.to(OPERAND), acc * rescale[:, None], input_precision="ieee")
         m = m_new
@@ -521,16 +525,16 @@ def _decode_kernel(
     tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + d[None, :], acc / l[:, None], mask=in_group[:, None])
 
 
-# Grid: (heads, GROUP). Combines the partial results of one query, each weighted by its share of the exponentials; an
-# empty list gives 0 and -inf. Traffic: the partial results, a few percent of the KV read.
+# Grid: (heads, GROUP). Combines the partial results of one query, each weighted by its share of the exponentials.
+# Traffic: it reads the partial results, a few percent of the bytes of K and V, and writes the query's output.
 @triton.jit
 def _merge_kernel(
     lengths_ptr, partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, heads, n_programs,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, MAX_HEADS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     head, query = tl.program_id(0), tl.program_id(0) * GROUP + tl.program_id(1)
-    every_head, every_first, every_splits, _ = _divide_work(lengths_ptr, heads, n_programs, TILE, MAX_HEADS)
-    first = tl.sum(tl.where(every_head == head, every_first, 0), 0)
+    every_head, every_first_program, every_splits, _ = _divide_work(lengths_ptr, heads, n_programs, TILE, MAX_HEADS)
+    first_program = tl.sum(tl.where(every_head == head, every_first_program, 0), 0)
     splits = tl.sum(tl.where(every_head == head, every_splits, 0), 0)
     d = tl.arange(0, HEAD_DIM)
     m = tl.full([], LOWEST, tl.float32)
@@ -538,7 +542,7 @@ def _merge_kernel(
     acc = tl.zeros((HEAD_DIM,), tl.float32)
     for tile in range(0, splits, SPLITS):
         split = tile + tl.arange(0, SPLITS)  # (SPLITS,)
-        partial = (first + split) * GROUP + tl.program_id(1)  # (SPLITS,)
+        partial = (first_program + split) * GROUP + tl.program_id(1)  # (SPLITS,)
         lse = tl.load(partial_lse_ptr + partial, mask=split < splits, other=float("-inf"))  # (SPLITS,)
         m_new = tl.maximum(m, tl.max(lse, 0))
         p = tl.exp(lse - m_new)  # (SPLITS,)
@@ -547,8 +551,7 @@ def _merge_kernel(
         acc = acc * tl.exp(m - m_new) + tl.sum(out * p[:, None], 0)
         l = l * tl.exp(m - m_new) + tl.sum(p, 0)
         m = m_new
-    out = acc / tl.maximum(l, 1.0)  # (D,): l is 0 for an empty list, else 1 at least
-    tl.store(out_ptr + query * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + query * HEAD_DIM + d, (acc / l).to(out_ptr.dtype.element_ty))
     tl.store(lse_ptr + query, m + tl.log(l))
 
 
@@ -559,10 +562,10 @@ def sparse_decode(q, k_pool, v_pool, table, starts, lengths, block_max, backend=
     k_pool     (blocks, b, D), v_pool alike, with the same strides
     table      (E,) int32: the numbers of blocks in the pools
     starts     (heads,) int32: where each list starts in the table
-    lengths    (heads,) int32: tokens in each list, which are all in full blocks but the last; may be 0
+    lengths    (heads,) int32: tokens in each list, at least 1, which are all in full blocks but the last
     block_max  (G, E) float32, written at the lists' entries: the largest scaled logit of each block; for the torch
                backend perhaps None
-    returns    out (Hq, D) in q's dtype, and the log-sum-exp of scaled logits (Hq,) float32; 0 and -inf for empty lists
+    returns    out (Hq, D) in q's dtype, and the log-sum-exp of scaled logits (Hq,) float32
     """
     (n_heads, head_dim), heads = q.shape, len(starts)
     assert n_heads % heads == 0 and len(lengths) == heads and k_pool.shape == v_pool.shape
@@ -594,7 +597,7 @@ def sparse_decode(q, k_pool, v_pool, table, starts, lengths, block_max, backend=
 
 
 def attend_padded(q, k_pool, v_pool, pool_block, mask):
-    """What a CPU runs: attention in one operation for all heads, without block maxima. No list may be empty.
+    """What a CPU runs: attention in one operation for all heads, without block maxima.
 
     q (Hq, D); pool_block (heads, n) from `pad_lists`; mask (heads, n * b) from `length_mask` -> as `sparse_decode`.
     PyTorch approximates the exponentials of 16-bit inputs: the log-sum-exp is then good to 5e-5, while
@@ -613,14 +616,13 @@ def write_rows(block_max, lse, block, starts, lengths, rows, block_size):
     The queries of a group share a row, their root mean square. One call serves all layers, and only the paper's setting
     makes one for each token, so it needs no kernel of its own.
 
-    block_max, starts, lengths  as in `sparse_decode`, the starts in ascending order; lse (heads * G,) float32
+    block_max, starts, lengths  as in `sparse_decode`, the starts ascending from 0; lse (heads * G,) float32
     block                       (E,) int64: the block of the text that each entry stands for
     rows                        (heads, capacity) float32 or float16, overwritten; zero where nothing was attended
     """
     entry = torch.arange(len(block), device=block.device, dtype=torch.int32)  # (E,)
-    head = (torch.searchsorted(starts, entry, right=True) - 1).clamp(min=0)  # (E,)
-    offset = entry - starts[head]  # (E,) in the head's list
-    listed = (offset >= 0) & (offset * block_size < lengths[head])
+    head = torch.searchsorted(starts, entry, right=True) - 1  # (E,)
+    listed = (entry - starts[head]) * block_size < lengths[head]  # (E,)
     p = torch.exp(block_max - lse.view(len(starts), -1).T[:, head]).square().mean(0).sqrt()  # (E,)
     p = torch.where(listed, p, 0.0).to(rows.dtype)
     block = torch.where(listed, block, 0)  # (E,): what is not listed adds 0 to block 0
@@ -676,7 +678,7 @@ def _copy_kernel(
     source_ptr, destination_ptr, source_index_ptr, destination_index_ptr, n, stride_source, stride_destination,
     WORDS: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    TILES: tl.constexpr = (WORDS + TILE - 1) // TILE  # of a row
+    TILES: tl.constexpr = tl.cdiv(WORDS, TILE)  # of a row
     n_copied = 0  # rows
     for first in range(0, n, CHUNK):
         i = first + tl.arange(0, CHUNK)  # (CHUNK,)
@@ -700,6 +702,7 @@ def copy_blocks(source, destination, source_index, destination_index, backend="t
     assert source.dtype == destination.dtype and source.shape[1] == destination.shape[1]
     if not use_triton(backend, source_index.device):
         return copy_blocks_reference(source, destination, source_index, destination_index)
+    check_lists(source_index, destination_index)
     assert source.stride(1) == destination.stride(1) == 1
     source, destination = source.view(torch.int32), destination.view(torch.int32)
     source_index, order = source_index.sort(descending=True)
@@ -714,6 +717,11 @@ def copy_blocks(source, destination, source_index, destination_index, backend="t
 # --------------------------------------------------------------------------------------------------------------------
 # What the launchers share
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def cdiv(a, b):
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def interpreted():
