@@ -782,7 +782,7 @@ def uses_streams(device) -> bool:
 def group_rms(pooled, heads):
     """(L', Hq, ...) -> (L', heads, ...): with "kv" selection a group's queries share one row, their root mean square.
 
-    The error of a query's output grows with the probability that it misses, and what counts is the sum of squares.
+    A query's error grows with the probability that it misses, and KL with the square of the error.
     """
     return pooled.unflatten(1, (heads, -1)).square().mean(2).sqrt()
 
@@ -1348,7 +1348,7 @@ def write_atomically(path, write: Callable[[pathlib.Path], object]):
 
 
 def exit_status(program, command) -> int:
-    """Call `command`; 2 and one line on standard error for what a user can mend, 130 for Ctrl-C, else 0."""
+    """Run `command`. Returns 2, and prints one line, for errors that a user can correct; 130 for Ctrl-C; else 0."""
     try:
         command()
     except (InputError, ModelError, FetchError) as error:
