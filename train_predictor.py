@@ -235,7 +235,7 @@ def collect(args):
 # Files, and how an interrupted run continues: every file notes its settings, and a later run insists on the same
 # --------------------------------------------------------------------------------------------------------------------
 
-WINDOW_SETTINGS = "seed", "block_size", "select_heads", "stride"
+WINDOW_SETTINGS = "seed", "text", "lengths", "windows", "dtype", "block_size", "select_heads", "stride"
 METHOD_SETTINGS = "block_size", "select_heads", "history_len", "calibration_interval", "selection_interval"
 METHOD_SETTINGS += "history_rows", "share_budget"
 TRAIN_SETTINGS = "data", "seed", "dtype", "loss", "share_budget", "steps", "lr", "validate_every"

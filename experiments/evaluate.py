@@ -53,10 +53,8 @@ from weights.fetch_llm import fetch_default_llm
 
 GRIDS = {  # what a task compares without --grid
     "texts": [
-        "full",
-        "ours,paper,decayed-mean:0.6,decayed-rms:0.8,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle "
-        "bytes=1/16,1/8,1/4,1/3",
-        "paper heads=kv bytes=1/4,1/3",
+        "ours,decayed-mean:0.6,decayed-rms:0.8,mean-std,quest,ada-snapkv,snapkv,h2o,streaming-llm,oracle,paper "
+        "bytes=1/16,1/8,1/4,1/3"
     ],
     "lm-eval": ["full,ours"],
 }
@@ -381,7 +379,7 @@ def parse_args(argv):
     parser.add_argument("--grid", action="append", help="settings to compare (see above); may be repeated")
     parser.add_argument("--results", default="results/evaluate.jsonl", metavar="FILE", help="results go here")
     parser.add_argument("--texts", nargs="+", default=[*TEXTS, "readme"], help="held-out texts by name, or files")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192], help="tokens, decoded ones included")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="tokens, decoded ones included")
     parser.add_argument("--n-new", type=int, default=512, help="tokens decoded after the prompt")
     parser.add_argument("--lm-tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval")
     parser.add_argument("--include-path", metavar="FOLDER", help="your own tasks of lm-eval")
@@ -389,7 +387,7 @@ def parse_args(argv):
     parser.add_argument("--together", type=int, default=12, help="settings decoded in lockstep; memory grows with them")
     parser.add_argument("--model", help="Hugging Face folder or hub id; default: the bundled one")
     parser.add_argument("--predictor", default=attnpred.DEFAULT_PREDICTOR, help="the convolution")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     args.settings = [setting for grid in args.grid or GRIDS.get(args.task, []) for setting in parse_grid(grid)]

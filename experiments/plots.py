@@ -215,6 +215,9 @@ def draw_steps(left, right, recorder):
 def draw_pareto(rows, path):
     """KL against all bytes read: a panel per length, a line per method, the means over texts."""
     points = pd.DataFrame([row for row in rows if row["task"] == "texts"])
+    for name in ("model", "dtype", "predictor"):
+        if len(values := {*points[name]} - {""}) > 1:  # the predictor of a rival is ""
+            raise InputError(f"the results have several values of {name} ({', '.join(sorted(values))}): draw one")
     points = points[(points.setting != "full") & ~points.setting.str.contains(" ")]  # methods as they are
     points["KL"], points["MB"] = points.kl.map(np.mean), points.read_bytes / 1e6
     points["level"] = points.bytes_share.where(points.bytes_share != "", points.budget.astype(str))

@@ -1,6 +1,7 @@
 """The comparison: lockstep is each setting alone, bytes, divergence and intervals by hand, resuming, bad input."""
 
 import json
+import pathlib
 import random
 from dataclasses import replace
 
@@ -106,6 +107,15 @@ def test_grids_multiply_out(capsys):
     wanted = [*parse_grid("ours budget=256,512"), *parse_grid("ours budget=256"), *parse_grid("ours bytes=1/1000")]
     assert [setting.config.budget for setting in evaluate.with_budgets(wanted, tiny_llama(), 400, 50)] == [256, 512]
     assert capsys.readouterr().err == "skipped: no budget of 'ours' reads 1/1000 of dense's bytes\n"
+
+
+def test_the_default_is_the_published_run():
+    """The first table of experiments/README.md has the default settings, but for those that cannot read so little."""
+    published = (pathlib.Path(evaluate.__file__).parent / "README.md").read_text().split(" decoded, of ")[1]
+    published = {tuple(line.split(" | ")[:3:2]) for line in published.splitlines() if line.startswith("| 1/")}
+    default = {(f"| {setting.bytes_share}", setting.name) for setting in evaluate.parse_args(["texts"]).settings}
+    too_little = {("1/16", "mean-std"), ("1/16", "quest"), ("1/16", "paper"), ("1/8", "paper")}
+    assert default - published == {(f"| {share}", name) for share, name in too_little} and published < default
 
 
 # Results on disk

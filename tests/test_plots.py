@@ -112,7 +112,8 @@ def test_without_a_prediction_there_is_nothing_to_draw(tmp_path):
         plots.draw_run(recorded(30)[-1], tmp_path / "run.png")
 
 
-RESULT = dict(setting="ours", budget=512, n_prompt=4096, n_new=4, dense_layers=0, bytes_share="", text="a")
+RESULT = dict(model="tiny", dtype="float32", predictor="")  # as of a rival
+RESULT |= dict(setting="ours", budget=512, n_prompt=4096, n_new=4, dense_layers=0, bytes_share="", text="a")
 TEXTS = [
     RESULT
     | dict(task="texts", text=text, setting=setting, budget=budget, kl=[kl / budget] * 4, read_bytes=budget * 1e4)
@@ -173,6 +174,15 @@ def test_pareto_points_are_means_over_texts(tmp_path, figures):
         for line in axes.lines:
             assert list(line.get_xdata()) == [2.56, 5.12] and line.get_ydata() == pytest.approx((2 / 256, 2 / 512))
     assert [axes.get_title() for axes in figures[0].axes] == ["4,096 tokens", "8,192 tokens"]
+
+
+@pytest.mark.parametrize("name", ["model", "dtype", "predictor"])
+def test_pareto_is_of_one_model_dtype_and_predictor(name, tmp_path):
+    rows = [TEXTS[0] | {name: "one"}, TEXTS[1] | {name: "other"}, *TEXTS[2:]]
+    with pytest.raises(InputError, match=f"several values of {name} .*one, other"):
+        plots.draw_pareto(rows, tmp_path / "x.png")
+    rows[1] |= {"predictor": ""}
+    plots.draw_pareto([row | {"model": "m", "dtype": "d"} for row in rows], tmp_path / "x.png")  # a rival beside ours
 
 
 def test_a_run_from_the_command_line(tmp_path, capsys):

@@ -343,6 +343,10 @@ def test_an_interrupted_training_continues_to_the_same_weights(draws, tmp_path, 
         (b"a text", "--lengths 9000", "context is 1200"),
         (b"a text", "--data text.txt", "cannot create folder text.txt"),
         (b"a text", "--data {folder}/data --select-heads q", "select_heads = kv, not q: give another --data"),
+        (b"a text", "--data {folder}/data --lengths 1100", "lengths = [1200], not [1100]: give another --data"),
+        (b"a text", "--data {folder}/data --windows 3", "windows = 2, not 3: give another --data"),
+        (b"a text", "--data {folder}/data --dtype bfloat16", "dtype = float32, not bfloat16: give another --data"),
+        (b"a text", "--data {folder}/data --text text.txt text.txt", "text = ['text.txt'], not ['text.txt', "),
     ],
 )
 def test_collect_refuses(text, options, message, tmp_path, folder, capsys, monkeypatch):
