@@ -573,7 +573,7 @@ def make_parser():
         (bench_kernels, LONG if gpu else LONG[:1], measured),
         (bench_offload, LONG, "llama-3.1-8b"),
         (bench_bytes, LONG, "llama-3.1-8b"),
-        (bench_launches, LONG[1:], "llama-3.1-8b"),
+        (bench_launches, LONG[-1:], "llama-3.1-8b"),
     ):
         name = command.__name__.removeprefix("bench_")
         sub = commands.add_parser(name, help=command.__doc__)

@@ -21,7 +21,7 @@ where it was, and several runs may share a file. A row of `texts` has
     task text sha256 n_prompt n_new model dtype predictor       what was read, and by which weights
     setting method bytes_share, and Config's fields by name     `setting` names all but the budget
     kl nll same                                                 lists, one value per decoded token; nats, nats, 0 or 1
-    recovery recovery_by_layer                                  means over heads, per measured step and per layer
+    recovery                                                    mean over layers and heads, per measured step
     attention_bytes calibration_bytes choosing_bytes            counted, per decoded token, ...
     read_bytes dense_bytes                                      ... their sum, and what dense attention would read
 
@@ -252,8 +252,7 @@ def read_on(model, predictor, settings, tokens, n_prompt, measure_every=16):
     for i, decoder in enumerate(decoders):
         row = {name: rounded(torch.stack(x)[:, i]) for name, x in (("kl", kl), ("nll", nll), ("same", same))}
         if decoder.recovery:
-            recovery = torch.stack(decoder.recovery).mean(2)  # (steps, L')
-            row |= dict(recovery=rounded(recovery.mean(1)), recovery_by_layer=rounded(recovery.mean(0)))
+            row["recovery"] = rounded(torch.stack(decoder.recovery).mean((1, 2)))  # (steps,)
         counters = ("attention_bytes", "calibration_bytes", "choosing_bytes", "dense_bytes", "read_bytes")
         yield row | {name: getattr(decoder.stats, name) / n_new for name in counters}
 
@@ -353,7 +352,7 @@ def run_texts(args, store, model, tokenizer, predictor):
             continue
         tokens = torch.tensor(tokens)  # (length + 1,)
         batches = [settings[i : i + args.together] for i in range(0, len(settings), args.together)]
-        for batch in tqdm(batches, f"{name}, {length} tokens", unit="batch", leave=False, disable=args.quiet):
+        for batch in tqdm(batches, f"{name}, {length} tokens", unit="batch", leave=False, disable=None):
             for setting, measured in zip(batch, read_on(model, predictor, batch, tokens, n_prompt)):
                 store.add(setting, values, measured)
 
@@ -388,7 +387,6 @@ def parse_args(argv):
     parser.add_argument("--model", help="Hugging Face folder or hub id; default: the bundled one")
     parser.add_argument("--predictor", default=attnpred.DEFAULT_PREDICTOR, help="the convolution")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     args.settings = [setting for grid in args.grid or GRIDS.get(args.task, []) for setting in parse_grid(grid)]
     for name in ("n_new", "together", "limit"):

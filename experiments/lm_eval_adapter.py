@@ -16,13 +16,12 @@ from weights.fetch_llm import fetch_default_llm
 
 
 class SparseLM(LM):
-    def __init__(self, setting, model, tokenizer, predictor, quiet):
+    def __init__(self, setting, model, tokenizer, predictor):
         super().__init__()
         self.setting, self.model, self.tokenizer, self.predictor = setting, model, tokenizer, predictor
-        self.quiet = quiet  # no progress bar
 
     def generate_until(self, requests):
-        return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=self.quiet)]
+        return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=None)]
 
     def generate(self, context, options):
         """Greedy text up to the first of the stop strings. A prompt that is too long loses its beginning."""
@@ -56,7 +55,7 @@ def run_tasks(args, store, model, tokenizer, predictor):
             raise InputError(f"task {task!r} of lm-eval is unknown: give the folder of your own with --include-path")
         values = dict(task=args.task, text=task, sha256=digest([args.limit, args.lengths]), n_prompt=length, n_new=0)
         for setting in store.missing(with_budgets(args.settings, model, length - 1, 1), values):
-            lm = SparseLM(setting, model, tokenizer, predictor, args.quiet)
+            lm = SparseLM(setting, model, tokenizer, predictor)
             options = dict(tasks=[task], task_manager=manager, limit=args.limit, bootstrap_iters=0)
             found = lm_eval.simple_evaluate(lm, **options)["results"][task]
             scores = {name: value for name, value in found.items() if isinstance(value, float)}

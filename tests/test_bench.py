@@ -274,6 +274,15 @@ def test_readme_shows_what_is_counted(command, rows, monkeypatch, capsys):
     assert not set(lines) - set(readme)
 
 
+def test_readme_shows_the_launches(capsys):
+    """Its counts at 131,072 tokens are those at 16,384, as it says."""
+    assert bench.main(["launches", "--contexts", "16384"]) == 0
+    readme = (ROOT / "experiments/README.md").read_text().split("## Launches per token")[1]
+    heads = "cache", "Triton", "PyTorch", "launches"
+    found, shown = ([[row[head] for head in heads] for row in table(text)] for text in (capsys.readouterr().out, readme))
+    assert found == shown
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of memory")
 def test_peak_memory_is_what_is_allocated():
     """Whatever was freed before: 8 tensors of 8 MB at a time, and 512 of 128 KB."""

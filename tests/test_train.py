@@ -23,22 +23,7 @@ from attnpred import (
     prefill,
 )
 from model import causal_attention
-from tests.helpers import assert_refused, random_predictor, tiny_llama
-
-
-class LetterTokenizer:
-    """One token per character, for random models."""
-
-    has_chat_template = True
-
-    def encode(self, text, special_tokens=True):
-        return [ord(c) % 61 for c in text]
-
-    def decode(self, ids):
-        return "".join(chr(48 + i) for i in ids)
-
-    def chat(self, messages):
-        return f"<{messages[0]['content']}>"
+from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tiny_llama
 
 
 def naive_attention(model, tokens):
