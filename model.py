@@ -1,7 +1,7 @@
 """The Llama family in one file: the model, its tokenizer and chat template, and the loading of its checkpoints.
 
 The batch size is always 1, so no tensor has a batch dimension. In the shapes, T is the number of tokens passed in,
-C = d_model, F = d_ff, D = head_dim, Hq = n_heads, Hk = n_kv_heads, V = vocab_size.
+C = d_model, I = d_ff, D = head_dim, Hq = n_heads, Hk = n_kv_heads, V = vocab_size.
 
 The model keeps no KV cache and does not know how attention is computed: `Llama.forward` is handed a callable,
 attend(layer, q, k, v) -> out, with q and out (Hq, T, D), k and v (Hk, T, D), q and k already rotated.
@@ -80,7 +80,7 @@ class Llama(nn.Module):
         self.to(dtype).to_empty(device=device).requires_grad_(False)
         if config.tie_embeddings:
             self.head.weight = self.embed
-        self.register_buffer("rope_table", rope_table(config, device), persistent=False)
+        self.register_buffer("rope_table", compute_rope_table(config, device), persistent=False)
 
     @property
     def device(self):
@@ -122,15 +122,16 @@ class Block(nn.Module):
     def __init__(self, layer, config):
         super().__init__()
         self.layer, self.config = layer, config
-        c, d_q, d_kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.has_rope = layer not in c.nope_layers
-        self.attn_norm = RMSNorm(c.d_model, c.rms_eps)
-        self.qkv = Linear(c.d_model, d_q + 2 * d_kv, c.attention_bias)  # rows: q, then k, then v
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_eps) if c.qk_norm else None for _ in range(2))
-        self.attn_out = Linear(d_q, c.d_model, c.output_bias)
-        self.mlp_norm = RMSNorm(c.d_model, c.rms_eps)
-        self.gate_up = Linear(c.d_model, 2 * c.d_ff, c.mlp_bias)  # rows: gate, then up
-        self.down = Linear(c.d_ff, c.d_model, c.mlp_bias)
+        d_model, d_ff, eps = config.d_model, config.d_ff, config.rms_eps
+        d_q, d_kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.has_rope = layer not in config.nope_layers
+        self.attn_norm = RMSNorm(d_model, eps)
+        self.qkv = Linear(d_model, d_q + 2 * d_kv, config.attention_bias)  # rows: q, then k, then v
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, eps) if config.qk_norm else None for _ in range(2))
+        self.attn_out = Linear(d_q, d_model, config.output_bias)
+        self.mlp_norm = RMSNorm(d_model, eps)
+        self.gate_up = Linear(d_model, 2 * d_ff, config.mlp_bias)  # rows: gate, then up
+        self.down = Linear(d_ff, d_model, config.mlp_bias)
 
     def forward(self, x, rope, attend, kv_dtype):  # x (T, C), overwritten -> (T, C)
         T, n_heads, n_kv_heads = x.shape[0], self.config.n_heads, self.config.n_kv_heads
@@ -146,7 +147,7 @@ class Block(nn.Module):
         q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
         out = attend(self.layer, q, k, v).transpose(0, 1).reshape(T, -1).to(dtype)  # (T, Hq * D)
         x = self.attn_out(out, x)  # (T, C)
-        gate, up = self.gate_up(self.mlp_norm(x, dtype)).chunk(2, dim=-1)  # (T, F), (T, F)
+        gate, up = self.gate_up(self.mlp_norm(x, dtype)).chunk(2, dim=-1)  # (T, I), (T, I)
         return self.down(F.silu(gate).mul_(up), x)  # (T, C)
 
 
@@ -170,7 +171,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(dtype)  # (..., C)
 
 
-def rope_table(config: LlamaConfig, device) -> torch.Tensor:
+def compute_rope_table(config: LlamaConfig, device) -> torch.Tensor:
     """cos and sin of every position's angles (context_len, 2, D/2) float32; Hugging Face's formulas."""
     D, theta = config.head_dim, config.rope_theta
     exponent = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D  # (D/2,)

@@ -58,9 +58,9 @@ def installed_documents() -> dict[str, list[tuple[str, str]]]:
     from pydoc_data import topics
 
     root = pathlib.Path(sysconfig.get_path("stdlib"))
-    outside = {"site-packages", "test", "tests", "pydoc_data", "idlelib", "lib2to3", "__pycache__"}
+    excluded = {"site-packages", "test", "tests", "pydoc_data", "idlelib", "lib2to3", "__pycache__"}
     found = {"reference": [(f"topic {name}", text) for name, text in sorted(topics.topics.items())]}
-    sources = [path for path in sorted(root.rglob("*.py")) if not outside & set(path.relative_to(root).parts)]
+    sources = [path for path in sorted(root.rglob("*.py")) if not excluded & set(path.relative_to(root).parts)]
     found["source"] = [(str(path.relative_to(root)), read_start(path)) for path in sources]
     for package in sorted(importlib.metadata.distributions(), key=lambda package: package.name):
         for file in (package.files or []) if package.name != "torch" else []:
@@ -151,11 +151,11 @@ def attention(q, k, n_tokens):
 
     q (Hq, rows, D): the queries of tokens n_tokens - rows ... n_tokens - 1; k (Hk, >= n_tokens, D) -> (Hq, rows, T)
     """
-    n_heads, rows, head_dim = q.shape
+    n_heads, n_rows, head_dim = q.shape
     q = q.reshape(len(k), -1, head_dim).float() * head_dim**-0.5  # (Hk, G * rows, D)
-    logits = (q @ k[:, :n_tokens].float().mT).view(n_heads, rows, n_tokens)  # (Hq, rows, T)
-    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)  # (rows, rows)
-    logits[..., n_tokens - rows :].masked_fill_(future, -torch.inf)
+    logits = (q @ k[:, :n_tokens].float().mT).view(n_heads, n_rows, n_tokens)  # (Hq, rows, T)
+    future = torch.ones(n_rows, n_rows, dtype=torch.bool, device=q.device).triu(1)  # (rows, rows)
+    logits[..., n_tokens - n_rows :].masked_fill_(future, -torch.inf)
     return logits.softmax(-1)
 
 
@@ -166,7 +166,7 @@ def block_mass(q, k, n_tokens, block_size):
 
 
 @torch.inference_mode()
-def record(model, config: Config, tokens, ends, rows, stride):
+def record(model, config: Config, tokens, ends, n_rows, stride):
     """One dense pass over tokens -> for each end a window: pooled and mass, both (layers, heads, rows, N) float16.
 
     Row r belongs to position p = end - 1 - (rows - 1 - r) * stride. Its pooled row is what a true row of the history
@@ -175,23 +175,23 @@ def record(model, config: Config, tokens, ends, rows, stride):
     """
     m, device = model.config, model.device
     heads = m.n_kv_heads if config.select_heads == "kv" else m.n_heads
-    shape = 2, m.n_layers, heads, rows
+    shape = 2, m.n_layers, heads, n_rows
     windows = [torch.zeros(*shape, config.n_blocks(end), dtype=attnpred.HISTORY_DTYPE) for end in ends]
 
     def attend(layer, q, k, v):
         padded = F.pad(k, (0, 0, 0, -k.shape[1] % config.block_size))
         k_cache = padded.unflatten(1, (-1, config.block_size))  # (Hk, N, b, D)
-        for end, (pooled, mass) in zip(ends, windows):
-            last = q[:, end - 1 - (rows - 1) * stride : end : stride]  # (Hq, rows, D)
+        for end, (pooled, target) in zip(ends, windows):
+            last = q[:, end - 1 - (n_rows - 1) * stride : end : stride]  # (Hq, rows, D)
             maxima, _ = kernels.pool_history(last, k_cache, end, stride)  # (Hq, rows, N)
             pooled[layer] = attnpred.group_rms(maxima[None], heads)[0]
             chunk = max(1, MAX_LOGITS // (len(q) * end * stride))  # rows at a time
-            for first in range(0, rows, chunk):
-                stop = min(first + chunk, rows)
-                length = end - (rows - stop) * stride  # of the text up to the chunk's last row
+            for first in range(0, n_rows, chunk):
+                stop = min(first + chunk, n_rows)
+                length = end - (n_rows - stop) * stride  # of the text up to the chunk's last row
                 sums = block_mass(q[:, length - (stop - first) * stride : length], k, length, config.block_size)
                 squares = sums.square().view(heads, -1, stop - first, stride, sums.shape[-1]).mean((1, 3))
-                mass[layer, :, first:stop, : sums.shape[-1]] = squares.sqrt()
+                target[layer, :, first:stop, : sums.shape[-1]] = squares.sqrt()
         return causal_attention(layer, q, k, v)
 
     model(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device), attend)
@@ -215,7 +215,7 @@ def collect(args):
     settings["corpus"] = "own files" if args.text else installed
     data = make_folder(args.data)
     for path in sorted(data.glob("*.safetensors"))[:1]:
-        check_settings(Window(path).about, settings, f"{data} was collected", "give another --data")
+        check_settings(Window(path).metadata, settings, f"{data} was collected", "give another --data")
     work = []
     for split, count in (("train", args.contexts), ("validation", args.validation_contexts)):
         amounts = args.lengths, count, args.windows, ROWS * args.stride
@@ -225,10 +225,10 @@ def collect(args):
                 work.append((origin, tokens, ends, paths))
     for origin, tokens, ends, paths in tqdm(work, "collecting", unit="context", disable=None):
         windows = record(model, config, tokens, ends, ROWS, args.stride)
-        for path, end, (pooled, mass) in zip(paths, ends, windows):
-            if not (pooled.isfinite().all() and mass.isfinite().all()):
+        for path, end, (pooled, target) in zip(paths, ends, windows):
+            if not (pooled.isfinite().all() and target.isfinite().all()):
                 raise InputError(f"the attention over {origin[:60]!r} is not finite: use --dtype float32")
-            write_tensors(path, {"pooled": pooled, "mass": mass}, settings | {"origin": origin, "n_tokens": end})
+            write_tensors(path, {"pooled": pooled, "target": target}, settings | {"origin": origin, "n_tokens": end})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -254,9 +254,9 @@ def write(path, data: bytes):
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
-def write_tensors(path, tensors, about):
-    """A safetensors file with `about` as its metadata."""
-    write(path, safetensors.torch.save(tensors, {name: str(value) for name, value in about.items()}))
+def write_tensors(path, tensors, metadata):
+    """Write a safetensors file; the values of `metadata` are written as text."""
+    write(path, safetensors.torch.save(tensors, {name: str(value) for name, value in metadata.items()}))
 
 
 def check_settings(noted, settings, what, remedy):
@@ -272,24 +272,24 @@ class Window:
     def __init__(self, path):
         try:
             file = safetensors.safe_open(path, "pt")
-            about = self.about = file.metadata()
-            n_tokens, stride, block_size = (int(about[name]) for name in ("n_tokens", "stride", "block_size"))
-            select_heads = about["select_heads"]
-            self.pooled, self.mass = file.get_slice("pooled"), file.get_slice("mass")  # (layers, heads, rows, N) each
+            metadata = self.metadata = file.metadata()
+            n_tokens, stride, block_size = (int(metadata[name]) for name in ("n_tokens", "stride", "block_size"))
+            select_heads = metadata["select_heads"]
+            self.pooled, self.target = map(file.get_slice, ("pooled", "target"))  # (layers, heads, rows, N) each
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} is not a window of `collect` ({error}): remove it, and collect again") from None
         method = dict(calibration_interval=stride, selection_interval=stride, select_heads=select_heads)
         self.config = Config(block_size=block_size, history_rows="true" if stride > 1 else "every", **method)
-        self.layers, _, self.rows, n_blocks = self.pooled.get_shape()
-        lengths = range(n_tokens - self.rows * stride + 1, n_tokens + 1, stride)  # at the first token of each row
+        self.n_layers, _, self.n_rows, n_blocks = self.pooled.get_shape()
+        lengths = range(n_tokens - self.n_rows * stride + 1, n_tokens + 1, stride)  # at the first token of each row
         self.middle = [self.config.middle(length) for length in lengths]
         start, end = torch.tensor(self.middle).T[..., None]  # (rows, 1) each
         block = torch.arange(n_blocks)
         self.in_middle = (block >= start) & (block < end)  # (rows, N)
 
     def load(self, layer):
-        """pooled and mass of a layer: (heads, rows, N) float32 each."""
-        return self.pooled[layer].float(), self.mass[layer].float()
+        """pooled and target of a layer: (heads, rows, N) float32 each."""
+        return self.pooled[layer].float(), self.target[layer].float()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def starting_point(seed, last_rows=1.5, noise=0.3) -> Predictor:
     return predictor
 
 
-def scores_of_rows(rows, targets, weights, history_len):
+def scores_of_rows(rows, selection_rows, weights, history_len):
     """The predictor's scores for many targets at once: of row t from the window of rows t - H ... t - 1.
 
     rows (B, R, n), targets (T,) int64 -> (B, T, n). A row in the interior of a window contributes the same to every
@@ -331,10 +331,11 @@ def scores_of_rows(rows, targets, weights, history_len):
     its own window.
     """
     inner = torch.arange(2, rows.shape[1] - 2, device=rows.device)  # rows with two rows on both sides
-    within = (inner >= targets[:, None] - history_len + 2) & (inner <= targets[:, None] - 3)  # (T, R - 4)
+    last = selection_rows[:, None] - 1  # (T, 1), of each history
+    in_interior = (inner > last - history_len + 2) & (inner < last - 1)  # (T, R - 4)
     p = kernels.contributions_reference(rows, (2, rows.shape[1] - 2, 0), weights).float()  # (B, R - 4, n)
-    total = torch.einsum("tr,brn->btn", within.float(), p)  # (B, T, n)
-    for first, strip in ((targets - history_len, (0, 2, 0)), (targets - 4, (2, 4, 0))):
+    total = torch.einsum("tr,brn->btn", in_interior.float(), p)  # (B, T, n)
+    for first, strip in ((selection_rows - history_len, (0, 2, 0)), (selection_rows - 4, (2, 4, 0))):
         edge = rows[:, first[:, None] + torch.arange(4, device=rows.device)]  # (B, T, 4, n)
         outer = kernels.contributions_reference(edge.flatten(0, 1), strip, weights).float()  # (B * T, 2, n)
         total = total + outer.sum(1).view_as(total)
@@ -347,19 +348,19 @@ def scaled(state, factor):
     return {name: w.detach().contiguous() * factor ** powers.get(name, 0) for name, w in state.items()}
 
 
-def mse_loss(scores, mass, valid):
+def mse_loss(scores, target, valid):
     """Squared error of the scores, as the paper trains."""
-    return (scores - mass).square()[valid.expand_as(mass)].mean() * 1e3
+    return (scores - target).square()[valid.expand_as(target)].mean() * 1e3
 
 
-def relative_loss(scores, mass, valid):
+def relative_loss(scores, target, valid):
     """Squared error of positive scores s over the scores themselves (Pearson's chi-squared), per row: (mass - s)^2 / s.
 
     The best score is the root of the expected squared mass, s = sqrt(E[mass^2]). So a block that seldom gets much
     attention scores higher than one that always gets as much in the mean: leaving it out would cost more.
     """
     s = F.softplus(scores / FLOOR) * FLOOR + FLOOR / 10  # (B, T, n): far above FLOOR the score itself
-    return ((mass - s).square() / s * valid).sum(-1).mean()
+    return ((target - s).square() / s * valid).sum(-1).mean()
 
 
 FLOOR = 1e-3
@@ -371,7 +372,7 @@ LOSSES = {"relative": relative_loss, "mse": mse_loss}
 # --------------------------------------------------------------------------------------------------------------------
 
 INPUT_SCALE = 32.0  # rows are multiplied by it and conv1 divided, so that Adam's steps there are relatively larger
-SPAN, TARGETS, COLUMNS = 64, 16, 256  # rows after the first history, targets among them, blocks in a step, at most
+SPAN, SELECTIONS, COLUMNS = 64, 16, 256  # rows after the first history, targets among them, blocks in a step, at most
 AVERAGE = 0.998  # decay of the running mean of the weights, which is what is kept
 BUDGETS = (256, 512, 1024)
 MIN_MIDDLE_BLOCKS = 32  # a window with fewer teaches no choice
@@ -384,16 +385,16 @@ def draw_batch(windows, rng, history_len):
     (heads, T, n), and which columns belong to the middle then (T, n). The n columns are a crop.
     """
     window = rng.choice(windows)
-    pooled, mass = window.load(rng.randrange(window.layers))  # (heads, window.rows, N) each
-    first = rng.randrange(max(1, window.rows - history_len - SPAN + 1))
-    stop = min(first + history_len + SPAN, window.rows)
-    selects = range(first + history_len, stop)
-    targets = torch.tensor(sorted(rng.sample(selects, min(TARGETS, len(selects)))))  # (T,) rows of the window
-    start, end = window.middle[targets[-1]]
+    pooled, target = window.load(rng.randrange(window.n_layers))  # (heads, window.n_rows, N) each
+    first = rng.randrange(max(1, window.n_rows - history_len - SPAN + 1))
+    stop = min(first + history_len + SPAN, window.n_rows)
+    candidates = range(first + history_len, stop)
+    selection_rows = torch.tensor(sorted(rng.sample(candidates, min(SELECTIONS, len(candidates)))))  # (T,)
+    start, end = window.middle[selection_rows[-1]]
     left = rng.randrange(start, max(start, end - COLUMNS) + 1)
     columns = slice(left, min(end, left + COLUMNS))
-    valid = window.in_middle[targets, columns]  # (T, n)
-    return pooled[:, first:stop, columns], targets - first, mass[:, targets, columns], valid
+    valid = window.in_middle[selection_rows, columns]  # (T, n)
+    return pooled[:, first:stop, columns], selection_rows - first, target[:, selection_rows, columns], valid
 
 
 def select(scores, config):
@@ -405,22 +406,22 @@ def select(scores, config):
 
 
 @torch.no_grad()
-def left_out(window, weights, config, rows, device="cpu"):
+def left_out(window, weights, config, selection_rows, device="cpu"):
     """The squared mass of the blocks that selections before `rows` (T,) leave out, summed over the blocks of a head.
 
     Returns {budget: (layers, heads, T)}. The image ends where the middle does at the last of the rows.
     """
     found = {budget: [] for budget in BUDGETS}
-    middle = slice(*window.middle[rows[-1]])
-    valid = window.in_middle[rows, middle]  # (T, n)
-    for layer in range(window.layers):
-        pooled, mass = window.load(layer)  # (heads, window.rows, N) each
+    middle = slice(*window.middle[selection_rows[-1]])
+    valid = window.in_middle[selection_rows, middle]  # (T, n)
+    for layer in range(window.n_layers):
+        pooled, target = window.load(layer)  # (heads, window.n_rows, N) each
         image = pooled[..., middle].to(device)
-        scores = scores_of_rows(image, rows.to(device), weights, config.history_len).cpu()  # (heads, T, n)
+        scores = scores_of_rows(image, selection_rows.to(device), weights, config.history_len).cpu()  # (heads, T, n)
         scores = scores.masked_fill(~valid, -torch.inf).transpose(0, 1)  # (T, heads, n)
         for budget, sums in found.items():
             selected = select(scores, replace(config, budget=budget)).transpose(0, 1)  # (heads, T, n)
-            sums.append((mass[:, rows, middle].square() * (valid & ~selected)).sum(-1))
+            sums.append((target[:, selection_rows, middle].square() * (valid & ~selected)).sum(-1))
     return {budget: torch.stack(sums) for budget, sums in found.items()}
 
 
@@ -428,8 +429,8 @@ def validate(windows, weights, config, device="cpu"):
     """The root mean square of the mass that selections leave out, at each of BUDGETS."""
     weights, found = kernels.prepare_weights(weights, device), {budget: [] for budget in BUDGETS}
     for window in windows:
-        rows = torch.arange(config.history_len, window.rows, 4)
-        for budget, sums in left_out(window, weights, config, rows, device).items():
+        selection_rows = torch.arange(config.history_len, window.n_rows, 4)
+        for budget, sums in left_out(window, weights, config, selection_rows, device).items():
             found[budget].append(sums.mean().item())
     return {f"left out, {budget}": math.sqrt(statistics.fmean(means)) for budget, means in found.items()}
 
@@ -474,10 +475,11 @@ def train(args):
         curve.append({"step": step, "loss": loss} | measured)
         errors = [sum(row[name] for name in measured) for row in curve]
         if errors[-1] == min(errors):
-            about = {name: training[0].about[name] for name in ("llm", "corpus")}
-            about |= {name: getattr(config, name) for name in METHOD_SETTINGS} | {"seed": args.seed, "loss": args.loss}
-            about |= {"steps": step, "validation": json.dumps({name: round(r, 4) for name, r in measured.items()})}
-            write_tensors(out, weights, about)
+            metadata = {name: training[0].metadata[name] for name in ("llm", "corpus")}
+            metadata |= {name: getattr(config, name) for name in METHOD_SETTINGS}
+            metadata |= {"seed": args.seed, "loss": args.loss, "steps": step}
+            metadata["validation"] = json.dumps({name: round(value, 4) for name, value in measured.items()})
+            write_tensors(out, weights, metadata)
         write(out.with_suffix(".json"), json.dumps(curve, indent=1).encode())
         state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
         torch.save(state | {"curve": curve, "done": step, "settings": settings}, buffer := io.BytesIO())
@@ -487,10 +489,10 @@ def train(args):
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=None)
     for step in bar:
         rng = random.Random(f"{args.seed} {step}")  # of the step alone: a resumed run draws the same batches
-        rows, targets, mass, valid = (x.to(device) for x in draw_batch(training, rng, config.history_len))
+        rows, selection_rows, target, valid = (x.to(device) for x in draw_batch(training, rng, config.history_len))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            scores = scores_of_rows(rows * INPUT_SCALE, targets, parameters, config.history_len) / INPUT_SCALE
-        loss = LOSSES[args.loss](scores, mass, valid)
+            scores = scores_of_rows(rows * INPUT_SCALE, selection_rows, parameters, config.history_len) / INPUT_SCALE
+        loss = LOSSES[args.loss](scores, target, valid)
         if not loss.isfinite():
             raise InputError(f"the loss is {loss.item()} at step {step}: lower --lr; {out} keeps the best weights")
         if not curve:

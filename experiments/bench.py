@@ -57,8 +57,9 @@ def models_of(args, device):
     if max(args.contexts) > limit:
         raise InputError(f"--contexts {max(args.contexts)}: the model's context is {limit:,} tokens")
     for name in args.dtypes:
-        how = getattr(torch, name), device
-        models[name] = model = Llama(shape, *how).eval() if shape else load_model(str(fetch_default_llm()), *how)[0]
+        placement = getattr(torch, name), device
+        model = Llama(shape, *placement).eval() if shape else load_model(str(fetch_default_llm()), *placement)[0]
+        models[name] = model
         for part, parameter in model.named_parameters() if shape else ():
             parameter.data.normal_(1.0 if part.endswith("norm.weight") else 0.0, 0.02)
     return models
@@ -107,12 +108,12 @@ def ceilings(dtype, device, size=1 << 28, n=4096):
     matrix product."""
     host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     x, y = torch.ones(2, size, dtype=torch.uint8, device=device)
-    found = {"copy": 2 * size / seconds(lambda: y.copy_(x), device)}
-    found["host copy"] = size / seconds(lambda: y.copy_(host, non_blocking=True), device)
+    rates = {"copy": 2 * size / seconds(lambda: y.copy_(x), device)}
+    rates["host copy"] = size / seconds(lambda: y.copy_(host, non_blocking=True), device)
     for name, kind in (("matmul", dtype), ("matmul tf32", torch.float32)):
         x = torch.randn(n, n, device=device).to(kind)
-        found[name] = n**3 / seconds(lambda x=x: x @ x, device)
-    return found
+        rates[name] = n**3 / seconds(lambda x=x: x @ x, device)
+    return rates
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -347,7 +348,7 @@ def speed_rows(args, models, config, bandwidth):
             same_weights = {other["name"]: other for other in done if other["dtype"] == row["dtype"]}
             if base := same_weights.get("dense"):
                 pairs = zip(base["rounds"], row["rounds"])
-                row["speedup"] = statistics.median(theirs / ours for theirs, ours in pairs)
+                row["speedup"] = statistics.median(dense_ms / ms for dense_ms, ms in pairs)
             same = next(name for name, other in same_weights.items() if other["answer"] == row["answer"])
             if same != row["name"]:
                 row["same_as"] = same
@@ -429,12 +430,12 @@ def bench_prefill(args, config, device):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def kernel_row(path, context, device, found):
+def kernel_row(path, context, device, ceilings_found):
     name, moved, multiply_adds, call, rivals = path
     print(f"bench: {name}, {context} tokens", file=sys.stderr)
     took, others = seconds(call, device), {rival: seconds(other, device) for rival, other in rivals.items()}
-    copy = found["host copy" if name.startswith("copy") else "copy"]
-    matmul = found["matmul tf32" if name.startswith("predict") else "matmul"]
+    copy = ceilings_found["host copy" if name.startswith("copy") else "copy"]
+    matmul = ceilings_found["matmul tf32" if name.startswith("predict") else "matmul"]
     row = dict(path=name, context=context, us=1e6 * took, gb_s=1e-9 * moved / took, of_copy=moved / took / copy)
     row |= dict(tflop_s=2e-12 * multiply_adds / took, of_matmul=multiply_adds / took / matmul)
     return row | dict(rivals="; ".join(f"{rival} {1e6 * t:,.1f} ({t / took:.1f}x)" for rival, t in others.items()))
@@ -456,13 +457,14 @@ def bench_kernels(args, config, device):
         raise InputError(f"--contexts must be multiples of {config.block_size} and longer than the budget")
     torch.set_float32_matmul_precision("high")
     dtype, sizes = (torch.bfloat16, ()) if device.type == "cuda" else (torch.float32, (1 << 26, 1024))
-    found = ceilings(dtype, device, *sizes)
+    ceilings_found = ceilings(dtype, device, *sizes)
+    rates = {name: rate / 1e9 for name, rate in ceilings_found.items()}
     print(
-        f"copy {found['copy'] / 1e9:,.0f} GB/s, host to device {found['host copy'] / 1e9:,.0f} GB/s, matrix product "
-        f"{2e-12 * found['matmul']:,.1f} TFLOP/s, of float32 {2e-12 * found['matmul tf32']:,.1f} (a GPU uses tf32)\n"
+        f"copy {rates['copy']:,.0f} GB/s, host to device {rates['host copy']:,.0f} GB/s, matrix product "
+        f"{2e-3 * rates['matmul']:,.1f} TFLOP/s, of float32 {2e-3 * rates['matmul tf32']:,.1f} (a GPU uses tf32)\n"
     )
     rows = [
-        kernel_row(path, context, device, found)
+        kernel_row(path, context, device, ceilings_found)
         for context in args.contexts
         for paths in PATHS
         for path in paths(shape_of(args.model_shape), config, context, dtype, device, args.backend)
@@ -603,10 +605,10 @@ def run(args):
     config = attnpred.config_of(args)
     rows = args.bench(args, config, device)
     if rows:
-        found = conditions(args, config, device)
-        print("{device}, {threads} threads, {weights}, budget {config[budget]}".format(**found))
+        setup = conditions(args, config, device)
+        print("{device}, {threads} threads, {weights}, budget {config[budget]}".format(**setup))
     if args.out:
-        rows = [found | row for row in rows]
+        rows = [setup | row for row in rows]
         attnpred.write_atomically(args.out, lambda path: path.write_text(json.dumps(rows, indent=1)))
 
 

@@ -167,16 +167,16 @@ def budget_for(setting, llm, itemsize, n_prompt, n_new) -> Setting | None:
     c, shape = setting.config, (llm, itemsize, n_prompt, n_new)
     target = float(Fraction(setting.bytes_share)) * counted_bytes(Setting("full", METHODS["full"]), *shape)
 
-    def at(topk):
+    def with_topk(topk):
         budget = c.sink_tokens + c.local_tokens + topk * c.block_size
         return replace(setting, config=replace(c, budget=budget))
 
     def error(topk):
-        return counted_bytes(at(topk), *shape) - target
+        return counted_bytes(with_topk(topk), *shape) - target
 
     most = bisect.bisect_left(range(c.n_blocks(n_prompt)), 0, key=error)  # the fewest blocks that read the target
     best = min((max(0, most - 1), most), key=lambda topk: abs(error(topk)))
-    return at(best) if abs(error(best)) <= 0.1 * target else None
+    return with_topk(best) if abs(error(best)) <= 0.1 * target else None
 
 
 def with_budgets(settings, model, n_prompt, n_new) -> list[Setting]:

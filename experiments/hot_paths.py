@@ -67,10 +67,10 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
         rivals["convolutions, tf32"] = partial(convolve, True)
     # After P new rows, P + 8 rows of history are read (two around each computed row) and H - 4 - P contributions, and
     # P + 4 contributions are written.
-    anew = 2 * c.history_len
-    update = c.history_len + 8 + new_rows if new_rows < c.history_len - 4 else anew
+    whole_image = 2 * c.history_len
+    update = c.history_len + 8 + new_rows if new_rows < c.history_len - 4 else whole_image
     for name, new, valid_end, rows in (
-        ("whole image", 0, start, anew),
+        ("whole image", 0, start, whole_image),
         (f"{new_rows} new rows", new_rows, end, update),
     ):
         moved = heads * (end - start) * (rows * history.element_size() + 4)  # and a score

@@ -134,8 +134,8 @@ def draw_run(recorder, path):
         why = "the text fits the budget (use a smaller --budget), or the answer ended before a second token was decoded"
         raise InputError(f"nothing was predicted: {why}")
     start, end = c.middle(r.n_tokens)
-    far = end - RECENT_BLOCKS if end - start > 4 * RECENT_BLOCKS else end
-    rows = torch.stack(list(r.true_rows))[..., start:far].flatten(1, 2)  # (R, L' * heads, n)
+    shown_end = end - RECENT_BLOCKS if end - start > 4 * RECENT_BLOCKS else end
+    rows = torch.stack(list(r.true_rows))[..., start:shown_end].flatten(1, 2)  # (R, L' * heads, n)
     patterns = find_patterns(rows, c.block_size)
 
     figure = plt.figure(figsize=(13, 9), layout="constrained")

@@ -123,18 +123,18 @@ class Stub:
 def decode(model, c: Config, n_tokens: int, steps: int, offload=False) -> tuple[SparseDecoder, list[Counting]]:
     """Decode without memory, up to n_tokens: the decoder, whose Stats count the last `steps` tokens, and what was
     counted for the prompt's selection and for each token. Before those come as many as a selection is late."""
-    late, counts, token = c.delay(n_tokens), [], torch.zeros(1, dtype=torch.int64, device=META)
+    delay, counts, token = c.delay(n_tokens), [], torch.zeros(1, dtype=torch.int64, device=META)
     with counting() as making:
         decoder = SparseDecoder(c, model, Predictor(), n_tokens, "triton", offload)
-    for step in range(late + steps + 1):
+    for step in range(delay + steps + 1):
         with counting(making.host) as one:
             if step:
                 attnpred.sample(decode_one_token(model, decoder, token))
             else:
-                decoder.begin_prompt(n_tokens - late - steps)
+                decoder.begin_prompt(n_tokens - delay - steps)
                 decoder.finish_token()
         counts.append(one)
-        if step == late:
+        if step == delay:
             decoder.stats = attnpred.Stats()
     return decoder, counts
 
@@ -178,24 +178,25 @@ def strategies(m: LlamaConfig, c: Config, n_tokens: int, fetched_fraction: float
     memory, link and host are bytes/s. Of a selection, fetched_fraction crosses the link, and may take one token's time;
     the host may pool the keys during `selection_delay` tokens; what takes longer is waited for.
     """
-    reads, device = bytes_per_token(m, c, n_tokens), weight_bytes(m)
+    reads, weights = bytes_per_token(m, c, n_tokens), weight_bytes(m)
     calibration_interval, selection_interval = c.intervals(n_tokens)
     heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
     selection = max(0, m.n_layers - c.dense_layers) * heads * c.topk_blocks * c.block_size * 2 * m.head_dim * 2
     fetched = fetched_fraction * selection
     crossing = bytes_per_token(m, offloaded(c), n_tokens, offload=True)["link"] + fetched / selection_interval
-    dense, sparse = (device + reads["dense"]) / memory, (device + reads["attention"] + reads["choosing"]) / memory
+    dense, sparse = (weights + reads["dense"]) / memory, (weights + reads["attention"] + reads["choosing"]) / memory
     pooling, swap = calibration_interval * reads["calibration"] / host, fetched / link
     delay = offloaded(c).delay(n_tokens)
 
-    def beside(pooling_ahead, swap_ahead):
-        waited = max(0, pooling - pooling_ahead * sparse) / calibration_interval
-        return sparse + waited + max(0, swap - swap_ahead * sparse) / selection_interval, crossing
+    def offloaded_seconds(pooling_tokens, swap_tokens):
+        """Seconds per token, where the host pools during `pooling_tokens` tokens and a swap may take `swap_tokens`."""
+        waited = max(0, pooling - pooling_tokens * sparse) / calibration_interval
+        return sparse + waited + max(0, swap - swap_tokens * sparse) / selection_interval
 
     return {
         "dense, resident": (dense, 0),
         "dense, everything streamed": (max(dense, reads["dense"] / link), reads["dense"]),
         "sparse, resident": (sparse + reads["calibration"] / memory, 0),
-        "sparse, offloaded, awaited": beside(0, 0),
-        f"sparse, offloaded, late by {delay}": beside(delay, 1),
+        "sparse, offloaded, awaited": (offloaded_seconds(0, 0), crossing),
+        f"sparse, offloaded, late by {delay}": (offloaded_seconds(delay, 1), crossing),
     }

@@ -98,11 +98,11 @@ def test_launches_by_hand():
 def test_tensors_without_memory_are_counted_like_real_ones(changes, offload):
     """The decoder's own counters, over two intervals; every layer launches its attention for every token."""
     config, model, steps = Config(**SHAPE | changes), tiny_llama(), 16
-    late = config.delay(150)
+    delay = config.delay(150)
     real = SparseDecoder(config, model, random_predictor(), 150 + steps, offload=offload)
-    prefill(model, real, torch.arange(150 - late) % 61)
-    for step in range(late + steps):
-        real.stats = Stats() if step == late else real.stats
+    prefill(model, real, torch.arange(150 - delay) % 61)
+    for step in range(delay + steps):
+        real.stats = Stats() if step == delay else real.stats
         decode_one_token(model, real, torch.tensor([3]))
     decoder, (_, *tokens) = roofline.decode(roofline.Stub(model.config), config, 150 + steps, steps, offload)
     for name, scale in dict(attention=2, calibration=2, dense=2, choosing=1).items():  # 16 bits in place of 32
@@ -188,7 +188,7 @@ def test_speed_pays_for_whole_intervals(tmp_path, capsys):
     dense, sparse, again, *_ = rows
     assert len(sparse["rounds"]) == 2 and len(sparse["answer"]) == 16
     assert "same_as" not in sparse and again["same_as"] == "sparse"
-    ratios = [theirs / ours for theirs, ours in zip(dense["rounds"], sparse["rounds"])]
+    ratios = [dense_ms / ms for dense_ms, ms in zip(dense["rounds"], sparse["rounds"])]
     assert sparse["speedup"] == sum(ratios) / 2
     stages = "attention", "calibration", "prediction", "selection", "block addresses"
     assert min(sparse["stages"][stage] for stage in stages) > 0
@@ -279,7 +279,8 @@ def test_readme_shows_the_launches(capsys):
     assert bench.main(["launches", "--contexts", "16384"]) == 0
     readme = (ROOT / "experiments/README.md").read_text().split("## Launches per token")[1]
     heads = "cache", "Triton", "PyTorch", "launches"
-    found, shown = ([[row[head] for head in heads] for row in table(text)] for text in (capsys.readouterr().out, readme))
+    printed = capsys.readouterr().out
+    found, shown = ([[row[head] for head in heads] for row in table(text)] for text in (printed, readme))
     assert found == shown
 
 

