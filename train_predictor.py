@@ -3,11 +3,13 @@
     python train_predictor.py collect --data data
     python train_predictor.py train --data data --out predictor.safetensors
 
-The job: rank all blocks of a layer's heads by the attention that the next M tokens will pay them, given true rows of
-attention M tokens apart, as decoding with history_rows="true" and P = M has them. Reading order: the corpus,
-`record` (one dense pass -> windows of history rows and block masses), `Window` (a file that training reads),
-`scores_of_rows` (many predictions in one pass), the losses, `train`. Both commands may be interrupted: the same command
-continues. The method is in attnpred.py; experiments/evaluate.py judges the outcome.
+The predictor ranks all blocks of a layer's heads by the attention that they get from the next M tokens. Its input is
+the history of true attention rows, M tokens apart, as decoding produces it with history_rows="true" and P = M.
+
+Reading order: the corpus, `record` (one dense pass -> windows of history rows and of what to predict for them),
+`Window` (a file that training reads), `scores_of_rows` (many predictions in one pass), the losses, `train`. Both
+commands may be interrupted: the same command continues. The method is in attnpred.py; experiments/evaluate.py measures
+what a predictor is worth.
 """
 
 import hashlib
@@ -46,14 +48,14 @@ KINDS |= {".json": "data", ".csv": "data", ".yaml": "data"}
 
 
 def split_of(text) -> str:
-    """From a hash of the text, so that no text is in two splits, whatever its name."""
+    """The split that a text belongs to. It follows from a hash of the text, so no text is in two splits."""
     return SPLITS[int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10]
 
 
 def installed_documents() -> dict[str, list[tuple[str, str]]]:
-    """What is installed beside this project: CPython's language reference and library, and other packages' texts.
+    """{kind of text: [(name, text)]} of CPython's language reference, its library, and the texts of all packages.
 
-    Returns {kind of text: [(name, text)]}. Nothing of the torch package is in it: evaluate.py reads its texts.
+    The torch package is left out, because evaluate.py tests with its texts.
     """
     from pydoc_data import topics
 
@@ -71,12 +73,16 @@ def installed_documents() -> dict[str, list[tuple[str, str]]]:
 
 
 def read_start(path):
+    """The first MAX_DOCUMENT_CHARS characters of a file."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.read(MAX_DOCUMENT_CHARS)
 
 
 def text_documents(paths) -> dict[str, list[tuple[str, str]]]:
-    """The user's own UTF-8 files, cut into sections, so that even one file gives documents for every split."""
+    """{"text": [(name, text)]} of the user's UTF-8 files. Each is cut into sections, so that one file fills all splits.
+
+    Raises InputError for a file that cannot be read.
+    """
     sections = []
     for path in paths:
         try:
@@ -89,10 +95,10 @@ def text_documents(paths) -> dict[str, list[tuple[str, str]]]:
 
 
 def draw_contexts(documents, split, lengths, count, n_windows, window_tokens, tokenizer, seed):
-    """Yield `count` contexts of a split: what is in one, its tokens, and the text lengths at which its windows end.
+    """Yield `count` contexts of a split: (what it consists of, its tokens, the text lengths at which its windows end).
 
-    Kinds of text and lengths alternate; every third context is a chat. Documents are concatenated until a context is
-    full, in an order drawn from the seed. Raises InputError where a split has too little text for a context.
+    Kinds of text and lengths alternate; every third context is a chat. Documents, in an order drawn from the seed, are
+    concatenated until a context is full. Raises InputError if a split has too little text for a context.
     """
     rng, pools = random.Random(f"{seed} {split}"), {}
     for kind, members in documents.items():
@@ -105,7 +111,7 @@ def draw_contexts(documents, split, lengths, count, n_windows, window_tokens, to
     for index in range(count):
         kind, length = list(pools)[index % len(pools)], lengths[index // len(pools) % len(lengths)]
         names, ids = [], []
-        for text, name in itertools.islice(shuffled[kind], 2 * len(pools[kind])):  # each at most twice
+        for text, name in itertools.islice(shuffled[kind], 2 * len(pools[kind])):  # each document at most twice
             names.append(name)
             ids += tokenizer.encode(text + "\n\n", special_tokens=False)
             if len(ids) >= length:
@@ -142,12 +148,12 @@ def chat_tokens(tokenizer, ids, length, rng):
 # Recording
 # --------------------------------------------------------------------------------------------------------------------
 
-ROWS = 192  # in a window
-MAX_LOGITS = 1 << 20  # computed at a time by `record`: 4 MB, about what a core caches
+ROWS = 192  # rows of a window
+MAX_LOGITS = 1 << 20  # `record` computes at most so many at a time: 4 MB, about the size of a core's cache
 
 
 def attention(q, k, n_tokens):
-    """Causal attention probabilities of the last rows of a text, in float32, with all logits in memory.
+    """Causal attention probabilities of the last rows of a text, in float32. All logits are in memory at once.
 
     q (Hq, rows, D): the queries of tokens n_tokens - rows ... n_tokens - 1; k (Hk, >= n_tokens, D) -> (Hq, rows, T)
     """
@@ -160,18 +166,18 @@ def attention(q, k, n_tokens):
 
 
 def block_mass(q, k, n_tokens, block_size):
-    """The share of each row's attention that each block carries: arguments as for `attention` -> (Hq, rows, N)."""
+    """The share of each row's attention that each block gets: (Hq, rows, N) float32. Arguments as for `attention`."""
     p = F.pad(attention(q, k, n_tokens), (0, -n_tokens % block_size))  # (Hq, rows, N * b)
     return p.unflatten(-1, (-1, block_size)).sum(-1)
 
 
 @torch.inference_mode()
 def record(model, config: Config, tokens, ends, n_rows, stride):
-    """One dense pass over tokens -> for each end a window: pooled and mass, both (layers, heads, rows, N) float16.
+    """One dense pass over tokens -> for each end a window: pooled and target, both (layers, heads, rows, N) float16.
 
-    Row r belongs to position p = end - 1 - (rows - 1 - r) * stride. Its pooled row is what a true row of the history
-    is there; its mass is the root mean square of the block masses, over the `stride` positions up to p and the queries
-    that select together. Each layer is pooled as soon as its q and k are known, so no attention matrix is kept.
+    Row r belongs to position p = end - 1 - (n_rows - 1 - r) * stride. `pooled` has the true history row at p. `target`
+    has, per block, the root mean square of the block's attention over the positions p - stride + 1 ... p and over the
+    queries that select together. Each layer is pooled as soon as its q and k are known, so no attention matrix is kept.
     """
     m, device = model.config, model.device
     heads = m.n_kv_heads if config.select_heads == "kv" else m.n_heads
@@ -185,10 +191,10 @@ def record(model, config: Config, tokens, ends, n_rows, stride):
             last = q[:, end - 1 - (n_rows - 1) * stride : end : stride]  # (Hq, rows, D)
             maxima, _ = kernels.pool_history(last, k_cache, end, stride)  # (Hq, rows, N)
             pooled[layer] = attnpred.group_rms(maxima[None], heads)[0]
-            chunk = max(1, MAX_LOGITS // (len(q) * end * stride))  # rows at a time
+            chunk = max(1, MAX_LOGITS // (len(q) * end * stride))  # rows computed at a time
             for first in range(0, n_rows, chunk):
                 stop = min(first + chunk, n_rows)
-                length = end - (n_rows - stop) * stride  # of the text up to the chunk's last row
+                length = end - (n_rows - stop) * stride  # tokens up to the chunk's last row
                 sums = block_mass(q[:, length - (stop - first) * stride : length], k, length, config.block_size)
                 squares = sums.square().view(heads, -1, stop - first, stride, sums.shape[-1]).mean((1, 3))
                 target[layer, :, first:stop, : sums.shape[-1]] = squares.sqrt()
@@ -199,7 +205,7 @@ def record(model, config: Config, tokens, ends, n_rows, stride):
 
 
 def collect(args):
-    """Record windows of training and validation contexts in --data; windows that exist already are kept."""
+    """Record windows of training and validation contexts in --data; existing windows are kept."""
     config = Config(select_heads=args.select_heads, block_size=args.block_size)
     if min(args.lengths) < ROWS * args.stride:
         needed = f"{ROWS} rows at a stride of {args.stride} need {ROWS * args.stride}"
@@ -232,7 +238,7 @@ def collect(args):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Files, and how an interrupted run continues: every file notes its settings, and a later run insists on the same
+# Files: each notes the settings that it was made with, and a run that continues it must have the same
 # --------------------------------------------------------------------------------------------------------------------
 
 WINDOW_SETTINGS = "seed", "text", "lengths", "windows", "dtype", "block_size", "select_heads", "stride"
@@ -242,6 +248,7 @@ TRAIN_SETTINGS = "data", "seed", "dtype", "loss", "share_budget", "steps", "lr",
 
 
 def make_folder(path) -> pathlib.Path:
+    """Create a folder, if it does not exist, and its parents. Raises InputError."""
     path = pathlib.Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -251,6 +258,7 @@ def make_folder(path) -> pathlib.Path:
 
 
 def write(path, data: bytes):
+    """Write a file whole; if that fails, an earlier file stays."""
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
@@ -260,14 +268,18 @@ def write_tensors(path, tensors, metadata):
 
 
 def check_settings(noted, settings, what, remedy):
-    """Raise InputError for the first of the settings that differs from what was noted."""
+    """Raise InputError for the first of `settings` that has another value in `noted`; `what` begins the message."""
     for name, value in settings.items():
         if noted.get(name) != value:
             raise InputError(f"{what} with {name} = {noted.get(name)}, not {value}: {remedy}")
 
 
 class Window:
-    """One file of `collect`: rows of every layer and head at equal distances, read one layer at a time."""
+    """One file of `collect`: the rows of `record` for all layers and heads. `load` reads one layer.
+
+    config: the Config of a decoder with such a history; middle: per row, the (start, end) of the middle blocks when the
+    selection before that row is made; in_middle (rows, N) bool: the same as a mask. Raises InputError.
+    """
 
     def __init__(self, path):
         try:
@@ -281,7 +293,7 @@ class Window:
         method = dict(calibration_interval=stride, selection_interval=stride, select_heads=select_heads)
         self.config = Config(block_size=block_size, history_rows="true" if stride > 1 else "every", **method)
         self.n_layers, _, self.n_rows, n_blocks = self.pooled.get_shape()
-        lengths = range(n_tokens - self.n_rows * stride + 1, n_tokens + 1, stride)  # at the first token of each row
+        lengths = range(n_tokens - self.n_rows * stride + 1, n_tokens + 1, stride)  # at each row's first token
         self.middle = [self.config.middle(length) for length in lengths]
         start, end = torch.tensor(self.middle).T[..., None]  # (rows, 1) each
         block = torch.arange(n_blocks)
@@ -298,10 +310,10 @@ class Window:
 
 
 def starting_point(seed, last_rows=1.5, noise=0.3) -> Predictor:
-    """Score = mean row + last_rows * (1, 0.8, 0.16) times the last three rows, plus small random terms.
+    """A Predictor whose score is the mean row + last_rows * (1, 0.8, 0.16) times the last three rows + small noise.
 
-    Channel 1 of the first layer is 1 everywhere. Below the last row it is padding, 0: that is how the second layer
-    tells the last rows from the others, because this architecture knows no other position in time.
+    Channel 1 of the first layer is 1 in every row of the image and 0 in the padding below the last row. This lets the
+    second layer tell the last rows from the others; the architecture has no other information on the position in time.
     """
     predictor = Predictor()
     generator = torch.Generator().manual_seed(seed)
@@ -312,7 +324,7 @@ def starting_point(seed, last_rows=1.5, noise=0.3) -> Predictor:
         w1, b1, w2, b2, w3, b3 = predictor.parameters()
         w1[:3] = b1[:3] = 0
         w1[0, 0, 1, 1] = 1  # channel 0: the image
-        b1[1] = 1  # channel 1: 1
+        b1[1] = 1  # channel 1: the constant 1
         w1[2, 0, :2, 1] = torch.tensor([0.4, 1.0])  # channel 2: the image and the row above
         w2[:2] = b2[:2] = b3[:] = 0
         w2[0, 0, 1, 1] = 1  # channel 0: the image
@@ -324,14 +336,14 @@ def starting_point(seed, last_rows=1.5, noise=0.3) -> Predictor:
 
 
 def scores_of_rows(rows, selection_rows, weights, history_len):
-    """The predictor's scores for many targets at once: of row t from the window of rows t - H ... t - 1.
+    """The predictor's scores for many selections at once. The selection before row t has the history t - H ... t - 1.
 
-    rows (B, R, n), targets (T,) int64 -> (B, T, n). A row in the interior of a window contributes the same to every
-    target (kernels.py, section 2). So all rows are convolved once, and each target adds the two rows at each edge of
-    its own window.
+    rows (B, R, n), selection_rows (T,) int64 -> (B, T, n) float32. A row in the interior of a history contributes the
+    same to the scores of every history that has it in its interior (kernels.py, section 2). So all rows are convolved
+    once, and each selection adds the contributions of the two rows at each edge of its own history.
     """
-    inner = torch.arange(2, rows.shape[1] - 2, device=rows.device)  # rows with two rows on both sides
-    last = selection_rows[:, None] - 1  # (T, 1), of each history
+    inner = torch.arange(2, rows.shape[1] - 2, device=rows.device)  # (R - 4,), rows with two rows on both sides
+    last = selection_rows[:, None] - 1  # (T, 1), the last row of each history
     in_interior = (inner > last - history_len + 2) & (inner < last - 1)  # (T, R - 4)
     p = kernels.contributions_reference(rows, (2, rows.shape[1] - 2, 0), weights).float()  # (B, R - 4, n)
     total = torch.einsum("tr,brn->btn", in_interior.float(), p)  # (B, T, n)
@@ -343,23 +355,24 @@ def scores_of_rows(rows, selection_rows, weights, history_len):
 
 
 def scaled(state, factor):
-    """Weights whose scores of image * factor are factor times those of `state` of image."""
+    """Return weights w' with score(w', factor * image) = factor * score(w, image); `state` has w by name."""
     powers = {"conv1.weight": -1, "conv3.weight": 1, "conv3.bias": 1}
     return {name: w.detach().contiguous() * factor ** powers.get(name, 0) for name, w in state.items()}
 
 
 def mse_loss(scores, target, valid):
-    """Squared error of the scores, as the paper trains."""
+    """Squared error, the paper's loss, in units of 1e-3: scores and target (B, T, n), valid (T, n) bool -> scalar."""
     return (scores - target).square()[valid.expand_as(target)].mean() * 1e3
 
 
 def relative_loss(scores, target, valid):
-    """Squared error of positive scores s over the scores themselves (Pearson's chi-squared), per row: (mass - s)^2 / s.
+    """The sum of (target - s)^2 / s over a row, Pearson's chi-squared, where s > 0 is a softplus of the score.
 
-    The best score is the root of the expected squared mass, s = sqrt(E[mass^2]). So a block that seldom gets much
-    attention scores higher than one that always gets as much in the mean: leaving it out would cost more.
+    scores and target (B, T, n), valid (T, n) bool -> scalar. The minimum is at s = sqrt(E[target^2]). Of two blocks
+    with the same mean attention, the one that gets it in rare large amounts scores higher, because leaving it out costs
+    more.
     """
-    s = F.softplus(scores / FLOOR) * FLOOR + FLOOR / 10  # (B, T, n): far above FLOOR the score itself
+    s = F.softplus(scores / FLOOR) * FLOOR + FLOOR / 10  # (B, T, n): equals the score far above FLOOR
     return ((target - s).square() / s * valid).sum(-1).mean()
 
 
@@ -371,18 +384,19 @@ LOSSES = {"relative": relative_loss, "mse": mse_loss}
 # Training
 # --------------------------------------------------------------------------------------------------------------------
 
-INPUT_SCALE = 32.0  # rows are multiplied by it and conv1 divided, so that Adam's steps there are relatively larger
-SPAN, SELECTIONS, COLUMNS = 64, 16, 256  # rows after the first history, targets among them, blocks in a step, at most
-AVERAGE = 0.998  # decay of the running mean of the weights, which is what is kept
+# The image is scaled by this and conv1 by its inverse, so that Adam's steps are larger relative to conv1's weights.
+INPUT_SCALE = 32.0
+SPAN, SELECTIONS, COLUMNS = 64, 16, 256  # at most, of a step: rows after the first history, selections, blocks
+AVERAGE = 0.998  # decay of the running mean of the weights; --out gets this mean
 BUDGETS = (256, 512, 1024)
-MIN_MIDDLE_BLOCKS = 32  # a window with fewer teaches no choice
+MIN_MIDDLE_BLOCKS = 32  # windows with fewer blocks in the middle are not used
 
 
 def draw_batch(windows, rng, history_len):
-    """A slab of history rows of one layer of one window, and the mass that selections at some of its rows serve.
+    """Consecutive history rows of one layer of one window, and selections before some of them.
 
-    Returns rows (heads, H + span, n), targets (T,) rows of it before which decoding selects, the mass there
-    (heads, T, n), and which columns belong to the middle then (T, n). The n columns are a crop.
+    Returns rows (heads, H + span, n), selection_rows (T,), their indices in rows, target (heads, T, n), and valid
+    (T, n) bool, which blocks are in the middle at each selection. The n columns are a random range of the blocks.
     """
     window = rng.choice(windows)
     pooled, target = window.load(rng.randrange(window.n_layers))  # (heads, window.n_rows, N) each
@@ -398,7 +412,7 @@ def draw_batch(windows, rng, history_len):
 
 
 def select(scores, config):
-    """The mask of the best blocks of scores (T, heads, n), as SparseDecoder.choose takes them."""
+    """The blocks that SparseDecoder.choose selects by scores (T, heads, n), as a mask (T, heads, n) bool."""
     shared = scores.flatten(1) if config.share_budget == "layer" else scores.flatten(0, 1)  # (groups, columns)
     k = config.topk_blocks * (scores.shape[1] if config.share_budget == "layer" else 1)
     best = kernels.select_blocks(shared, min(k, shared.shape[1])).long()  # (groups, k)
@@ -407,9 +421,9 @@ def select(scores, config):
 
 @torch.no_grad()
 def left_out(window, weights, config, selection_rows, device="cpu"):
-    """The squared mass of the blocks that selections before `rows` (T,) leave out, summed over the blocks of a head.
+    """The squared target of the blocks that selections before selection_rows (T,) leave out, summed over the blocks.
 
-    Returns {budget: (layers, heads, T)}. The image ends where the middle does at the last of the rows.
+    Returns {budget: (layers, heads, T)}. All images have the columns of the middle at the last selection.
     """
     found = {budget: [] for budget in BUDGETS}
     middle = slice(*window.middle[selection_rows[-1]])
@@ -426,7 +440,7 @@ def left_out(window, weights, config, selection_rows, device="cpu"):
 
 
 def validate(windows, weights, config, device="cpu"):
-    """The root mean square of the mass that selections leave out, at each of BUDGETS."""
+    """{name: root mean square of the attention that selections leave out} for each of BUDGETS."""
     weights, found = kernels.prepare_weights(weights, device), {budget: [] for budget in BUDGETS}
     for window in windows:
         selection_rows = torch.arange(config.history_len, window.n_rows, 4)
@@ -436,7 +450,7 @@ def validate(windows, weights, config, device="cpu"):
 
 
 def open_windows(folder, split):
-    """The windows of a split that leave enough blocks to choose from at the first target."""
+    """The windows of a split with at least MIN_MIDDLE_BLOCKS blocks to choose from at their first selection."""
     windows = [Window(path) for path in sorted(pathlib.Path(folder).glob(f"{split}-*.safetensors"))]
     windows = [window for window in windows if window.in_middle[Config.history_len].sum() >= MIN_MIDDLE_BLOCKS]
     if not windows:
@@ -446,7 +460,7 @@ def open_windows(folder, split):
 
 
 def train(args):
-    """Fit the predictor to the windows in --data; --out gets the weights that leave out least in validation."""
+    """Fit the predictor to the windows in --data; --out gets the weights that leave out the least in validation."""
     out = pathlib.Path(args.out)
     checkpoint = out.with_suffix(".checkpoint")
     make_folder(out.parent)
@@ -469,7 +483,7 @@ def train(args):
         raise InputError(f"{out} exists, without a checkpoint to continue from: give another --out")
 
     def assess(loss, step):
-        """Add a row to the curve, keep the weights if they leave out the least so far, and write a checkpoint."""
+        """Validate, add a row to the curve, write the weights if they leave out the least so far, and a checkpoint."""
         weights = {name: w.cpu() for name, w in scaled(average, 1 / INPUT_SCALE).items()}
         measured = validate(validation, weights, config, device)
         curve.append({"step": step, "loss": loss} | measured)
@@ -488,7 +502,7 @@ def train(args):
     running = curve[-1]["loss"] if done else None  # running mean of the loss
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=None)
     for step in bar:
-        rng = random.Random(f"{args.seed} {step}")  # of the step alone: a resumed run draws the same batches
+        rng = random.Random(f"{args.seed} {step}")  # depends on nothing else: a resumed run draws the same batches
         rows, selection_rows, target, valid = (x.to(device) for x in draw_batch(training, rng, config.history_len))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scores = scores_of_rows(rows * INPUT_SCALE, selection_rows, parameters, config.history_len) / INPUT_SCALE
@@ -514,6 +528,7 @@ def train(args):
 
 
 def load_checkpoint(path, settings, device):
+    """The dict that `train` saved. Raises InputError if it cannot be read or was written with other settings."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         noted = state["settings"]
@@ -540,33 +555,33 @@ def parse_args(argv):
     commands = parser.add_subparsers(required=True, parser_class=OneLineParser)
 
     def add_command(function):
-        """The add_argument of a command, which has the options of both already."""
+        """Add a command with the options that both have; returns the method that adds its own options."""
         text = function.__doc__.splitlines()[0]
         sub = commands.add_parser(function.__name__, help=text, description=text, formatter_class=ShownDefaults)
         sub.set_defaults(function=function, backend="torch")  # training differentiates the references of kernels.py
         sub.add_argument("--data", default="data", help="folder of the windows")
-        sub.add_argument("--seed", type=int, default=0, help="of everything that is drawn at random")
+        sub.add_argument("--seed", type=int, default=0, help="seed of all random draws")
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
         dtypes = ["auto", "float32", "bfloat16"]
-        sub.add_argument("--dtype", default="auto", choices=dtypes, help="of LLM or convolutions; auto: bfloat16")
+        sub.add_argument("--dtype", default="auto", choices=dtypes, help="of the LLM or convolutions; auto: bfloat16")
         return sub.add_argument
 
     add = add_command(collect)
-    add("--text", nargs="+", metavar="FILE", help="own texts, instead of what is installed")
+    add("--text", nargs="+", metavar="FILE", help="UTF-8 files to use instead of the installed texts")
     add("--model", help=f"Hugging Face folder or hub id of a Llama (default: {DEFAULT_LLM}, fetched once)")
-    add("--lengths", nargs="+", type=positive, default=[4096], help="tokens of a context; the lengths alternate")
-    add("--contexts", type=positive, default=24, help="for training")
-    add("--validation-contexts", type=positive, default=6, help="for validation")
-    add("--windows", type=positive, default=2, help=f"windows of {ROWS} rows recorded of each context")
+    add("--lengths", nargs="+", type=positive, default=[4096], help="tokens per context; several lengths alternate")
+    add("--contexts", type=positive, default=24, help="number of training contexts")
+    add("--validation-contexts", type=positive, default=6, help="number of validation contexts")
+    add("--windows", type=positive, default=2, help=f"windows of {ROWS} rows per context")
     add("--stride", type=positive, default=8, help="M = P, tokens from one row to the next; 1: history_rows=every")
     add("--select-heads", default=Config.select_heads, choices=["kv", "q"], help="a row per KV head or per query head")
     add("--block-size", type=int, default=Config.block_size, help="tokens per block")
     add = add_command(train)
-    add("--out", default="predictor.safetensors", help="the best weights; beside them: checkpoint and curve (.json)")
-    add("--loss", default="relative", choices=LOSSES, help="relative: over the score; mse: as the paper")
+    add("--out", default="predictor.safetensors", help="the best weights; next to it go a checkpoint and a curve")
+    add("--loss", default="relative", choices=LOSSES, help="relative: (target - s)^2 / s for score s; mse: the paper's")
     add("--share-budget", default=Config.share_budget, choices=["layer", "head"], help="how heads share the budget")
     add("--steps", type=positive, default=12000, help="training steps")
-    add("--lr", type=float, default=1e-3, help="highest learning rate; rises over 50 steps and falls as a cosine")
+    add("--lr", type=float, default=1e-3, help="highest learning rate; it rises over 50 steps and falls as a cosine")
     add("--validate-every", type=positive, default=2000, help="steps from one validation and checkpoint to the next")
     return parser.parse_args(argv)
 

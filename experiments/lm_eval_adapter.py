@@ -1,7 +1,7 @@
 """Lets the `lm-eval` package (EleutherAI's lm-evaluation-harness) measure a setting on its tasks, such as RULER's.
 
-The prompt of a request is read densely; every token after it is decoded as the setting says. Only tasks that generate
-text are supported, because an answer that is merely rated is mostly the token after the prompt, which is always dense.
+The prompt of a request is read densely; every later token is decoded with the setting. Only tasks that generate text
+are supported, because the score of a given answer depends mostly on the token after the prompt, which is always dense.
 """
 
 import lm_eval
@@ -16,6 +16,8 @@ from weights.fetch_llm import fetch_default_llm
 
 
 class SparseLM(LM):
+    """lm-eval's interface to a Setting of evaluate.py, on a model with a predictor."""
+
     def __init__(self, setting, model, tokenizer, predictor):
         super().__init__()
         self.setting, self.model, self.tokenizer, self.predictor = setting, model, tokenizer, predictor
@@ -24,7 +26,7 @@ class SparseLM(LM):
         return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=None)]
 
     def generate(self, context, options):
-        """Greedy text up to the first of the stop strings. A prompt that is too long loses its beginning."""
+        """Greedy text before the first of the stop strings. The beginning of a prompt that is too long is cut off."""
         if options.get("do_sample") and options.get("temperature", 1):
             raise InputError("tasks of lm-eval that sample are not supported: use one that decodes greedily")
         stops, limit = options.get("until") or [], options.get("max_gen_toks", 256)
@@ -47,7 +49,7 @@ class SparseLM(LM):
 
 
 def run_tasks(args, store, model, tokenizer, predictor):
-    """Adds a row of `scores` per task and setting. RULER's tasks make texts of `--lengths` tokens of the tokenizer."""
+    """Add a row of `scores` per task and setting. RULER's tasks make texts of `--lengths` tokens of the tokenizer."""
     metadata = {"tokenizer": args.model or str(fetch_default_llm()), "max_seq_lengths": args.lengths}
     manager, length = TaskManager(include_path=args.include_path, metadata=metadata), model.config.context_len
     for task in args.lm_tasks:

@@ -1,4 +1,4 @@
-"""The counts against counts by hand; every benchmark at a tiny size; bad input."""
+"""Compares counts with counts by hand, runs every benchmark at a tiny size, and checks refusals."""
 
 import gc
 import json
@@ -96,7 +96,7 @@ def test_launches_by_hand():
     "changes", [dict(), dict(dense_layers=1, select_heads="q", share_budget="head", selection_delay=2)]
 )
 def test_tensors_without_memory_are_counted_like_real_ones(changes, offload):
-    """The decoder's own counters, over two intervals; every layer launches its attention for every token."""
+    """The decoder's counters agree over two intervals, and every layer launches its attention for every token."""
     config, model, steps = Config(**SHAPE | changes), tiny_llama(), 16
     delay = config.delay(150)
     real = SparseDecoder(config, model, random_predictor(), 150 + steps, offload=offload)
@@ -130,7 +130,7 @@ def test_model_of_time(monkeypatch):
 
 
 def test_rivals_compute_the_same():
-    """A rival that does less work would flatter no one."""
+    """A rival that did less work would make the comparison unfair."""
     torch.manual_seed(0)
     m, config, compared = tiny_llama().config, Config(**SHAPE), 0
     for paths in bench.PATHS:
@@ -145,7 +145,7 @@ def test_rivals_compute_the_same():
 
 
 def test_transformers_computes_the_same():
-    """With the same random cache, the same logits as our dense decoding; the weights are ours, not a copy."""
+    """With the same random cache, its logits are those of our dense decoding. The weights are shared, not copied."""
     model = tiny_llama()
     dense = bench.Ours(model, Config(**SHAPE, dense_layers=9), 100, 108, 2, "torch")
     torch.manual_seed(0)
@@ -167,7 +167,7 @@ def table(text):
 
 
 def rows_of(tmp_path, command, *options):
-    """What a command writes."""
+    """The rows that a command writes with --out."""
     out = tmp_path / "numbers.json"
     assert bench.main([command, *SMALL, *options, "--out", str(out)]) == 0
     return json.loads(out.read_text())
@@ -210,7 +210,7 @@ def test_prefill_is_read_by_both(tmp_path, capsys):
 
 
 def test_what_does_not_fit_is_left_out(capsys):
-    """Memory runs out when it is made, or in its first round: the others are timed, and nothing keeps it alive."""
+    """If memory runs out, as a contender is made or in its first round, it is freed and the others are timed."""
     alive = []
 
     class Contender:
@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_left_out(capsys):
 
 
 def test_link_is_counted(monkeypatch, tmp_path, capsys):
-    """What crosses the link after the prompt, per token: 3 layers, 2 heads, K and V in float32."""
+    """Bytes over the link per token after the prompt, for 3 layers, 2 heads, K and V in float32."""
     for name, value in dict(TEXT=tmp_path / "text", TEXT_TOKENS=200, TEXT_STEPS=17).items():
         monkeypatch.setattr(bench, name, value)
     bench.TEXT.write_text("7 " * 400)
@@ -265,7 +265,7 @@ def test_counted_launches(capsys):
 
 @pytest.mark.parametrize("command, rows", [("bytes", 6), ("offload", 15)])
 def test_readme_shows_what_is_counted(command, rows, monkeypatch, capsys):
-    """Without options: Llama-3.1-8B at 8K, 32K and 128K tokens. The share fetched is the README's, too."""
+    """The defaults are Llama-3.1-8B at 8K, 32K and 128K tokens. The share fetched is the README's."""
     monkeypatch.setattr(bench, "load_model", lambda *args: (None, None))
     monkeypatch.setattr(bench, "count_link", lambda *args: 0.0921)
     assert bench.main([command]) == 0
@@ -275,7 +275,7 @@ def test_readme_shows_what_is_counted(command, rows, monkeypatch, capsys):
 
 
 def test_readme_shows_the_launches(capsys):
-    """Its counts at 131,072 tokens are those at 16,384, as it says."""
+    """The README says that its counts at 131,072 tokens are those at 16,384."""
     assert bench.main(["launches", "--contexts", "16384"]) == 0
     readme = (ROOT / "experiments/README.md").read_text().split("## Launches per token")[1]
     heads = "cache", "Triton", "PyTorch", "launches"
@@ -286,7 +286,7 @@ def test_readme_shows_the_launches(capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of memory")
 def test_peak_memory_is_what_is_allocated():
-    """Whatever was freed before: 8 tensors of 8 MB at a time, and 512 of 128 KB."""
+    """The peak of 8 tensors of 8 MB, and of 512 of 128 KB, does not depend on memory that was freed before."""
     for n, size in ((8, 1 << 23), (512, 1 << 17)):
         for _ in range(3):
             total = bench.with_peak_memory(lambda n=n, size=size: [torch.ones(size // 4) for _ in range(n)], CPU)[1]
@@ -315,7 +315,7 @@ INTERPRETED = "--backend triton --contexts 128 --history-len 5 --calibration-int
 
 
 def test_contenders_of_a_gpu_agree(tmp_path):
-    """Without a graph, or offloaded, the tokens are the same. The last contender is traced."""
+    """The tokens are the same without a graph, and offloaded. The last contender is traced."""
     trace = tmp_path / "trace.json"
     options = "--dtypes", "bfloat16", "--rounds", "1", "--trace", str(trace), "--contenders", *bench.ON_GPU
     rows = {row["name"]: row for row in rows_of(tmp_path, "speed", *INTERPRETED, *options)}
@@ -330,7 +330,7 @@ def test_kernels_are_timed(tmp_path):
 
 
 def test_first_run_on_a_gpu(tmp_path):
-    """A python that only notes its arguments, and fails to time the kernels: the other steps run, and are commands."""
+    """With a python that only records its arguments, and fails for `kernels`, the other steps run valid commands."""
     python, notes, out = tmp_path / "python", tmp_path / "notes", tmp_path / "results" / "gpu"
     python.write_text(
         f'#!/bin/sh\nprintf "%s\\037" "$@" >>{notes}; echo >>{notes}\n'

@@ -1,4 +1,4 @@
-"""The pictures: watching changes nothing, what is drawn is what happened, every kind of file can be drawn."""
+"""Recording does not change a run, pictures show what was measured, and every kind of file can be drawn."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def figures(monkeypatch):
 
 
 def test_patterns_are_told_apart():
-    """One head of each kind among heads of noise."""
+    """There is one head of each pattern among heads of noise."""
     torch.manual_seed(0)
     rows = torch.rand(64, 7, 40) * 0.3  # (R, heads, n)
     time, block = torch.arange(64)[:, None], torch.arange(40)
@@ -186,7 +186,7 @@ def test_pareto_is_of_one_model_dtype_and_predictor(name, tmp_path):
 
 
 def test_a_run_from_the_command_line(tmp_path, capsys):
-    """It answers as attnpred.py does, and draws."""
+    """It prints the answer of attnpred.py, and draws."""
     command = ["--prompt", "Name three colours.", "--max-new-tokens", "8", "--budget", "24"]
     command += ["--block-size", "8", "--sink-tokens", "8", "--local-tokens", "8"]
     assert attnpred.main(command) == 0

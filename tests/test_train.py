@@ -1,4 +1,4 @@
-"""Collecting and training: windows, targets and histories against naive computations, resuming, refusals."""
+"""Tests windows, targets and histories against naive computations, resuming, and refusals."""
 
 import argparse
 import functools
@@ -27,7 +27,7 @@ from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tin
 
 
 def naive_attention(model, tokens):
-    """Softmax of everything in float64: {layer: p (Hq, T, T)}."""
+    """The attention of a dense pass, by softmax in float64: {layer: p (Hq, T, T)}."""
     found = {}
 
     def attend(layer, q, k, v):
@@ -76,11 +76,11 @@ def test_installed_documents_are_of_many_kinds_and_none_is_torch():
 
 
 def test_contexts():
-    """Have the length asked for, texts of their split alone, and are drawn from the seed."""
+    """Contexts have the requested length, consist of texts of their split, and depend on the seed."""
     texts = {f"{i}": f"{i} words " * 300 for i in range(40)}
 
     class Shrinking(LetterTokenizer):
-        """What it decodes, it encodes in fewer tokens, as a real tokenizer may."""
+        """Decoded text is encoded in fewer tokens, as can happen with a real tokenizer."""
 
         def decode(self, ids):
             return super().decode(ids[::2])
@@ -131,7 +131,7 @@ def test_starting_point_scores_with_mean_and_last_rows():
 
 
 def test_losses_by_hand():
-    """Far above FLOOR a positive score is the score. The fourth column is outside the middle and must not count."""
+    """Scores far above FLOOR are not changed. The fourth column is outside the middle and must not count."""
     target, scores = torch.tensor([[[0.5, 0.02, 0.0, 0.1]]]), torch.tensor([[[0.4, 0.03, 0.01, 9.0]]])
     valid = torch.tensor([[True, True, True, False]])
     squares = 0.1**2, 0.01**2, 0.01**2
@@ -150,7 +150,7 @@ def test_losses_by_hand():
 
 @pytest.mark.parametrize("share, M", [("layer", 1), ("layer", 4), ("head", 8)])
 def test_validation_leaves_out_what_decoding_does(share, M, tmp_path, monkeypatch):
-    """Layer 0's q and k do not depend on earlier attention, so its real decoding leaves out what `left_out` says."""
+    """Layer 0's q and k do not depend on earlier attention, so decoding leaves out exactly what `left_out` reports."""
     monkeypatch.setattr(train_predictor, "BUDGETS", (160, 192))
     model, predictor, n_prompt, n_steps = tiny_llama(n_layers=1), random_predictor(), 267, 24
     tokens, rows = torch.randint(0, 61, (n_prompt + n_steps,)), 8 + n_steps // M
@@ -182,7 +182,7 @@ def test_validation_leaves_out_what_decoding_does(share, M, tmp_path, monkeypatc
 
 
 def test_a_batch_is_a_crop_of_a_layer(monkeypatch):
-    """Each cell's number tells its layer and head (10,000s), row (100s) and block, so a batch shows its place."""
+    """Each cell's number encodes its layer and head (10,000s), row (100s) and block, so a batch shows its position."""
     for name, value in dict(SPAN=12, COLUMNS=20, SELECTIONS=3).items():
         monkeypatch.setattr(train_predictor, name, value)
     numbers = torch.arange(3 * 2 * 100 * 100.0).view(3, 2, 100, 100)[:, :, :24, :60]  # (layers, heads, rows, N)
@@ -213,7 +213,7 @@ def test_a_batch_is_a_crop_of_a_layer(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a text and the data that `collect` records of it with a random model, in windows of 100 rows."""
+    """A folder with a text, and the windows of 100 rows that `collect` records of it with a random model."""
     folder, rng = tmp_path_factory.mktemp("collected"), random.Random(0)
     (folder / "text.txt").write_text("".join(rng.choice("abcdefgh ") for _ in range(60000)))
     with pytest.MonkeyPatch.context() as patch:
@@ -236,7 +236,7 @@ def train(out, *more):
 
 
 def content(path):
-    """A file's metadata and tensors; the order of metadata in the file is random."""
+    """A file's metadata and tensors. (The order of metadata in the file is random.)"""
     with safetensors.safe_open(path, "pt") as file:
         return file.metadata(), {name: file.get_tensor(name).tolist() for name in file.keys()}
 
