@@ -269,7 +269,7 @@ def causal_attention_in_tiles(q, k, v):
 def product_dtype(weight, n_rows) -> torch.dtype:
     """The dtype in which n_rows are multiplied by a weight: the weight's, or float32 if a CPU is slow in the weight's.
 
-    The time of one row, a decode step, is that of reading the weight, so one row is always multiplied in its dtype.
+    The time of one row, a decode step, is that of reading the weight, so it is multiplied in the weight's dtype.
     """
     if weight.is_cpu and n_rows > 1 and not multiplies(weight.dtype):
         return torch.float32

@@ -241,7 +241,7 @@ def collect(args):
 # Files: each notes the settings that it was made with, and a run that continues it must have the same
 # --------------------------------------------------------------------------------------------------------------------
 
-WINDOW_SETTINGS = "seed", "text", "lengths", "windows", "dtype", "block_size", "select_heads", "stride"
+WINDOW_SETTINGS = "seed", "lengths", "windows", "text", "dtype", "block_size", "select_heads", "stride"
 METHOD_SETTINGS = "block_size", "select_heads", "history_len", "calibration_interval", "selection_interval"
 METHOD_SETTINGS += "history_rows", "share_budget"
 TRAIN_SETTINGS = "data", "seed", "dtype", "loss", "share_budget", "steps", "lr", "validate_every"

@@ -219,7 +219,7 @@ def draw_pareto(rows, path):
     points = pd.DataFrame([row for row in rows if row["task"] == "texts"])
     for name in ("model", "dtype", "predictor"):
         if len(values := {*points[name]} - {""}) > 1:  # the predictor of a rival is ""
-            raise InputError(f"the results have several values of {name} ({', '.join(sorted(values))}): draw one")
+            raise InputError(f"results of more than one {name} ({', '.join(sorted(values))}): give those of one")
     points = points[(points.setting != "full") & ~points.setting.str.contains(" ")]  # methods without changes
     points["KL"], points["MB"] = points.kl.map(np.mean), points.read_bytes / 1e6
     points["level"] = points.bytes_share.where(points.bytes_share != "", points.budget.astype(str))

@@ -208,8 +208,9 @@ class AdaKV(SnapKV):
 
     def score(self, decoder, layer, middle, q):
         scores = super().score(decoder, layer, middle, q)  # (heads, n)
+        # Adding 1 puts a head's first blocks above the others, because the scores of the prompt's blocks are at most 1.
         safe = scores.topk(int(self.floor * decoder.config.topk_blocks), -1).indices  # (heads, floor * K)
-        return scores.scatter_add(1, safe, torch.ones_like(safe, dtype=scores.dtype))  # scores are at most 1
+        return scores.scatter_add(1, safe, torch.ones_like(safe, dtype=scores.dtype))
 
 
 RIVALS = {

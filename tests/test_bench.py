@@ -66,7 +66,7 @@ def test_predict_multiply_adds():
 
 def test_launches_by_hand():
     with torch.inference_mode(), roofline.counting() as counts:
-        x = torch.zeros(4, 6, device="meta")  # one launch, as every line that says nothing else
+        x = torch.zeros(4, 6, device="meta")  # one launch, as each line without a comment
         y = x.to(torch.float16)
         x[1:].copy_(x[:-1])
         x.view(-1)[3:].t().unsqueeze(0), x.float(), torch.empty_like(x), x.new_empty(3)  # none

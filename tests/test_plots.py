@@ -30,11 +30,11 @@ def test_patterns_are_told_apart():
     rows = torch.rand(64, 7, 40) * 0.3  # (R, heads, n)
     time, block = torch.arange(64)[:, None], torch.arange(40)
     rows[:, 1] += torch.rand(40)  # the same blocks again and again
-    rows[:, 2] += ((block + time // 16) % 10 == 0).float()  # a block back every 16 steps: none of them
-    rows[:, 3] += ((block - time // 16) % 10 == 0).float()  # a block further every 16 steps
+    rows[:, 2] += ((block + time // 16) % 10 == 0).float()  # one block back every 16 steps, which is no pattern
+    rows[:, 3] += ((block - time // 16) % 10 == 0).float()  # one block forward every 16 steps
     rows[:, 5] += ((time % 7 == 0) & (block % 5 == 0)).float()  # every 7 steps
     assert plots.find_patterns(rows, 16) == {"re-access": 1, "sequential": 3, "seasonal": 5}
-    for few in (torch.zeros(20, 7, 40), rows[:12], rows[:1, :, :1]):  # whatever there is to see, no head twice
+    for few in (torch.zeros(20, 7, 40), rows[:12], rows[:1, :, :1]):  # even without a pattern, no head occurs twice
         assert len(set(plots.find_patterns(few, 16).values())) == 3
 
 
@@ -179,7 +179,7 @@ def test_pareto_points_are_means_over_texts(tmp_path, figures):
 @pytest.mark.parametrize("name", ["model", "dtype", "predictor"])
 def test_pareto_is_of_one_model_dtype_and_predictor(name, tmp_path):
     rows = [TEXTS[0] | {name: "one"}, TEXTS[1] | {name: "other"}, *TEXTS[2:]]
-    with pytest.raises(InputError, match=f"several values of {name} .*one, other"):
+    with pytest.raises(InputError, match=f"more than one {name} .*one, other"):
         plots.draw_pareto(rows, tmp_path / "x.png")
     rows[1] |= {"predictor": ""}
     plots.draw_pareto([row | {"model": "m", "dtype": "d"} for row in rows], tmp_path / "x.png")  # a rival beside ours

@@ -174,11 +174,11 @@ def test_validation_leaves_out_what_decoding_does(share, M, tmp_path, monkeypatc
             true.append((mass[:, pos].square() * ~attended).sum(-1))  # (Hq,)
         true = torch.stack(true, 1).unflatten(1, (-1, M)).mean(2)  # (Hq, selections)
         leave_out = functools.partial(train_predictor.left_out, window, predictor.state_dict(), config)
-        found = [leave_out(row[None])[budget][0] for row in selections]  # each image ends where decoding ends it
+        found = [leave_out(row[None])[budget][0] for row in selections]  # images end as in decoding
         torch.testing.assert_close(torch.cat(found, 1), true, atol=1e-5, rtol=1e-2)  # float16
         found = leave_out(selections)[budget][0]  # (Hq, selections)
         middle = (target[0, :, selections].float().square() * window.in_middle[selections]).sum(-1)
-        assert (found <= middle + 1e-4).all()  # all at once: no more than there is in the middle of each row
+        assert (found <= middle + 1e-4).all()  # for all selections at once: at most what is in the middle of each row
 
 
 def test_a_batch_is_a_crop_of_a_layer(monkeypatch):
@@ -272,7 +272,7 @@ def test_pipeline(tmp_path, folder, collecting, training, noted):
 def test_training_lowers_the_loss(tmp_path, folder):
     assert train(tmp_path / "p.safetensors", "--steps", "120", "--validate-every", "20") == 0
     losses = [row["loss"] for row in json.loads((tmp_path / "p.json").read_text())]
-    assert losses[-1] < 0.9 * losses[1]  # the start's is of one batch only
+    assert losses[-1] < 0.9 * losses[1]  # the first row's loss is of a single batch
 
 
 def test_training_at_a_rate_of_zero_keeps_the_starting_point(tmp_path, folder):
