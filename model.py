@@ -1,10 +1,10 @@
 """The Llama family in one file: the model, its tokenizer and chat template, and the loading of its checkpoints.
 
 The batch size is always 1, so no tensor has a batch dimension. In the shapes, T is the number of tokens passed in,
-C = d_model, F = d_ff, D = head_dim, Hq = n_heads, Hk = n_kv_heads, V = vocab_size.
+C = d_model, I = d_ff, D = head_dim, Hq = n_heads, Hk = n_kv_heads, V = vocab_size.
 
-The model keeps no KV cache and does not know how attention is computed: `Llama.forward` is handed a callable,
-attend(layer, q, k, v) -> out, with q and out (Hq, T, D), k and v (Hk, T, D), q and k already rotated.
+The model keeps no KV cache and does not know how attention is computed: `Llama.forward` takes a callable
+attend(layer, q, k, v) -> out, where q and out are (Hq, T, D), k and v are (Hk, T, D), and RoPE is applied to q and k.
 
 Source: Touvron et al., LLaMA (arXiv 2302.13971); Peng et al., YaRN (arXiv 2309.00071); Hugging Face's checkpoint layout
 and RoPE scalings.
@@ -41,7 +41,7 @@ class LlamaConfig:
     vocab_size: int
     context_len: int
     rope_theta: float
-    rope_scaling: dict | None  # None, or {"rope_type": ...} and the keys of ROPE_KEYS
+    rope_scaling: dict | None  # {"rope_type": ...} and the keys of ROPE_KEYS; None: no scaling
     rms_eps: float
     tie_embeddings: bool
     attention_bias: bool  # of q, k and v
@@ -53,7 +53,7 @@ class LlamaConfig:
 
     @staticmethod
     def from_json(raw: dict) -> "LlamaConfig":
-        """From the contents of a Hugging Face config.json, of transformers 4 or 5. Raises ModelError."""
+        """Make one from the contents of a Hugging Face config.json, of transformers 4 or 5. Raises ModelError."""
         try:
             return _read_config(raw)
         except KeyError as error:
@@ -69,9 +69,9 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         on_cpu = torch.device(device).type == "cpu"
-        self.residual_dtype = torch.float32 if on_cpu else dtype  # costs a CPU nothing, and keeps more of the answer
-        self.kv_dtype = torch.float32 if on_cpu and not multiplies(dtype) else dtype  # of q, k, v and so of a cache
-        self.rope_by_matrix = not on_cpu  # for one token: saves a GPU launches, while a CPU is slow at such a product
+        self.residual_dtype = torch.float32 if on_cpu else dtype  # float32 costs no time on a CPU and rounds less
+        self.kv_dtype = torch.float32 if on_cpu and not multiplies(dtype) else dtype  # of q, k, v and a cache of them
+        self.rope_by_matrix = not on_cpu  # for one token: saves launches on a GPU; a CPU is slow at such a product
         with torch.device("meta"):
             self.embed = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
             self.blocks = nn.ModuleList(Block(layer, config) for layer in range(config.n_layers))
@@ -80,7 +80,7 @@ class Llama(nn.Module):
         self.to(dtype).to_empty(device=device).requires_grad_(False)
         if config.tie_embeddings:
             self.head.weight = self.embed
-        self.register_buffer("rope_table", rope_table(config, device), persistent=False)
+        self.register_buffer("rope_table", compute_rope_table(config, device), persistent=False)
 
     @property
     def device(self):
@@ -122,15 +122,16 @@ class Block(nn.Module):
     def __init__(self, layer, config):
         super().__init__()
         self.layer, self.config = layer, config
-        c, d_q, d_kv = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.has_rope = layer not in c.nope_layers
-        self.attn_norm = RMSNorm(c.d_model, c.rms_eps)
-        self.qkv = Linear(c.d_model, d_q + 2 * d_kv, c.attention_bias)  # rows: q, then k, then v
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_eps) if c.qk_norm else None for _ in range(2))
-        self.attn_out = Linear(d_q, c.d_model, c.output_bias)
-        self.mlp_norm = RMSNorm(c.d_model, c.rms_eps)
-        self.gate_up = Linear(c.d_model, 2 * c.d_ff, c.mlp_bias)  # rows: gate, then up
-        self.down = Linear(c.d_ff, c.d_model, c.mlp_bias)
+        d_model, d_ff, eps = config.d_model, config.d_ff, config.rms_eps
+        d_q, d_kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.has_rope = layer not in config.nope_layers
+        self.attn_norm = RMSNorm(d_model, eps)
+        self.qkv = Linear(d_model, d_q + 2 * d_kv, config.attention_bias)  # the rows are q, then k, then v
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, eps) if config.qk_norm else None for _ in range(2))
+        self.attn_out = Linear(d_q, d_model, config.output_bias)
+        self.mlp_norm = RMSNorm(d_model, eps)
+        self.gate_up = Linear(d_model, 2 * d_ff, config.mlp_bias)  # the rows are gate, then up
+        self.down = Linear(d_ff, d_model, config.mlp_bias)
 
     def forward(self, x, rope, attend, kv_dtype):  # x (T, C), overwritten -> (T, C)
         T, n_heads, n_kv_heads = x.shape[0], self.config.n_heads, self.config.n_kv_heads
@@ -146,16 +147,19 @@ class Block(nn.Module):
         q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
         out = attend(self.layer, q, k, v).transpose(0, 1).reshape(T, -1).to(dtype)  # (T, Hq * D)
         x = self.attn_out(out, x)  # (T, C)
-        gate, up = self.gate_up(self.mlp_norm(x, dtype)).chunk(2, dim=-1)  # (T, F), (T, F)
+        gate, up = self.gate_up(self.mlp_norm(x, dtype)).chunk(2, dim=-1)  # (T, I), (T, I)
         return self.down(F.silu(gate).mul_(up), x)  # (T, C)
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b, or residual + y. A wider x than W widens W, one matrix at a time: see `product_dtype`."""
+    """y = x W^T + b, added to the residual if one is given.
+
+    Where x has a wider dtype than W (see `product_dtype`), W is converted for this product only.
+    """
 
     def forward(self, x, residual=None):  # (T, n_in) -> (T, n_out); overwrites the residual (T, n_out)
         if residual is not None and self.bias is None and residual.dtype == self.weight.dtype:
-            return residual.addmm_(x, self.weight.T)  # (T, n_out), in one launch
+            return residual.addmm_(x, self.weight.T)  # (T, n_out), a single launch
         bias = None if self.bias is None else self.bias.to(x.dtype)  # (n_out,)
         y = F.linear(x, self.weight.to(x.dtype), bias)  # (T, n_out)
         return y if residual is None else residual.add_(y)  # (T, n_out)
@@ -163,68 +167,68 @@ class Linear(nn.Linear):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x, dtype):  # (..., C) -> (..., C) in dtype
-        if x.is_cpu and x.shape[:-1] == (1,):  # four operations instead of nine: 60 norms a token
+        if x.is_cpu and x.shape[:-1] == (1,):  # four operations instead of nine, for 60 norms per token
             row = x.float()  # (1, C)
             mean_square = torch.addmm(row.new_full((1, 1), self.eps), row, row.mT, alpha=1 / row.numel())  # (1, 1)
             return (row * mean_square.rsqrt_()).to(dtype) * self.weight.to(dtype)  # (1, C)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(dtype)  # (..., C)
 
 
-def rope_table(config: LlamaConfig, device) -> torch.Tensor:
-    """cos and sin of every position's angles (context_len, 2, D/2) float32; Hugging Face's formulas."""
+def compute_rope_table(config: LlamaConfig, device) -> torch.Tensor:
+    """cos and sin of the angles of all positions, (context_len, 2, D/2) float32, by Hugging Face's formulas."""
     D, theta = config.head_dim, config.rope_theta
     exponent = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D  # (D/2,)
     freq = 1.0 / theta**exponent  # (D/2,)
     scaling, scale = config.rope_scaling or {"rope_type": "default", "factor": 1.0}, 1.0
-    keep = torch.zeros_like(freq)  # (D/2,): the share of a frequency that is kept; the rest is divided by the factor
+    keep = torch.zeros_like(freq)  # (D/2,): a share of each frequency is kept, and the rest divided by the factor
     if scaling["rope_type"] == "llama3":
-        # By the turns made over the original context: few -> divide, many -> keep, linear between.
+        # The share depends on a frequency's turns over the original context: 0 for few, 1 for many, linear between.
         turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # (D/2,)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # (D/2,)
     elif scaling["rope_type"] == "yarn":
-        # The same, but linear in the index of the frequency: from beta_fast turns (keep) to beta_slow turns (divide).
+        # The share is linear in the index of the frequency, from 1 at beta_fast turns to 0 at beta_slow turns.
         turns = [scaling["beta_fast"], scaling["beta_slow"]]
         original = scaling["original_max_position_embeddings"]
         low, high = (D * math.log(original / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
         low, high = max(math.floor(low), 0), min(math.ceil(high), D - 1)
         keep = 1 - ((exponent * D / 2 - low) / ((high - low) or 0.001)).clamp(0, 1)  # (D/2,)
-        scale = scaling["attention_factor"]  # of q and k, and so its square of the attention logits
+        scale = scaling["attention_factor"]  # scales q and k, so attention logits by its square
     freq = keep * freq + (1 - keep) * freq / scaling["factor"]  # (D/2,)
     angles = torch.arange(config.context_len, dtype=torch.float32, device=device)[:, None] * freq  # (context_len, D/2)
     return torch.stack((angles.cos(), angles.sin()), 1) * scale  # (context_len, 2, D/2)
 
 
 def rotate(x, cos, sin):
-    """RoPE in float32: x (heads, T, D) by cos (T, D) and sin (T, D), the sine negated in its first half."""
+    """Apply RoPE in float32: x (heads, T, D), cos and sin (T, D), with the first half of sin negated -> x's shape."""
     halves_swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)  # (heads, T, D)
     return torch.addcmul(x * cos, halves_swapped, sin).to(x.dtype)  # (heads, T, D)
 
 
 def rotation_matrix(cos, sin):
-    """RoPE of one token as a matrix (D, D), from cos and sin (1, D): x @ matrix is one launch, `rotate` is four."""
+    """The matrix (D, D) of one token's RoPE, from cos and sin (1, D): x @ matrix is one launch, `rotate` is four."""
     return cos[0].diag() + sin[0].diag().roll(cos.shape[1] // 2, 0)  # (D, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Dense attention, and what a CPU does quickly
+# Dense attention, and the dtypes that a CPU multiplies quickly
 
 
 def causal_attention(layer, q, k, v):
     """Dense causal attention of the last T of T' tokens: q (Hq, T, D), k and v (Hk, T', D) -> (Hq, T, D).
 
-    With T' = T it is the `attend` of a prefill that keeps no cache. Memory grows with T', not with T * T'.
+    With T' = T it can be the `attend` of a prefill that keeps no cache. Memory grows with T', not with T * T'.
     """
     T, past, group = q.shape[1], k.shape[1] - q.shape[1], len(q) // len(k)
     if not q.is_cpu:
         if q.dtype == torch.float32:  # no fused kernel shares float32 K and V in a group
             k, v, group = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), 1  # (Hq, T', D)
-        mask = causal_lower_right(T, past + T) if past else None  # never materialised: it chooses a fused kernel
+        mask = causal_lower_right(T, past + T) if past else None  # not materialised; it selects a fused kernel
         qkv = q[None], k[None], v[None]
         return F.scaled_dot_product_attention(*qkv, mask, is_causal=not past, enable_gqa=group > 1)[0]
     if q.dtype != torch.float32:
         return causal_attention_in_tiles(q, k, v)
-    # No CPU kernel has a mask for T < T': attend to the last T tokens and to the earlier ones apart, then merge.
+    # No CPU kernel has a mask for T < T': attend to the last T tokens, then to the earlier ones, and merge both.
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # returns the log-sum-exp too
     recent = (x[None, :, past:].repeat_interleave(group, 1) for x in (k, v))  # (1, Hq, T, D) each
     out, lse = attend(q[None], *recent, is_causal=True)  # (1, Hq, T, D), (1, Hq, T)
@@ -236,13 +240,15 @@ def causal_attention(layer, q, k, v):
     return torch.lerp(out, old_out.reshape_as(out), weight)[0]  # (Hq, T, D)
 
 
-TILE_LOGITS = 1 << 22  # 8 MB of logits stay in a CPU's cache
+TILE_LOGITS = 1 << 22  # 8 MB of logits fit a CPU's cache
 TILE_KEYS = 512  # keys are rounded up to a multiple of this: oneDNN compiles and keeps a kernel for every shape
 
 
 def causal_attention_in_tiles(q, k, v):
-    """As causal_attention, by matrix products alone: a CPU with bfloat16 does them several times as fast as PyTorch's
-    fused kernel, which works in float32. The logits are rounded to the dtype of q.
+    """causal_attention with plain matrix products.
+
+    A CPU with bfloat16 runs them several times as fast as PyTorch's fused kernel, which computes in float32. Logits are
+    rounded to q's dtype.
     """
     T, total, group = q.shape[1], k.shape[1], len(q) // len(k)
     n_rows = min(T, max(16, TILE_LOGITS // (len(q) * total)))  # queries in a tile
@@ -261,9 +267,9 @@ def causal_attention_in_tiles(q, k, v):
 
 
 def product_dtype(weight, n_rows) -> torch.dtype:
-    """The dtype in which n_rows are multiplied by a weight: its own, but float32 where a CPU is slow at it.
+    """The dtype in which n_rows are multiplied by a weight: the weight's, or float32 if a CPU is slow in the weight's.
 
-    One row, a decode step, waits for the weight's bytes and is multiplied in its dtype everywhere.
+    The time of one row, a decode step, is that of reading the weight, so it is multiplied in the weight's dtype.
     """
     if weight.is_cpu and n_rows > 1 and not multiplies(weight.dtype):
         return torch.float32
@@ -272,7 +278,7 @@ def product_dtype(weight, n_rows) -> torch.dtype:
 
 @cache
 def multiplies(dtype) -> bool:
-    """Whether this CPU multiplies matrices of a dtype natively: a narrow one is slower than float32 otherwise."""
+    """Whether this CPU multiplies matrices of a dtype natively. If not, 16 bits are slower than float32."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     return name is None or getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
@@ -296,25 +302,26 @@ class Tokenizer:
         tokens = {key: value for key, value in tokens.items() if key.endswith("_token") and value}
         self.special_tokens = {key: value for key, value in tokens.items() if isinstance(value, str)}
         template = config.get("chat_template")
-        if isinstance(template, list):  # several, by name
+        if isinstance(template, list):  # several templates, each with a name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         self.chat_template = template_path.read_text(encoding="utf-8") if template_path.is_file() else template
         self.has_chat_template = bool(self.chat_template)
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
-        """Token ids; with special_tokens, those of tokenizer.json's post-processor too, but never a second BOS."""
+        """Token ids. special_tokens adds those of tokenizer.json's post-processor, but never a second BOS."""
         bos = self.special_tokens.get("bos_token")
         starts_with_bos = bos is not None and text.startswith(bos)
         return self.tokenizer.encode(text, add_special_tokens=special_tokens and not starts_with_bos).ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text without its special tokens."""
+        """The text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def chat(self, messages: list[dict]) -> str:
-        """The chat template's text for messages [{"role": ..., "content": ...}, ...], ending where the answer starts.
+        """The chat template's text for messages [{"role": ..., "content": ...}, ...], up to the start of the answer.
 
-        Templates come with the model, so they run in jinja2's sandbox. Raises ModelError if there is none or it fails.
+        Templates come with the model, so they run in jinja2's sandbox. Raises ModelError if no template exists, or if
+        it fails.
         """
         if not self.has_chat_template:
             raise ModelError("the model has no chat template; use a raw prompt")
@@ -322,36 +329,36 @@ class Tokenizer:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        # {% generation %} ... {% endgeneration %} marks answers for training; for rendering, it is a scope of its own.
+        # {% generation %} ... {% endgeneration %} marks answers for training; rendering needs only its scope, a `with`.
         source = re.sub(r"({%[-+]?\s*(?:end)?)generation(\s*[-+]?%})", r"\1with\2", self.chat_template)
         options = dict(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment = ImmutableSandboxedEnvironment(**options)
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # and no escapes for HTML
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # the default escapes HTML
         try:
             values = dict(messages=messages, add_generation_prompt=True, tools=None, documents=None)
             return environment.from_string(source).render(values | self.special_tokens)
-        except Exception as error:  # a template is a program: anything can happen in it
+        except Exception as error:  # a template is a program and can raise anything
             raise ModelError(f"the chat template fails: {_one_line(error)}")
 
 
 class TextStream:
-    """Turns token ids into text as they come: whole characters only, nothing lost, nothing twice."""
+    """Turns a sequence of token ids into text, token by token. Only whole characters are returned, each once."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.ids, self.shown = tokenizer.tokenizer, [], ""
         self.stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes; a character's first bytes wait for the rest."""
+        """The characters that this token completes. The bytes of an incomplete character are kept for later tokens."""
         self.ids.append(token_id)
         text = self.stream.step(self.tokenizer, token_id) or ""
         self.shown += text
         return text
 
     def flush(self) -> str:
-        """What still waits: U+FFFD for a character that was cut off."""
+        """The rest of the text: U+FFFD for a character that is still incomplete."""
         return self.tokenizer.decode(self.ids, skip_special_tokens=True)[len(self.shown) :]
 
 
@@ -364,10 +371,10 @@ class ModelError(Exception):
 
 
 def load_model(name_or_path: str, dtype: torch.dtype, device: str) -> tuple[Llama, Tokenizer]:
-    """A Hugging Face folder, or the id of one on the hub, as (model, tokenizer). Raises ModelError."""
+    """Load a Hugging Face folder, or the hub's repository of that id: (model, tokenizer). Raises ModelError."""
     folder = _find_folder(str(name_or_path))
     raw, generation_path = _read_json(folder / "config.json"), folder / "generation_config.json"
-    if generation_path.is_file():  # chat models end an answer with more tokens than config.json names
+    if generation_path.is_file():  # it can name more stop tokens than config.json
         raw["eos_token_id"] = _read_json(generation_path).get("eos_token_id", raw.get("eos_token_id"))
     config = LlamaConfig.from_json(raw)
     tokenizer = Tokenizer(folder)
@@ -405,7 +412,7 @@ HF_NAMES = {
 
 
 def checkpoint_targets(model):
-    """Where each tensor of the checkpoint goes: its Hugging Face name -> the slice of a parameter that it fills."""
+    """{Hugging Face's name of a tensor: the slice of a parameter that it fills}."""
     c = model.config
     d_q, d_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     targets = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm.weight}
@@ -422,7 +429,7 @@ def checkpoint_targets(model):
 
 
 def _fill(model, folder):
-    """Copies the checkpoint, memory-mapped, tensor by tensor into the model's parameters."""
+    """Copy the memory-mapped checkpoint into the model's parameters, one tensor at a time. Raises ModelError."""
     targets, tied = checkpoint_targets(model), model.config.tie_embeddings
     missing = set(targets)
     for path in _checkpoint_files(folder):
@@ -430,7 +437,7 @@ def _fill(model, folder):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied):
-                        continue  # old checkpoints carry what follows from config.json and the embeddings
+                        continue  # old checkpoints have these redundant tensors
                     if name not in missing:
                         raise ModelError(f"{path}: the tensor {name} is not one that config.json calls for")
                     source, target = file.get_tensor(name), targets[name]
@@ -446,7 +453,7 @@ def _fill(model, folder):
 
 
 def _checkpoint_files(folder):
-    """model.safetensors, or the shards that its index names: files of this folder, never paths that lead out of it."""
+    """model.safetensors, or the shards named in its index. Names with a folder are refused."""
     index_path = folder / "model.safetensors.index.json"
     if not index_path.is_file():
         return [folder / "model.safetensors"]
@@ -479,10 +486,10 @@ def _one_line(error):
 # config.json
 
 
-FAMILIES = "llama", "mistral", "qwen2", "qwen3", "smollm3"  # by their model_type
+FAMILIES = "llama", "mistral", "qwen2", "qwen3", "smollm3"  # values of model_type
 REMEDY = "use a dense Llama, Mistral, Qwen2, Qwen3 or SmolLM3, not quantised, that attends to its whole context"
 
-# The RoPE types that are known, and Hugging Face's keys for the parameters of each beside rope_theta.
+# {RoPE type: Hugging Face's keys for its parameters, except rope_theta}
 ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -510,9 +517,9 @@ def _read_config(raw):
 
     theta, scaling = _rope_parameters(raw)
     n_layers, context_len = int(raw["num_hidden_layers"]), int(raw["max_position_embeddings"])
-    if scaling and scaling["rope_type"] == "yarn":  # config.json may name the context before its extension
+    if scaling and scaling["rope_type"] == "yarn":  # config.json may have the length before the extension
         context_len = max(context_len, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
-    uses_rope = raw["no_rope_layers"] if family == "smollm3" else [True] * n_layers  # for each layer, despite its name
+    uses_rope = raw["no_rope_layers"] if family == "smollm3" else [True] * n_layers  # 1: the layer has RoPE
     attention_bias = bool(raw.get("attention_bias", False))
     config = LlamaConfig(
         n_layers=n_layers,
@@ -543,7 +550,7 @@ def _read_config(raw):
 
 
 def _rope_parameters(raw):
-    """theta, and the scaling: None, or {"rope_type": ...} and the keys of ROPE_KEYS."""
+    """(theta, scaling), where scaling is None, or {"rope_type": ...} and the keys of ROPE_KEYS."""
     # transformers 5 writes rope_parameters; 4 writes rope_theta and rope_scaling, and 'type' before 'rope_type'.
     given = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     given |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}

@@ -3,11 +3,13 @@
     python train_predictor.py collect --data data
     python train_predictor.py train --data data --out predictor.safetensors
 
-The job: rank all blocks of a layer's heads by the attention that the next M tokens will pay them, given true rows of
-attention M tokens apart, as decoding with history_rows="true" and P = M has them. Reading order: the corpus,
-`record` (one dense pass -> windows of history rows and block masses), `Window` (a file that training reads),
-`scores_of_rows` (many predictions in one pass), the losses, `train`. Both commands may be interrupted: the same command
-continues. The method is in attnpred.py; experiments/evaluate.py judges the outcome.
+The predictor ranks all blocks of a layer's heads by the attention that they get from the next M tokens. Its input is
+the history of true attention rows, M tokens apart, as decoding produces it with history_rows="true" and P = M.
+
+Reading order: the corpus, `record` (one dense pass -> windows of history rows and of what to predict for them),
+`Window` (a file that training reads), `scores_of_rows` (many predictions in one pass), the losses, `train`. Both
+commands may be interrupted: the same command continues. The method is in attnpred.py; experiments/evaluate.py measures
+what a predictor is worth.
 """
 
 import hashlib
@@ -46,21 +48,21 @@ KINDS |= {".json": "data", ".csv": "data", ".yaml": "data"}
 
 
 def split_of(text) -> str:
-    """From a hash of the text, so that no text is in two splits, whatever its name."""
+    """The split that a text belongs to. It follows from a hash of the text, so no text is in two splits."""
     return SPLITS[int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10]
 
 
 def installed_documents() -> dict[str, list[tuple[str, str]]]:
-    """What is installed beside this project: CPython's language reference and library, and other packages' texts.
+    """{kind of text: [(name, text)]} of CPython's language reference, its library, and the texts of all packages.
 
-    Returns {kind of text: [(name, text)]}. Nothing of the torch package is in it: evaluate.py reads its texts.
+    The torch package is left out, because evaluate.py tests with its texts.
     """
     from pydoc_data import topics
 
     root = pathlib.Path(sysconfig.get_path("stdlib"))
-    outside = {"site-packages", "test", "tests", "pydoc_data", "idlelib", "lib2to3", "__pycache__"}
+    excluded = {"site-packages", "test", "tests", "pydoc_data", "idlelib", "lib2to3", "__pycache__"}
     found = {"reference": [(f"topic {name}", text) for name, text in sorted(topics.topics.items())]}
-    sources = [path for path in sorted(root.rglob("*.py")) if not outside & set(path.relative_to(root).parts)]
+    sources = [path for path in sorted(root.rglob("*.py")) if not excluded & set(path.relative_to(root).parts)]
     found["source"] = [(str(path.relative_to(root)), read_start(path)) for path in sources]
     for package in sorted(importlib.metadata.distributions(), key=lambda package: package.name):
         for file in (package.files or []) if package.name != "torch" else []:
@@ -71,12 +73,16 @@ def installed_documents() -> dict[str, list[tuple[str, str]]]:
 
 
 def read_start(path):
+    """The first MAX_DOCUMENT_CHARS characters of a file."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.read(MAX_DOCUMENT_CHARS)
 
 
 def text_documents(paths) -> dict[str, list[tuple[str, str]]]:
-    """The user's own UTF-8 files, cut into sections, so that even one file gives documents for every split."""
+    """{"text": [(name, text)]} of the user's UTF-8 files. Each is cut into sections, so that one file fills all splits.
+
+    Raises InputError for a file that cannot be read.
+    """
     sections = []
     for path in paths:
         try:
@@ -89,10 +95,10 @@ def text_documents(paths) -> dict[str, list[tuple[str, str]]]:
 
 
 def draw_contexts(documents, split, lengths, count, n_windows, window_tokens, tokenizer, seed):
-    """Yield `count` contexts of a split: what is in one, its tokens, and the text lengths at which its windows end.
+    """Yield `count` contexts of a split: (what it consists of, its tokens, the text lengths at which its windows end).
 
-    Kinds of text and lengths alternate; every third context is a chat. Documents are concatenated until a context is
-    full, in an order drawn from the seed. Raises InputError where a split has too little text for a context.
+    Kinds of text and lengths alternate; every third context is a chat. Documents, in an order drawn from the seed, are
+    concatenated until a context is full. Raises InputError if a split has too little text for a context.
     """
     rng, pools = random.Random(f"{seed} {split}"), {}
     for kind, members in documents.items():
@@ -105,7 +111,7 @@ def draw_contexts(documents, split, lengths, count, n_windows, window_tokens, to
     for index in range(count):
         kind, length = list(pools)[index % len(pools)], lengths[index // len(pools) % len(lengths)]
         names, ids = [], []
-        for text, name in itertools.islice(shuffled[kind], 2 * len(pools[kind])):  # each at most twice
+        for text, name in itertools.islice(shuffled[kind], 2 * len(pools[kind])):  # each document at most twice
             names.append(name)
             ids += tokenizer.encode(text + "\n\n", special_tokens=False)
             if len(ids) >= length:
@@ -142,56 +148,56 @@ def chat_tokens(tokenizer, ids, length, rng):
 # Recording
 # --------------------------------------------------------------------------------------------------------------------
 
-ROWS = 192  # in a window
-MAX_LOGITS = 1 << 20  # computed at a time by `record`: 4 MB, about what a core caches
+ROWS = 192  # rows of a window
+MAX_LOGITS = 1 << 20  # `record` computes at most so many at a time: 4 MB, about the size of a core's cache
 
 
 def attention(q, k, n_tokens):
-    """Causal attention probabilities of the last rows of a text, in float32, with all logits in memory.
+    """Causal attention probabilities of the last rows of a text, in float32. All logits are in memory at once.
 
     q (Hq, rows, D): the queries of tokens n_tokens - rows ... n_tokens - 1; k (Hk, >= n_tokens, D) -> (Hq, rows, T)
     """
-    n_heads, rows, head_dim = q.shape
+    n_heads, n_rows, head_dim = q.shape
     q = q.reshape(len(k), -1, head_dim).float() * head_dim**-0.5  # (Hk, G * rows, D)
-    logits = (q @ k[:, :n_tokens].float().mT).view(n_heads, rows, n_tokens)  # (Hq, rows, T)
-    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)  # (rows, rows)
-    logits[..., n_tokens - rows :].masked_fill_(future, -torch.inf)
+    logits = (q @ k[:, :n_tokens].float().mT).view(n_heads, n_rows, n_tokens)  # (Hq, rows, T)
+    future = torch.ones(n_rows, n_rows, dtype=torch.bool, device=q.device).triu(1)  # (rows, rows)
+    logits[..., n_tokens - n_rows :].masked_fill_(future, -torch.inf)
     return logits.softmax(-1)
 
 
 def block_mass(q, k, n_tokens, block_size):
-    """The share of each row's attention that each block carries: arguments as for `attention` -> (Hq, rows, N)."""
+    """The share of each row's attention that each block gets: (Hq, rows, N) float32. Arguments as for `attention`."""
     p = F.pad(attention(q, k, n_tokens), (0, -n_tokens % block_size))  # (Hq, rows, N * b)
     return p.unflatten(-1, (-1, block_size)).sum(-1)
 
 
 @torch.inference_mode()
-def record(model, config: Config, tokens, ends, rows, stride):
-    """One dense pass over tokens -> for each end a window: pooled and mass, both (layers, heads, rows, N) float16.
+def record(model, config: Config, tokens, ends, n_rows, stride):
+    """One dense pass over tokens -> for each end a window: pooled and target, both (layers, heads, rows, N) float16.
 
-    Row r belongs to position p = end - 1 - (rows - 1 - r) * stride. Its pooled row is what a true row of the history
-    is there; its mass is the root mean square of the block masses, over the `stride` positions up to p and the queries
-    that select together. Each layer is pooled as soon as its q and k are known, so no attention matrix is kept.
+    Row r belongs to position p = end - 1 - (n_rows - 1 - r) * stride. `pooled` has the true history row at p. `target`
+    has, per block, the root mean square of the block's attention over the positions p - stride + 1 ... p and over the
+    queries that select together. Each layer is pooled as soon as its q and k are known, so no attention matrix is kept.
     """
     m, device = model.config, model.device
     heads = m.n_kv_heads if config.select_heads == "kv" else m.n_heads
-    shape = 2, m.n_layers, heads, rows
+    shape = 2, m.n_layers, heads, n_rows
     windows = [torch.zeros(*shape, config.n_blocks(end), dtype=attnpred.HISTORY_DTYPE) for end in ends]
 
     def attend(layer, q, k, v):
         padded = F.pad(k, (0, 0, 0, -k.shape[1] % config.block_size))
         k_cache = padded.unflatten(1, (-1, config.block_size))  # (Hk, N, b, D)
-        for end, (pooled, mass) in zip(ends, windows):
-            last = q[:, end - 1 - (rows - 1) * stride : end : stride]  # (Hq, rows, D)
+        for end, (pooled, target) in zip(ends, windows):
+            last = q[:, end - 1 - (n_rows - 1) * stride : end : stride]  # (Hq, rows, D)
             maxima, _ = kernels.pool_history(last, k_cache, end, stride)  # (Hq, rows, N)
             pooled[layer] = attnpred.group_rms(maxima[None], heads)[0]
-            chunk = max(1, MAX_LOGITS // (len(q) * end * stride))  # rows at a time
-            for first in range(0, rows, chunk):
-                stop = min(first + chunk, rows)
-                length = end - (rows - stop) * stride  # of the text up to the chunk's last row
+            chunk = max(1, MAX_LOGITS // (len(q) * end * stride))  # rows computed at a time
+            for first in range(0, n_rows, chunk):
+                stop = min(first + chunk, n_rows)
+                length = end - (n_rows - stop) * stride  # tokens up to the chunk's last row
                 sums = block_mass(q[:, length - (stop - first) * stride : length], k, length, config.block_size)
                 squares = sums.square().view(heads, -1, stop - first, stride, sums.shape[-1]).mean((1, 3))
-                mass[layer, :, first:stop, : sums.shape[-1]] = squares.sqrt()
+                target[layer, :, first:stop, : sums.shape[-1]] = squares.sqrt()
         return causal_attention(layer, q, k, v)
 
     model(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device), attend)
@@ -199,7 +205,7 @@ def record(model, config: Config, tokens, ends, rows, stride):
 
 
 def collect(args):
-    """Record windows of training and validation contexts in --data; windows that exist already are kept."""
+    """Record windows of training and validation contexts in --data; existing windows are kept."""
     config = Config(select_heads=args.select_heads, block_size=args.block_size)
     if min(args.lengths) < ROWS * args.stride:
         needed = f"{ROWS} rows at a stride of {args.stride} need {ROWS * args.stride}"
@@ -215,7 +221,7 @@ def collect(args):
     settings["corpus"] = "own files" if args.text else installed
     data = make_folder(args.data)
     for path in sorted(data.glob("*.safetensors"))[:1]:
-        check_settings(Window(path).about, settings, f"{data} was collected", "give another --data")
+        check_settings(Window(path).metadata, settings, f"{data} was collected", "give another --data")
     work = []
     for split, count in (("train", args.contexts), ("validation", args.validation_contexts)):
         amounts = args.lengths, count, args.windows, ROWS * args.stride
@@ -225,23 +231,24 @@ def collect(args):
                 work.append((origin, tokens, ends, paths))
     for origin, tokens, ends, paths in tqdm(work, "collecting", unit="context", disable=None):
         windows = record(model, config, tokens, ends, ROWS, args.stride)
-        for path, end, (pooled, mass) in zip(paths, ends, windows):
-            if not (pooled.isfinite().all() and mass.isfinite().all()):
+        for path, end, (pooled, target) in zip(paths, ends, windows):
+            if not (pooled.isfinite().all() and target.isfinite().all()):
                 raise InputError(f"the attention over {origin[:60]!r} is not finite: use --dtype float32")
-            write_tensors(path, {"pooled": pooled, "mass": mass}, settings | {"origin": origin, "n_tokens": end})
+            write_tensors(path, {"pooled": pooled, "target": target}, settings | {"origin": origin, "n_tokens": end})
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Files, and how an interrupted run continues: every file notes its settings, and a later run insists on the same
+# Files: each notes the settings that it was made with, and a run that continues it must have the same
 # --------------------------------------------------------------------------------------------------------------------
 
-WINDOW_SETTINGS = "seed", "block_size", "select_heads", "stride"
+WINDOW_SETTINGS = "seed", "lengths", "windows", "text", "dtype", "block_size", "select_heads", "stride"
 METHOD_SETTINGS = "block_size", "select_heads", "history_len", "calibration_interval", "selection_interval"
 METHOD_SETTINGS += "history_rows", "share_budget"
 TRAIN_SETTINGS = "data", "seed", "dtype", "loss", "share_budget", "steps", "lr", "validate_every"
 
 
 def make_folder(path) -> pathlib.Path:
+    """Create a folder, if it does not exist, and its parents. Raises InputError."""
     path = pathlib.Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -251,45 +258,50 @@ def make_folder(path) -> pathlib.Path:
 
 
 def write(path, data: bytes):
+    """Write a file whole; if that fails, an earlier file stays."""
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
-def write_tensors(path, tensors, about):
-    """A safetensors file with `about` as its metadata."""
-    write(path, safetensors.torch.save(tensors, {name: str(value) for name, value in about.items()}))
+def write_tensors(path, tensors, metadata):
+    """Write a safetensors file; the values of `metadata` are written as text."""
+    write(path, safetensors.torch.save(tensors, {name: str(value) for name, value in metadata.items()}))
 
 
 def check_settings(noted, settings, what, remedy):
-    """Raise InputError for the first of the settings that differs from what was noted."""
+    """Raise InputError for the first of `settings` that has another value in `noted`; `what` begins the message."""
     for name, value in settings.items():
         if noted.get(name) != value:
             raise InputError(f"{what} with {name} = {noted.get(name)}, not {value}: {remedy}")
 
 
 class Window:
-    """One file of `collect`: rows of every layer and head at equal distances, read one layer at a time."""
+    """One file of `collect`: the rows of `record` for all layers and heads. `load` reads one layer.
+
+    config: the Config of a decoder with such a history; middle: per row, the (start, end) of the middle blocks when the
+    selection before that row is made; in_middle (rows, N) bool: the same as a mask. Raises InputError.
+    """
 
     def __init__(self, path):
         try:
             file = safetensors.safe_open(path, "pt")
-            about = self.about = file.metadata()
-            n_tokens, stride, block_size = (int(about[name]) for name in ("n_tokens", "stride", "block_size"))
-            select_heads = about["select_heads"]
-            self.pooled, self.mass = file.get_slice("pooled"), file.get_slice("mass")  # (layers, heads, rows, N) each
+            metadata = self.metadata = file.metadata()
+            n_tokens, stride, block_size = (int(metadata[name]) for name in ("n_tokens", "stride", "block_size"))
+            select_heads = metadata["select_heads"]
+            self.pooled, self.target = map(file.get_slice, ("pooled", "target"))  # (layers, heads, rows, N) each
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} is not a window of `collect` ({error}): remove it, and collect again") from None
         method = dict(calibration_interval=stride, selection_interval=stride, select_heads=select_heads)
         self.config = Config(block_size=block_size, history_rows="true" if stride > 1 else "every", **method)
-        self.layers, _, self.rows, n_blocks = self.pooled.get_shape()
-        lengths = range(n_tokens - self.rows * stride + 1, n_tokens + 1, stride)  # at the first token of each row
+        self.n_layers, _, self.n_rows, n_blocks = self.pooled.get_shape()
+        lengths = range(n_tokens - self.n_rows * stride + 1, n_tokens + 1, stride)  # at each row's first token
         self.middle = [self.config.middle(length) for length in lengths]
         start, end = torch.tensor(self.middle).T[..., None]  # (rows, 1) each
         block = torch.arange(n_blocks)
         self.in_middle = (block >= start) & (block < end)  # (rows, N)
 
     def load(self, layer):
-        """pooled and mass of a layer: (heads, rows, N) float32 each."""
-        return self.pooled[layer].float(), self.mass[layer].float()
+        """pooled and target of a layer: (heads, rows, N) float32 each."""
+        return self.pooled[layer].float(), self.target[layer].float()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -298,10 +310,10 @@ class Window:
 
 
 def starting_point(seed, last_rows=1.5, noise=0.3) -> Predictor:
-    """Score = mean row + last_rows * (1, 0.8, 0.16) times the last three rows, plus small random terms.
+    """A Predictor whose score is the mean row + last_rows * (1, 0.8, 0.16) times the last three rows + small noise.
 
-    Channel 1 of the first layer is 1 everywhere. Below the last row it is padding, 0: that is how the second layer
-    tells the last rows from the others, because this architecture knows no other position in time.
+    Channel 1 of the first layer is 1 in every row of the image and 0 in the padding below the last row. This lets the
+    second layer tell the last rows from the others; the architecture has no other information on the position in time.
     """
     predictor = Predictor()
     generator = torch.Generator().manual_seed(seed)
@@ -312,7 +324,7 @@ def starting_point(seed, last_rows=1.5, noise=0.3) -> Predictor:
         w1, b1, w2, b2, w3, b3 = predictor.parameters()
         w1[:3] = b1[:3] = 0
         w1[0, 0, 1, 1] = 1  # channel 0: the image
-        b1[1] = 1  # channel 1: 1
+        b1[1] = 1  # channel 1: the constant 1
         w1[2, 0, :2, 1] = torch.tensor([0.4, 1.0])  # channel 2: the image and the row above
         w2[:2] = b2[:2] = b3[:] = 0
         w2[0, 0, 1, 1] = 1  # channel 0: the image
@@ -323,18 +335,19 @@ def starting_point(seed, last_rows=1.5, noise=0.3) -> Predictor:
     return predictor
 
 
-def scores_of_rows(rows, targets, weights, history_len):
-    """The predictor's scores for many targets at once: of row t from the window of rows t - H ... t - 1.
+def scores_of_rows(rows, selection_rows, weights, history_len):
+    """The predictor's scores for many selections at once. The selection before row t has the history t - H ... t - 1.
 
-    rows (B, R, n), targets (T,) int64 -> (B, T, n). A row in the interior of a window contributes the same to every
-    target (kernels.py, section 2). So all rows are convolved once, and each target adds the two rows at each edge of
-    its own window.
+    rows (B, R, n), selection_rows (T,) int64 -> (B, T, n) float32. A row in the interior of a history contributes the
+    same to the scores of every history that has it in its interior (kernels.py, section 2). So all rows are convolved
+    once, and each selection adds the contributions of the two rows at each edge of its own history.
     """
-    inner = torch.arange(2, rows.shape[1] - 2, device=rows.device)  # rows with two rows on both sides
-    within = (inner >= targets[:, None] - history_len + 2) & (inner <= targets[:, None] - 3)  # (T, R - 4)
+    inner = torch.arange(2, rows.shape[1] - 2, device=rows.device)  # (R - 4,), rows with two rows on both sides
+    last = selection_rows[:, None] - 1  # (T, 1), the last row of each history
+    in_interior = (inner > last - history_len + 2) & (inner < last - 1)  # (T, R - 4)
     p = kernels.contributions_reference(rows, (2, rows.shape[1] - 2, 0), weights).float()  # (B, R - 4, n)
-    total = torch.einsum("tr,brn->btn", within.float(), p)  # (B, T, n)
-    for first, strip in ((targets - history_len, (0, 2, 0)), (targets - 4, (2, 4, 0))):
+    total = torch.einsum("tr,brn->btn", in_interior.float(), p)  # (B, T, n)
+    for first, strip in ((selection_rows - history_len, (0, 2, 0)), (selection_rows - 4, (2, 4, 0))):
         edge = rows[:, first[:, None] + torch.arange(4, device=rows.device)]  # (B, T, 4, n)
         outer = kernels.contributions_reference(edge.flatten(0, 1), strip, weights).float()  # (B * T, 2, n)
         total = total + outer.sum(1).view_as(total)
@@ -342,24 +355,25 @@ def scores_of_rows(rows, targets, weights, history_len):
 
 
 def scaled(state, factor):
-    """Weights whose scores of image * factor are factor times those of `state` of image."""
+    """Return weights w' with score(w', factor * image) = factor * score(w, image); `state` has w by name."""
     powers = {"conv1.weight": -1, "conv3.weight": 1, "conv3.bias": 1}
     return {name: w.detach().contiguous() * factor ** powers.get(name, 0) for name, w in state.items()}
 
 
-def mse_loss(scores, mass, valid):
-    """Squared error of the scores, as the paper trains."""
-    return (scores - mass).square()[valid.expand_as(mass)].mean() * 1e3
+def mse_loss(scores, target, valid):
+    """Squared error, the paper's loss, in units of 1e-3: scores and target (B, T, n), valid (T, n) bool -> scalar."""
+    return (scores - target).square()[valid.expand_as(target)].mean() * 1e3
 
 
-def relative_loss(scores, mass, valid):
-    """Squared error of positive scores s over the scores themselves (Pearson's chi-squared), per row: (mass - s)^2 / s.
+def relative_loss(scores, target, valid):
+    """The sum of (target - s)^2 / s over a row, Pearson's chi-squared, where s > 0 is a softplus of the score.
 
-    The best score is the root of the expected squared mass, s = sqrt(E[mass^2]). So a block that seldom gets much
-    attention scores higher than one that always gets as much in the mean: leaving it out would cost more.
+    scores and target (B, T, n), valid (T, n) bool -> scalar. The minimum is at s = sqrt(E[target^2]). Of two blocks
+    with the same mean attention, the one that gets it in rare large amounts scores higher, because leaving it out costs
+    more.
     """
-    s = F.softplus(scores / FLOOR) * FLOOR + FLOOR / 10  # (B, T, n): far above FLOOR the score itself
-    return ((mass - s).square() / s * valid).sum(-1).mean()
+    s = F.softplus(scores / FLOOR) * FLOOR + FLOOR / 10  # (B, T, n): equals the score far above FLOOR
+    return ((target - s).square() / s * valid).sum(-1).mean()
 
 
 FLOOR = 1e-3
@@ -370,34 +384,35 @@ LOSSES = {"relative": relative_loss, "mse": mse_loss}
 # Training
 # --------------------------------------------------------------------------------------------------------------------
 
-INPUT_SCALE = 32.0  # rows are multiplied by it and conv1 divided, so that Adam's steps there are relatively larger
-SPAN, TARGETS, COLUMNS = 64, 16, 256  # rows after the first history, targets among them, blocks in a step, at most
-AVERAGE = 0.998  # decay of the running mean of the weights, which is what is kept
+# The image is scaled by this and conv1 by its inverse, so that Adam's steps are larger relative to conv1's weights.
+INPUT_SCALE = 32.0
+SPAN, SELECTIONS, COLUMNS = 64, 16, 256  # at most, of a step: rows after the first history, selections, blocks
+AVERAGE = 0.998  # decay of the running mean of the weights; --out gets this mean
 BUDGETS = (256, 512, 1024)
-MIN_MIDDLE_BLOCKS = 32  # a window with fewer teaches no choice
+MIN_MIDDLE_BLOCKS = 32  # windows with fewer blocks in the middle are not used
 
 
 def draw_batch(windows, rng, history_len):
-    """A slab of history rows of one layer of one window, and the mass that selections at some of its rows serve.
+    """Consecutive history rows of one layer of one window, and selections before some of them.
 
-    Returns rows (heads, H + span, n), targets (T,) rows of it before which decoding selects, the mass there
-    (heads, T, n), and which columns belong to the middle then (T, n). The n columns are a crop.
+    Returns rows (heads, H + span, n), selection_rows (T,), their indices in rows, target (heads, T, n), and valid
+    (T, n) bool, which blocks are in the middle at each selection. The n columns are a random range of the blocks.
     """
     window = rng.choice(windows)
-    pooled, mass = window.load(rng.randrange(window.layers))  # (heads, window.rows, N) each
-    first = rng.randrange(max(1, window.rows - history_len - SPAN + 1))
-    stop = min(first + history_len + SPAN, window.rows)
-    selects = range(first + history_len, stop)
-    targets = torch.tensor(sorted(rng.sample(selects, min(TARGETS, len(selects)))))  # (T,) rows of the window
-    start, end = window.middle[targets[-1]]
+    pooled, target = window.load(rng.randrange(window.n_layers))  # (heads, window.n_rows, N) each
+    first = rng.randrange(max(1, window.n_rows - history_len - SPAN + 1))
+    stop = min(first + history_len + SPAN, window.n_rows)
+    candidates = range(first + history_len, stop)
+    selection_rows = torch.tensor(sorted(rng.sample(candidates, min(SELECTIONS, len(candidates)))))  # (T,)
+    start, end = window.middle[selection_rows[-1]]
     left = rng.randrange(start, max(start, end - COLUMNS) + 1)
     columns = slice(left, min(end, left + COLUMNS))
-    valid = window.in_middle[targets, columns]  # (T, n)
-    return pooled[:, first:stop, columns], targets - first, mass[:, targets, columns], valid
+    valid = window.in_middle[selection_rows, columns]  # (T, n)
+    return pooled[:, first:stop, columns], selection_rows - first, target[:, selection_rows, columns], valid
 
 
 def select(scores, config):
-    """The mask of the best blocks of scores (T, heads, n), as SparseDecoder.choose takes them."""
+    """The blocks that SparseDecoder.choose selects by scores (T, heads, n), as a mask (T, heads, n) bool."""
     shared = scores.flatten(1) if config.share_budget == "layer" else scores.flatten(0, 1)  # (groups, columns)
     k = config.topk_blocks * (scores.shape[1] if config.share_budget == "layer" else 1)
     best = kernels.select_blocks(shared, min(k, shared.shape[1])).long()  # (groups, k)
@@ -405,37 +420,37 @@ def select(scores, config):
 
 
 @torch.no_grad()
-def left_out(window, weights, config, rows, device="cpu"):
-    """The squared mass of the blocks that selections before `rows` (T,) leave out, summed over the blocks of a head.
+def left_out(window, weights, config, selection_rows, device="cpu"):
+    """The squared target of the blocks that selections before selection_rows (T,) leave out, summed over the blocks.
 
-    Returns {budget: (layers, heads, T)}. The image ends where the middle does at the last of the rows.
+    Returns {budget: (layers, heads, T)}. All images have the columns of the middle at the last selection.
     """
     found = {budget: [] for budget in BUDGETS}
-    middle = slice(*window.middle[rows[-1]])
-    valid = window.in_middle[rows, middle]  # (T, n)
-    for layer in range(window.layers):
-        pooled, mass = window.load(layer)  # (heads, window.rows, N) each
+    middle = slice(*window.middle[selection_rows[-1]])
+    valid = window.in_middle[selection_rows, middle]  # (T, n)
+    for layer in range(window.n_layers):
+        pooled, target = window.load(layer)  # (heads, window.n_rows, N) each
         image = pooled[..., middle].to(device)
-        scores = scores_of_rows(image, rows.to(device), weights, config.history_len).cpu()  # (heads, T, n)
+        scores = scores_of_rows(image, selection_rows.to(device), weights, config.history_len).cpu()  # (heads, T, n)
         scores = scores.masked_fill(~valid, -torch.inf).transpose(0, 1)  # (T, heads, n)
         for budget, sums in found.items():
             selected = select(scores, replace(config, budget=budget)).transpose(0, 1)  # (heads, T, n)
-            sums.append((mass[:, rows, middle].square() * (valid & ~selected)).sum(-1))
+            sums.append((target[:, selection_rows, middle].square() * (valid & ~selected)).sum(-1))
     return {budget: torch.stack(sums) for budget, sums in found.items()}
 
 
 def validate(windows, weights, config, device="cpu"):
-    """The root mean square of the mass that selections leave out, at each of BUDGETS."""
+    """{name: root mean square of the attention that selections leave out} for each of BUDGETS."""
     weights, found = kernels.prepare_weights(weights, device), {budget: [] for budget in BUDGETS}
     for window in windows:
-        rows = torch.arange(config.history_len, window.rows, 4)
-        for budget, sums in left_out(window, weights, config, rows, device).items():
+        selection_rows = torch.arange(config.history_len, window.n_rows, 4)
+        for budget, sums in left_out(window, weights, config, selection_rows, device).items():
             found[budget].append(sums.mean().item())
     return {f"left out, {budget}": math.sqrt(statistics.fmean(means)) for budget, means in found.items()}
 
 
 def open_windows(folder, split):
-    """The windows of a split that leave enough blocks to choose from at the first target."""
+    """The windows of a split with at least MIN_MIDDLE_BLOCKS blocks to choose from at their first selection."""
     windows = [Window(path) for path in sorted(pathlib.Path(folder).glob(f"{split}-*.safetensors"))]
     windows = [window for window in windows if window.in_middle[Config.history_len].sum() >= MIN_MIDDLE_BLOCKS]
     if not windows:
@@ -445,7 +460,7 @@ def open_windows(folder, split):
 
 
 def train(args):
-    """Fit the predictor to the windows in --data; --out gets the weights that leave out least in validation."""
+    """Fit the predictor to the windows in --data; --out gets the weights that leave out the least in validation."""
     out = pathlib.Path(args.out)
     checkpoint = out.with_suffix(".checkpoint")
     make_folder(out.parent)
@@ -468,16 +483,17 @@ def train(args):
         raise InputError(f"{out} exists, without a checkpoint to continue from: give another --out")
 
     def assess(loss, step):
-        """Add a row to the curve, keep the weights if they leave out the least so far, and write a checkpoint."""
+        """Validate, add a row to the curve, write the weights if they leave out the least so far, and a checkpoint."""
         weights = {name: w.cpu() for name, w in scaled(average, 1 / INPUT_SCALE).items()}
         measured = validate(validation, weights, config, device)
         curve.append({"step": step, "loss": loss} | measured)
         errors = [sum(row[name] for name in measured) for row in curve]
         if errors[-1] == min(errors):
-            about = {name: training[0].about[name] for name in ("llm", "corpus")}
-            about |= {name: getattr(config, name) for name in METHOD_SETTINGS} | {"seed": args.seed, "loss": args.loss}
-            about |= {"steps": step, "validation": json.dumps({name: round(r, 4) for name, r in measured.items()})}
-            write_tensors(out, weights, about)
+            metadata = {name: training[0].metadata[name] for name in ("llm", "corpus")}
+            metadata |= {name: getattr(config, name) for name in METHOD_SETTINGS}
+            metadata |= {"seed": args.seed, "loss": args.loss, "steps": step}
+            metadata["validation"] = json.dumps({name: round(value, 4) for name, value in measured.items()})
+            write_tensors(out, weights, metadata)
         write(out.with_suffix(".json"), json.dumps(curve, indent=1).encode())
         state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
         torch.save(state | {"curve": curve, "done": step, "settings": settings}, buffer := io.BytesIO())
@@ -486,11 +502,11 @@ def train(args):
     running = curve[-1]["loss"] if done else None  # running mean of the loss
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=None)
     for step in bar:
-        rng = random.Random(f"{args.seed} {step}")  # of the step alone: a resumed run draws the same batches
-        rows, targets, mass, valid = (x.to(device) for x in draw_batch(training, rng, config.history_len))
+        rng = random.Random(f"{args.seed} {step}")  # depends on nothing else: a resumed run draws the same batches
+        rows, selection_rows, target, valid = (x.to(device) for x in draw_batch(training, rng, config.history_len))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            scores = scores_of_rows(rows * INPUT_SCALE, targets, parameters, config.history_len) / INPUT_SCALE
-        loss = LOSSES[args.loss](scores, mass, valid)
+            scores = scores_of_rows(rows * INPUT_SCALE, selection_rows, parameters, config.history_len) / INPUT_SCALE
+        loss = LOSSES[args.loss](scores, target, valid)
         if not loss.isfinite():
             raise InputError(f"the loss is {loss.item()} at step {step}: lower --lr; {out} keeps the best weights")
         if not curve:
@@ -512,6 +528,7 @@ def train(args):
 
 
 def load_checkpoint(path, settings, device):
+    """The dict that `train` saved. Raises InputError if it cannot be read or was written with other settings."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         noted = state["settings"]
@@ -538,33 +555,33 @@ def parse_args(argv):
     commands = parser.add_subparsers(required=True, parser_class=OneLineParser)
 
     def add_command(function):
-        """The add_argument of a command, which has the options of both already."""
+        """Add a command with the options that both have; returns the method that adds its own options."""
         text = function.__doc__.splitlines()[0]
         sub = commands.add_parser(function.__name__, help=text, description=text, formatter_class=ShownDefaults)
         sub.set_defaults(function=function, backend="torch")  # training differentiates the references of kernels.py
         sub.add_argument("--data", default="data", help="folder of the windows")
-        sub.add_argument("--seed", type=int, default=0, help="of everything that is drawn at random")
+        sub.add_argument("--seed", type=int, default=0, help="seed of all random draws")
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
         dtypes = ["auto", "float32", "bfloat16"]
-        sub.add_argument("--dtype", default="auto", choices=dtypes, help="of LLM or convolutions; auto: bfloat16")
+        sub.add_argument("--dtype", default="auto", choices=dtypes, help="of the LLM or convolutions; auto: bfloat16")
         return sub.add_argument
 
     add = add_command(collect)
-    add("--text", nargs="+", metavar="FILE", help="own texts, instead of what is installed")
+    add("--text", nargs="+", metavar="FILE", help="UTF-8 files to use instead of the installed texts")
     add("--model", help=f"Hugging Face folder or hub id of a Llama (default: {DEFAULT_LLM}, fetched once)")
-    add("--lengths", nargs="+", type=positive, default=[4096], help="tokens of a context; the lengths alternate")
-    add("--contexts", type=positive, default=24, help="for training")
-    add("--validation-contexts", type=positive, default=6, help="for validation")
-    add("--windows", type=positive, default=2, help=f"windows of {ROWS} rows recorded of each context")
+    add("--lengths", nargs="+", type=positive, default=[4096], help="tokens per context; several lengths alternate")
+    add("--contexts", type=positive, default=24, help="number of training contexts")
+    add("--validation-contexts", type=positive, default=6, help="number of validation contexts")
+    add("--windows", type=positive, default=2, help=f"windows of {ROWS} rows per context")
     add("--stride", type=positive, default=8, help="M = P, tokens from one row to the next; 1: history_rows=every")
     add("--select-heads", default=Config.select_heads, choices=["kv", "q"], help="a row per KV head or per query head")
     add("--block-size", type=int, default=Config.block_size, help="tokens per block")
     add = add_command(train)
-    add("--out", default="predictor.safetensors", help="the best weights; beside them: checkpoint and curve (.json)")
-    add("--loss", default="relative", choices=LOSSES, help="relative: over the score; mse: as the paper")
+    add("--out", default="predictor.safetensors", help="the best weights; next to it go a checkpoint and a curve")
+    add("--loss", default="relative", choices=LOSSES, help="relative: (target - s)^2 / s for score s; mse: the paper's")
     add("--share-budget", default=Config.share_budget, choices=["layer", "head"], help="how heads share the budget")
     add("--steps", type=positive, default=12000, help="training steps")
-    add("--lr", type=float, default=1e-3, help="highest learning rate; rises over 50 steps and falls as a cosine")
+    add("--lr", type=float, default=1e-3, help="highest learning rate; it rises over 50 steps and falls as a cosine")
     add("--validate-every", type=positive, default=2000, help="steps from one validation and checkpoint to the next")
     return parser.parse_args(argv)
 

@@ -1,11 +1,11 @@
-"""How fast: decoding, prefill and each kernel; what a token launches, reads, and sends over the link to the host.
+"""Benchmarks of decoding, prefill and each kernel; counts of a token's launches, bytes read and bytes over the link.
 
     python -m experiments.bench speed --out speed.json
 
-`--help` lists the commands; they come below in that order. `speed`, `prefill` and `kernels` measure, and write all
-numbers with --out; a long context's keys, values and history are random numbers, because a step's time does not depend
-on them. The ceilings are measured, too: a copy on the device, a matrix product, a copy from pinned host memory.
-`offload`, `bytes` and `launches` count; where no values matter, on tensors that have no memory (roofline.py).
+`--help` lists the commands, in the order of this file. `speed`, `prefill` and `kernels` measure times; --out writes all
+numbers. A context's keys, values and history are random, because a step's time does not depend on their values.
+`speed` and `kernels` also measure ceilings: a copy on the device, a matrix product, a copy from pinned host memory.
+`offload`, `bytes` and `launches` count. Where values do not matter, they run on tensors without memory (roofline.py).
 """
 
 import argparse
@@ -37,8 +37,8 @@ from experiments.tables import markdown
 from model import Llama, LlamaConfig, checkpoint_targets, load_model
 from weights.fetch_llm import fetch_default_llm
 
-TEXT = pathlib.Path(torch.__file__).parent / "_tensor_docs.py"  # its tokens show what a selection fetches
-TEXT_TOKENS, TEXT_STEPS = 4096, 64  # of it: the prompt, and how many are decoded
+TEXT = pathlib.Path(torch.__file__).parent / "_tensor_docs.py"  # `offload` counts on this text
+TEXT_TOKENS, TEXT_STEPS = 4096, 64  # tokens of its prompt, and tokens that are decoded after it
 RATES = dict(memory=3350e9, link=55e9, host=200e9)  # bytes/s: an H100's memory, PCIe 5 x16, the host's memory
 SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B}  # None: the default model, with its weights
 
@@ -48,24 +48,26 @@ SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B}  # None: t
 
 
 def shape_of(name) -> LlamaConfig:
+    """The LlamaConfig of a name in SHAPES."""
     return SHAPES[name] or LlamaConfig.from_json(json.loads((fetch_default_llm() / "config.json").read_text()))
 
 
 def models_of(args, device):
-    """{dtype: model}: the default model, or random weights."""
+    """{name of a dtype: model}, the default model or one with random weights. Raises InputError."""
     models, shape, limit = {}, SHAPES[args.model_shape], shape_of(args.model_shape).context_len
     if max(args.contexts) > limit:
         raise InputError(f"--contexts {max(args.contexts)}: the model's context is {limit:,} tokens")
     for name in args.dtypes:
-        how = getattr(torch, name), device
-        models[name] = model = Llama(shape, *how).eval() if shape else load_model(str(fetch_default_llm()), *how)[0]
+        placement = getattr(torch, name), device
+        model = Llama(shape, *placement).eval() if shape else load_model(str(fetch_default_llm()), *placement)[0]
+        models[name] = model
         for part, parameter in model.named_parameters() if shape else ():
             parameter.data.normal_(1.0 if part.endswith("norm.weight") else 0.0, 0.02)
     return models
 
 
 def conditions(args, config, device):
-    """What a measurement depends on."""
+    """A dict of what a measurement depends on: device, threads, version of torch, weights and Config."""
     random = f"random weights in the shape of {args.model_shape}"
     return dict(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -77,11 +79,12 @@ def conditions(args, config, device):
 
 
 def predictor():
+    """The bundled predictor."""
     return attnpred.load_predictor(attnpred.DEFAULT_PREDICTOR)
 
 
 def show(rows, columns=None):
-    """Print dicts as a table; `columns` maps a header to a format of a row's entries, of which some may be missing."""
+    """Print rows (dicts) as a table. `columns` is {head: format of a row}; a cell is a dash if an entry is missing."""
 
     def cell(form, row):
         try:
@@ -94,7 +97,7 @@ def show(rows, columns=None):
 
 
 def seconds(call, device):
-    """The median time of a call: on a GPU with a cold L2 cache."""
+    """The median time of a call in seconds. On a GPU, the L2 cache is cold."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -103,23 +106,26 @@ def seconds(call, device):
 
 
 def ceilings(dtype, device, size=1 << 28, n=4096):
-    """Bytes / s of a copy on the device (read plus written) and from pinned host memory, multiply-adds / s of an n x n
-    matrix product."""
+    """Rates that no kernel can exceed, measured with copies of `size` bytes and products of n x n matrices.
+
+    Returns {"copy": bytes/s read plus written on the device, "host copy": bytes/s from pinned host memory, "matmul":
+    multiply-adds/s in dtype, "matmul tf32": the same in float32, with tf32 if a GPU uses it}.
+    """
     host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     x, y = torch.ones(2, size, dtype=torch.uint8, device=device)
-    found = {"copy": 2 * size / seconds(lambda: y.copy_(x), device)}
-    found["host copy"] = size / seconds(lambda: y.copy_(host, non_blocking=True), device)
+    rates = {"copy": 2 * size / seconds(lambda: y.copy_(x), device)}
+    rates["host copy"] = size / seconds(lambda: y.copy_(host, non_blocking=True), device)
     for name, kind in (("matmul", dtype), ("matmul tf32", torch.float32)):
         x = torch.randn(n, n, device=device).to(kind)
-        found[name] = n**3 / seconds(lambda x=x: x @ x, device)
-    return found
+        rates[name] = n**3 / seconds(lambda x=x: x @ x, device)
+    return rates
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def with_peak_memory(call, device):
-    """call()'s result, and the MB allocated at the peak above those before; NaN where the system does not tell."""
+    """(result of call(), MB that it allocates at the peak). The MB are NaN if the system does not report them."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -130,9 +136,9 @@ def with_peak_memory(call, device):
 
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)  # freed memory that glibc keeps would hide new allocations, or add up
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)  # memory that glibc keeps after a free would distort the peak
         libc.malloc_trim(0)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = resident_mb("VmRSS")
     except (OSError, AttributeError):  # not Linux, or not glibc
         return call(), float("nan")
@@ -151,12 +157,12 @@ dense = partial(replace, dense_layers=10**6)
 
 
 def paper(config):
-    """The paper's setting with the same blocks, history and budget."""
+    """The paper's setting with config's block size, history length, sink, local window and budget."""
     same = ("block_size", "history_len", "sink_tokens", "local_tokens", "budget")
     return Config.paper(**{name: getattr(config, name) for name in same})
 
 
-CONTENDERS = {  # name: (what it makes of the Config, options of its SparseDecoder)
+CONTENDERS = {  # name: (a function that returns its Config, options of its SparseDecoder)
     "dense": (dense, {}),
     "sparse": (replace, {}),
     "sparse --paper": (paper, {}),
@@ -171,7 +177,7 @@ ON_GPU = [name for name in CONTENDERS if name not in ("sparse --paper", "transfo
 
 
 class Ours:
-    """A SparseDecoder; K, V and history are random, and blocks that attract attention go on attracting it."""
+    """A SparseDecoder with random K, V and history; each block's attention is similar in all history rows."""
 
     @torch.inference_mode()
     def __init__(self, model, config, n_tokens, context, n_round, backend, **options):
@@ -186,11 +192,11 @@ class Ours:
         rows = decoder.history[..., : config.n_blocks(n_tokens)]  # (L', heads, H, N)
         rows.uniform_(0.5, 1).mul_(torch.rand_like(rows[:, :, :1]) ** 8)
         decoder.queries.normal_()
-        decoder.selecting = decoder.sparse_layers > 0 and not config.fits(n_tokens + 1)  # True: keep this history
+        decoder.selecting = decoder.sparse_layers > 0 and not config.fits(n_tokens + 1)  # True: the history is kept
         decoder.finish_token()
 
     def step(self):
-        """Decode a token; returns the one before it: as in `generate`, the host reads it after launching the step."""
+        """Decode a token and return the one before, which the host reads after the launch, as in `generate`."""
         value = attnpred.read_later(self.token)
         self.token = attnpred.sample(decode_one_token(self.model, self.decoder, self.token))
         return value()
@@ -203,7 +209,7 @@ class Ours:
 
 
 def as_transformers(model):
-    """The same weights, not copied, in transformers' LlamaForCausalLM."""
+    """transformers' LlamaForCausalLM with the model's weights, which are not copied. Raises InputError."""
     try:
         import transformers
     except ImportError:
@@ -226,7 +232,7 @@ def as_transformers(model):
 
 
 class Transformers:
-    """transformers with its default cache, random too."""
+    """transformers' model with its default cache, which has random K and V."""
 
     def __init__(self, model, n_tokens, n_round):
         from transformers import DynamicCache
@@ -252,16 +258,16 @@ class Transformers:
 
 
 def contender_of(name, model, config, context, args):
-    """A function that makes the contender of that name.
+    """Returns a function that makes the contender of that name. Raises InputError if the context is too short.
 
-    A round of sparse decoding is whole intervals of selection and calibration, so that its mean pays for both. The last
-    of all rounds ends at the context.
+    A round of sparse decoding consists of whole intervals of selection and calibration, so that its mean includes both.
+    The last round ends at the context's last token.
     """
     setting, options = CONTENDERS[name]
     c = setting(config)
     n_round = roofline.intervals(c, context)
     n_round = n_round if c.dense_layers < model.config.n_layers else min(8, n_round)
-    n_steps = (args.rounds + 2) * n_round  # warming up, the rounds, and the stages or a trace
+    n_steps = (args.rounds + 2) * n_round  # a round to warm up, the rounds, and one for the stages or a trace
     if context <= n_steps:
         raise InputError(f"{n_steps} tokens are decoded at {context}: use longer --contexts or fewer --rounds")
     if name == "transformers":
@@ -270,10 +276,10 @@ def contender_of(name, model, config, context, args):
 
 
 def race(makers, rounds, device):
-    """Time contenders in turn: makers {(dtype, name): a function}; what it makes has a `round`, which returns tokens.
+    """Time contenders in turn. makers is {(dtype, name): a function that makes one}; `round` returns a list of tokens.
 
-    Returns rows {"dtype", "name", "rounds": [ms per token], "ms": their median, "memory_mb": at the peak, "answer": the
-    tokens of the first round, "contender"}, without those whose memory does not suffice.
+    Returns a row for each contender: {"dtype", "name", "rounds": [ms per token], "ms": their median, "memory_mb": at
+    the peak, "answer": the tokens of the first round, "contender"}. Contenders that run out of memory are left out.
     """
 
     def warmed_up(make):
@@ -288,20 +294,20 @@ def race(makers, rounds, device):
             continue
         except torch.OutOfMemoryError:
             print(f"bench: {name}, {dtype}: out of memory, left out", file=sys.stderr)
-        torch.cuda.empty_cache()  # not above: the exception would keep the contender alive
-    for row in rows * rounds:  # each has its turn in a round
+        torch.cuda.empty_cache()  # outside of the except clause, whose exception refers to the contender
+    for row in rows * rounds:  # in each round, all contenders take turns
         begun = time.perf_counter()
         tokens = row["contender"].round()
         row["rounds"].append(1e3 * (time.perf_counter() - begun) / len(tokens))
     return [row | dict(ms=statistics.median(row["rounds"])) for row in rows]
 
 
-STAGES = dict(attend="attention", attend_all="attention", select="gathering", write_rows="history rows")
+STAGES = dict(attend="attention", attend_all="attention", select="block addresses", write_rows="history rows")
 STAGES |= dict(pool="calibration", scores="prediction", make_lists="selection")
 
 
 def stage_ms(contender):
-    """{stage: ms per token} of an `Ours` on a CPU. No stage calls another one."""
+    """{stage: ms per token} of a round of an `Ours` on a CPU. The stages are disjoint: none calls another."""
     spent = dict.fromkeys(STAGES.values(), 0.0)
 
     def timed(original, stage):
@@ -324,14 +330,14 @@ def stage_ms(contender):
 
 
 def speed_rows(args, models, config, bandwidth):
-    """A row per context, dtype and contender. models: {name of a dtype: model}."""
+    """Yield a row per context, dtype and contender. models: {name of a dtype: model}; bandwidth: a copy's, bytes/s."""
     device = next(iter(models.values())).device
     keys = [(dtype, name) for dtype in models for name in args.contenders]
     for dtype, name in keys if args.backend == "torch" else ():
-        contender_of(name, models[dtype], config, min(args.contexts), args)().step()  # a library's first allocations
+        contender_of(name, models[dtype], config, min(args.contexts), args)().step()  # libraries allocate at first
     for context in args.contexts:
         makers = {(dtype, name): contender_of(name, models[dtype], config, context, args) for dtype, name in keys}
-        # a CPU's speed drifts, so all take turns; a GPU's memory holds one of them at a time
+        # A CPU's speed drifts, so all contenders take turns. A GPU's memory has room for one at a time.
         groups = [makers] if device.type == "cpu" else [{key: makers[key]} for key in keys]
         done = []
         for row in (row for group in groups for row in race(group, args.rounds, device)):
@@ -347,7 +353,7 @@ def speed_rows(args, models, config, bandwidth):
             same_weights = {other["name"]: other for other in done if other["dtype"] == row["dtype"]}
             if base := same_weights.get("dense"):
                 pairs = zip(base["rounds"], row["rounds"])
-                row["speedup"] = statistics.median(theirs / ours for theirs, ours in pairs)
+                row["speedup"] = statistics.median(dense_ms / ms for dense_ms, ms in pairs)
             same = next(name for name, other in same_weights.items() if other["answer"] == row["answer"])
             if same != row["name"]:
                 row["same_as"] = same
@@ -369,7 +375,7 @@ SPEED_COLUMNS = {
 
 
 def write_trace(make, path):
-    """A profiler's trace of a contender's second round, for https://ui.perfetto.dev."""
+    """Write a profiler's trace of a contender's second round, for https://ui.perfetto.dev. Raises InputError."""
     contender = make()
     contender.round()
     with torch.profiler.profile() as profiled:
@@ -380,7 +386,7 @@ def write_trace(make, path):
 
 
 def bench_speed(args, config, device):
-    """ms per token of several ways to decode, and peak memory"""
+    """measure ms per token of several ways to decode, and peak memory"""
     models, bandwidth = models_of(args, device), ceilings(torch.float32, device, n=64)["copy"]
     rows = list(speed_rows(args, models, config, bandwidth))
     print(f"A copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written.\n")
@@ -396,7 +402,7 @@ def bench_speed(args, config, device):
 
 
 def bench_prefill(args, config, device):
-    """tokens per second through a prompt, and peak memory"""
+    """measure tokens per second through a prompt, and peak memory"""
 
     def ours(model, tokens):
         decoder = SparseDecoder(config, model, predictor(), len(tokens), args.backend)
@@ -413,13 +419,14 @@ def bench_prefill(args, config, device):
     for context in args.contexts:
         tokens = torch.randint(model.config.vocab_size, (context,), device=device)
         for read in readers.values():
-            read(tokens[:128])  # a library's first allocations
+            read(tokens[:128])  # libraries allocate at first
         makers = {key: partial(SimpleNamespace, round=partial(read, tokens)) for key, read in readers.items()}
-        for row in race(makers, args.rounds, device):  # a round is the whole prompt
+        for row in race(makers, args.rounds, device):  # a round reads the whole prompt
             del row["contender"]
             rows.append(row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"])))
-    heads = "context", "weights", "", "tokens/s", "peak memory beside weights, MB"
-    show(rows, {head: SPEED_COLUMNS[head] for head in heads})
+    columns = {head: SPEED_COLUMNS[head] for head in ("context", "weights", "")}
+    columns |= {"tokens/s, fastest round": SPEED_COLUMNS["tokens/s"]}
+    show(rows, columns | {head: SPEED_COLUMNS[head] for head in ("peak memory beside weights, MB",)})
     return rows
 
 
@@ -428,12 +435,13 @@ def bench_prefill(args, config, device):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def kernel_row(path, context, device, found):
+def kernel_row(path, context, device, ceilings_found):
+    """Time a tuple of hot_paths.py and its rivals. Returns a row with rates and their shares of the ceilings."""
     name, moved, multiply_adds, call, rivals = path
     print(f"bench: {name}, {context} tokens", file=sys.stderr)
     took, others = seconds(call, device), {rival: seconds(other, device) for rival, other in rivals.items()}
-    copy = found["host copy" if name.startswith("copy") else "copy"]
-    matmul = found["matmul tf32" if name.startswith("predict") else "matmul"]
+    copy = ceilings_found["host copy" if name.startswith("copy") else "copy"]
+    matmul = ceilings_found["matmul tf32" if name.startswith("predict") else "matmul"]
     row = dict(path=name, context=context, us=1e6 * took, gb_s=1e-9 * moved / took, of_copy=moved / took / copy)
     row |= dict(tflop_s=2e-12 * multiply_adds / took, of_matmul=multiply_adds / took / matmul)
     return row | dict(rivals="; ".join(f"{rival} {1e6 * t:,.1f} ({t / took:.1f}x)" for rival, t in others.items()))
@@ -450,18 +458,19 @@ KERNEL_COLUMNS = {
 
 
 def bench_kernels(args, config, device):
-    """each hot path against PyTorch and against the machine's ceilings"""
+    """compare each hot path with PyTorch and with the machine's ceilings"""
     if any(context % config.block_size or config.fits(context) for context in args.contexts):
         raise InputError(f"--contexts must be multiples of {config.block_size} and longer than the budget")
     torch.set_float32_matmul_precision("high")
     dtype, sizes = (torch.bfloat16, ()) if device.type == "cuda" else (torch.float32, (1 << 26, 1024))
-    found = ceilings(dtype, device, *sizes)
+    ceilings_found = ceilings(dtype, device, *sizes)
+    rates = {name: rate / 1e9 for name, rate in ceilings_found.items()}
     print(
-        f"copy {found['copy'] / 1e9:,.0f} GB/s, host to device {found['host copy'] / 1e9:,.0f} GB/s, matrix product "
-        f"{2e-12 * found['matmul']:,.1f} TFLOP/s, of float32 {2e-12 * found['matmul tf32']:,.1f} (a GPU uses tf32)\n"
+        f"copy {rates['copy']:,.0f} GB/s, host to device {rates['host copy']:,.0f} GB/s, matrix product "
+        f"{2e-3 * rates['matmul']:,.1f} TFLOP/s, of float32 {2e-3 * rates['matmul tf32']:,.1f} (a GPU uses tf32)\n"
     )
     rows = [
-        kernel_row(path, context, device, found)
+        kernel_row(path, context, device, ceilings_found)
         for context in args.contexts
         for paths in PATHS
         for path in paths(shape_of(args.model_shape), config, context, dtype, device, args.backend)
@@ -476,7 +485,10 @@ def bench_kernels(args, config, device):
 
 
 def count_link(model, tokenizer, config):
-    """Decode TEXT, print what crosses the link, exactly, and return the share of a selection that was fetched."""
+    """Decode TEXT with an offloaded cache and print the bytes over the link.
+
+    Returns the share of the selected blocks that were fetched.
+    """
     n_tokens = TEXT_TOKENS + TEXT_STEPS
     tokens = torch.tensor(tokenizer.encode(TEXT.read_text())[:n_tokens], device=model.device)
     assert len(tokens) == n_tokens, f"{TEXT.name} is too short"
@@ -492,7 +504,7 @@ def count_link(model, tokenizer, config):
 
 
 def bench_offload(args, config, device):
-    """bytes over the link, counted on a text, and a model of time"""
+    """count bytes over the link on a text, and estimate times with a model"""
     if config.fits(TEXT_TOKENS):
         raise InputError(f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens counted: use a smaller one")
     model, tokenizer = load_model(str(fetch_default_llm()), torch.bfloat16, device)
@@ -515,7 +527,7 @@ def bench_offload(args, config, device):
 
 
 def bench_bytes(args, config, device):
-    """bytes read per token"""
+    """count bytes read per token"""
     print(f"Bytes read per token, {args.model_shape} in 16 bits, budget {config.budget}\n")
     rows = []
     for context in args.contexts:
@@ -529,7 +541,7 @@ def bench_bytes(args, config, device):
 
 
 def bench_launches(args, config, device):
-    """launches per token"""
+    """count launches per token"""
     print(f"Launches per token, sampling included, without a CUDA graph: {args.model_shape}, budget {config.budget}\n")
     model, rows = Llama(shape_of(args.model_shape), torch.bfloat16, "meta"), []
     for context, name in ((context, name) for context in args.contexts for name in ("resident", "offloaded")):
@@ -553,7 +565,7 @@ LONG = (8192, 32768, 131072)
 
 
 def output_file(suffix, text):
-    """For argparse: a file that can be written. A long measurement must not end with a bad --out."""
+    """An argparse type: a path that can be written. It is checked before the measurement, not after it."""
     path = pathlib.Path(text)
     if path.suffix != suffix or path.is_dir() or not os.access(path.parent, os.W_OK):
         error = f"cannot write {text}: give a file name ending in {suffix}, in a folder that exists"
@@ -572,21 +584,21 @@ def make_parser():
         (bench_kernels, LONG if gpu else LONG[:1], measured),
         (bench_offload, LONG, "llama-3.1-8b"),
         (bench_bytes, LONG, "llama-3.1-8b"),
-        (bench_launches, LONG[1:], "llama-3.1-8b"),
+        (bench_launches, LONG[-1:], "llama-3.1-8b"),
     ):
         name = command.__name__.removeprefix("bench_")
         sub = commands.add_parser(name, help=command.__doc__)
         sub.set_defaults(bench=command, device="auto", dtype="auto", backend="auto", rounds=1, out=None)
         add = sub.add_argument
         add("--contexts", type=int, nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
-        add("--model-shape", choices=SHAPES, default=shape, help="smollm2-135m, or random weights")
+        add("--model-shape", choices=SHAPES, default=shape, help="smollm2-135m has its weights, others random ones")
         if name in ("speed", "prefill", "kernels"):
-            add("--out", type=json_file, metavar="FILE.json", help="write all numbers there")
+            add("--out", type=json_file, metavar="FILE.json", help="write all numbers to this file")
             add("--backend", choices=("auto", "triton", "torch"), help="auto: triton on a GPU, else torch")
         if name in ("speed", "prefill"):
             dtypes = ["float32", "bfloat16"]
-            add("--dtypes", nargs="+", default=dtypes[gpu:], choices=dtypes, help="of weights")
-            add("--rounds", type=int, default=7, help="in which the contenders take turns")
+            add("--dtypes", nargs="+", default=dtypes[gpu:], choices=dtypes, help="dtypes of the weights")
+            add("--rounds", type=int, default=7, help="rounds, in which all contenders take turns")
         if name == "speed":
             names, default = ", ".join(CONTENDERS), ON_GPU if gpu else ON_CPU
             add("--contenders", nargs="+", default=default, choices=CONTENDERS, metavar="NAME", help=names)
@@ -602,10 +614,10 @@ def run(args):
     config = attnpred.config_of(args)
     rows = args.bench(args, config, device)
     if rows:
-        found = conditions(args, config, device)
-        print("{device}, {threads} threads, {weights}, budget {config[budget]}".format(**found))
+        setup = conditions(args, config, device)
+        print("{device}, {threads} threads, {weights}, budget {config[budget]}".format(**setup))
     if args.out:
-        rows = [found | row for row in rows]
+        rows = [setup | row for row in rows]
         attnpred.write_atomically(args.out, lambda path: path.write_text(json.dumps(rows, indent=1)))
 
 

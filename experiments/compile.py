@@ -1,8 +1,8 @@
 """Compiles every kernel ahead of time, for GPUs that need not be present: `python -m experiments.compile [target]`.
 
-Records the launches of a prompt and of the first tokens of the models below (`experiments.roofline.decode`), has Triton
-compile them as it would on each target, and prints what the compilers make of each distinct kernel. The exit status is
-1 where a kernel spills registers or needs more shared memory than the target has.
+The program records the launches of the models below for a prompt and its first tokens (`experiments.roofline.decode`),
+lets Triton compile them for each target, and prints the resources of each distinct kernel. The exit status is 1 if a
+kernel spills registers or needs more shared memory than the target has.
 """
 
 import itertools
@@ -43,7 +43,10 @@ SETTINGS = (
 
 
 def record(model, amd):
-    """The launches of that model's prompt and next tokens, resident and offloaded, on an NVIDIA or an AMD GPU."""
+    """The launches of a model's prompt and first tokens, resident and offloaded: a list of roofline.Launch.
+
+    amd: whether the launchers choose their parameters for an AMD GPU.
+    """
     (m, n_tokens), launches = MODELS[model], []
     with patch.object(kernels, "is_amd", lambda: amd):
         for config in SETTINGS:
@@ -55,7 +58,7 @@ def record(model, amd):
 
 
 def resources(compiled, backend):
-    """Registers of a thread, bytes spilled by a thread, bytes of a program's shared memory."""
+    """(registers per thread, bytes spilled per thread, bytes of shared memory per program) of a compiled kernel."""
     if backend == "hip":
         names = ("vgpr_count", "vgpr_spill_count")
         registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"])[1]) for name in names)
@@ -70,12 +73,12 @@ def resources(compiled, backend):
 
 
 def pretend(name):
-    """Have Triton believe that this target is the current device."""
+    """Make Triton compile for the target of that name, as if it were the current device."""
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget(*TARGETS[name][:3])
     driver = SimpleNamespace(
-        get_current_device=lambda: name,  # Triton keeps the kernels of each device
+        get_current_device=lambda: name,  # Triton caches kernels per device
         get_current_stream=lambda device: None,
         get_current_target=lambda: target,
     )
@@ -83,7 +86,7 @@ def pretend(name):
 
 
 def compile_all(targets):
-    """One row for each distinct kernel and target."""
+    """Compile for the targets: a row (dict) for each distinct kernel and target."""
     rows = {}
     for name, model in itertools.product(targets, MODELS):
         pretend(name)
@@ -99,8 +102,8 @@ def compile_all(targets):
 
 
 def run(arguments):
-    parser = OneLineParser(prog="python -m experiments.compile", description=__doc__.split("\n")[0])
-    parser.add_argument("target", nargs="?", choices=TARGETS, help="default: all of them, one after another")
+    parser = OneLineParser(prog="compile", description=__doc__.split("\n")[0])
+    parser.add_argument("target", nargs="?", choices=TARGETS, help="a GPU's architecture (default: all of them)")
     target = parser.parse_args(arguments).target
     if kernels.triton.knobs is None or kernels.interpreted():
         parser.error("compiling needs Triton, and TRITON_INTERPRET unset")
@@ -113,7 +116,7 @@ def run(arguments):
 
 
 def main(arguments=None):
-    return exit_status("experiments.compile", lambda: run(arguments))
+    return exit_status("compile", lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,30 @@
-"""Quality: the method and its rivals on the same model and texts, compared at equal bytes read from the KV cache.
+"""Compares the quality of the method and its rivals, on the same model and texts, at equal bytes read per token.
 
+    python -m experiments.evaluate texts
     python -m experiments.evaluate texts --grid "ours,paper,quest bytes=1/16,1/8,1/4"
     python -m experiments.evaluate texts --grid "ours M=5,8,16 P=1,8 share=head,layer budget=256,512"
     python -m experiments.evaluate lm-eval --lm-tasks my_task --include-path FOLDER
     python -m experiments.evaluate table
 
-texts     A prompt is read densely, once. Then every setting reads the text's own next tokens, one by one, with what its
-          cache lets it attend to: for each token the KL divergence from full attention, its rank and perplexity.
-lm-eval   Tasks of the `lm-eval` package that generate text, with their own metrics, through lm_eval_adapter.py.
+texts     The prompt is read densely, once for all settings. Then each setting decodes the text's own next tokens one by
+          one. Each token gives a KL divergence from full attention's prediction, and a negative log-likelihood.
+lm-eval   Runs tasks of the `lm-eval` package that generate text, with their own metrics (lm_eval_adapter.py).
 table     Prints the tables of earlier results and computes nothing.
 
 A grid is a method, or several with commas, and values for Config's fields: `M`, `P`, `dense`, `share`, `rows`, `heads`,
-`delay`, `swap`, `budget` or a field's whole name; lists with commas are multiplied out. `bytes=1/8` finds the budget
-with which the setting reads an eighth of the bytes that dense attention reads. Methods: ours, paper (`Config.paper`),
-full, and the rivals by name; `decayed-mean:0.6` has a decay of .6.
+`delay`, `swap`, `budget` or a field's whole name. All combinations of comma-separated values are compared. `bytes=1/8`
+finds the budget with which the setting reads an eighth of the bytes that dense attention reads. The methods are ours,
+paper (`Config.paper`), full, and the rivals by name; `decayed-mean:0.6` has a decay of .6.
 
-Results are lines of JSON, one per text and setting, appended as soon as they are known: a run that was stopped goes on
-where it was, and several runs may share a file. A row of `texts` has
+Results are lines of JSON, one per text and setting. Each is appended when it is measured, so a run that was stopped can
+be continued by the same command, and several runs may share a file. A row of `texts` has
 
-    task text sha256 n_prompt n_new model dtype predictor       what was read, and by which weights
-    setting method bytes_share, and Config's fields by name     `setting` names all but the budget
-    kl nll same                                                 lists, one value per decoded token; nats, nats, 0 or 1
-    recovery recovery_by_layer                                  means over heads, per measured step and per layer
-    attention_bytes calibration_bytes choosing_bytes            counted, per decoded token, ...
-    read_bytes dense_bytes                                      ... their sum, and what dense attention would read
+    task text sha256 n_prompt n_new model dtype predictor       the text, the model and the predictor's weights
+    setting method bytes_share, and Config's fields by name     `setting` is the method and its changes, but the budget
+    kl nll same                                                 lists, one value per decoded token: nats, nats, 0 or 1
+    recovery                                                    a list, one mean over layers and heads per measured step
+    attention_bytes calibration_bytes choosing_bytes            bytes read per decoded token, counted
+    read_bytes dense_bytes                                      their sum, and the bytes that dense attention would read
 
 Reading order: `Setting` and `parse_grid`, `counted_bytes`, `prefill_together` and `decode_together` (the closed loop),
 `Store`, the tasks, the command line. The tables are in tables.py.
@@ -51,16 +52,14 @@ from experiments.rivals import RIVALS, RivalDecoder
 from model import causal_attention, load_model
 from weights.fetch_llm import fetch_default_llm
 
-GRIDS = {  # what a task compares without --grid
+GRIDS = {  # the default of --grid for each task
     "texts": [
-        "full",
-        "ours,paper,decayed-mean:0.6,decayed-rms:0.8,quest,mean-std,snapkv,ada-snapkv,h2o,streaming-llm,oracle "
-        "bytes=1/16,1/8,1/4,1/3",
-        "paper heads=kv bytes=1/4,1/3",
+        "ours,decayed-mean:0.6,decayed-rms:0.8,mean-std,quest,ada-snapkv,snapkv,h2o,streaming-llm,oracle,paper "
+        "bytes=1/16,1/8,1/4,1/3"
     ],
     "lm-eval": ["full,ours"],
 }
-METHODS = {"ours": Config(), "paper": Config.paper(), "full": Config(dense_layers=1 << 20)}  # none with a rival
+METHODS = {"ours": Config(), "paper": Config.paper(), "full": Config(dense_layers=1 << 20)}  # methods without a rival
 SHORT = dict(M="calibration_interval", P="selection_interval", dense="dense_layers", share="share_budget")
 SHORT |= dict(rows="history_rows", heads="select_heads", delay="selection_delay", swap="swap_share")
 
@@ -73,18 +72,18 @@ SHORT |= dict(rows="history_rows", heads="select_heads", delay="selection_delay"
 class Setting:
     method: str
     config: Config
-    bytes_share: str = ""  # the share of dense attention's bytes for which the budget is chosen, such as "1/8"
+    bytes_share: str = ""  # such as "1/8": the budget follows from this share of dense attention's bytes
 
     @property
     def name(self):
-        """The method and what is changed of it, the budget apart: "ours M=5 share=head"."""
+        """The method and its changed fields, except the budget: "ours M=5 share=head"."""
         base, short = base_config(self.method), {field: short for short, field in SHORT.items()}
         changed = {f: value for f, value in vars(self.config).items() if f != "budget" and value != getattr(base, f)}
         return " ".join([self.method, *(f"{short.get(f, f)}={value}" for f, value in changed.items())])
 
 
 def make_rival(method):
-    """The rival of a method such as "quest" or "decayed-mean:0.6"; None for those in METHODS."""
+    """The Rival of a method such as "quest" or "decayed-mean:0.6"; None for those in METHODS. Raises InputError."""
     name, _, parameter = method.partition(":")
     if method in METHODS:
         return None
@@ -95,12 +94,12 @@ def make_rival(method):
 
 
 def base_config(method) -> Config:
-    """What a method is without further changes."""
+    """The Config of a method without further changes. Raises InputError."""
     return METHODS[method] if method in METHODS else Config(**make_rival(method).changes)
 
 
 def parse_grid(text):
-    """Yield a Setting for every combination: "ours,quest M=5,8 bytes=1/8" are four."""
+    """Yield a Setting for each combination: "ours,quest M=5,8 bytes=1/8" gives four. Raises InputError."""
     parser = OneLineParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--bytes", type=bytes_share, default=argparse.SUPPRESS)
     attnpred.add_method_options(parser)
@@ -120,6 +119,7 @@ def parse_grid(text):
 
 
 def bytes_share(text):
+    """An argparse type: a fraction above 0 and at most 1, kept as text."""
     try:
         if 0 < Fraction(text) <= 1:
             return text
@@ -129,9 +129,9 @@ def bytes_share(text):
 
 
 def counted_bytes(setting, llm, itemsize, n_prompt, n_new):
-    """What a setting reads per decoded token, counted as `SparseDecoder` counts it, but without decoding.
+    """The bytes that a setting reads per decoded token, as `SparseDecoder` counts them, but without decoding.
 
-    llm is a LlamaConfig; itemsize: bytes of an element of K and V.
+    llm: the model's LlamaConfig; itemsize: bytes of an element of K and V.
     """
     c, rival = setting.config, make_rival(setting.method)
     dense = min(c.dense_layers, llm.n_layers)
@@ -142,7 +142,7 @@ def counted_bytes(setting, llm, itemsize, n_prompt, n_new):
     start = end = None  # the middle at the last selection
     for n in range(n_prompt, n_prompt + n_new + 1):
         step, (calibration_interval, selection_interval) = n - n_prompt, c.intervals(n)
-        attended = llm.n_kv_heads * n  # tokens, of a layer
+        attended = llm.n_kv_heads * n  # tokens that a layer's heads attend to
         if step and end is not None:
             start, end = c.middle(n) if every_token else (start, end)
             attended = heads * (c.topk_blocks * c.block_size + n - (end - start) * c.block_size)
@@ -165,24 +165,30 @@ def counted_bytes(setting, llm, itemsize, n_prompt, n_new):
 
 
 def budget_for(setting, llm, itemsize, n_prompt, n_new) -> Setting | None:
-    """The setting with the budget whose counted bytes come nearest to its share of dense's; None: by over 10 %."""
+    """The setting with the budget whose counted bytes are nearest to its share of dense attention's.
+
+    None if they differ from the share by more than 10 %. The arguments are those of `counted_bytes`.
+    """
     c, shape = setting.config, (llm, itemsize, n_prompt, n_new)
     target = float(Fraction(setting.bytes_share)) * counted_bytes(Setting("full", METHODS["full"]), *shape)
 
-    def at(topk):
+    def with_topk(topk):
         budget = c.sink_tokens + c.local_tokens + topk * c.block_size
         return replace(setting, config=replace(c, budget=budget))
 
     def error(topk):
-        return counted_bytes(at(topk), *shape) - target
+        return counted_bytes(with_topk(topk), *shape) - target
 
-    most = bisect.bisect_left(range(c.n_blocks(n_prompt)), 0, key=error)  # the fewest blocks that read the target
+    most = bisect.bisect_left(range(c.n_blocks(n_prompt)), 0, key=error)  # the smallest number that reads the target
     best = min((max(0, most - 1), most), key=lambda topk: abs(error(topk)))
-    return at(best) if abs(error(best)) <= 0.1 * target else None
+    return with_topk(best) if abs(error(best)) <= 0.1 * target else None
 
 
 def with_budgets(settings, model, n_prompt, n_new) -> list[Setting]:
-    """All settings, each once: `bytes` becomes a budget. Notes and skips what cannot read so little."""
+    """Each distinct setting once, with `bytes` replaced by a budget.
+
+    Settings that cannot read so little are reported on standard error and left out.
+    """
     shape = model.config, model.kv_dtype.itemsize, n_prompt, n_new
     found = {setting: budget_for(setting, *shape) if setting.bytes_share else setting for setting in settings}
     for setting in (setting for setting, fitted in found.items() if not fitted):
@@ -197,10 +203,10 @@ def with_budgets(settings, model, n_prompt, n_new) -> list[Setting]:
 
 @torch.inference_mode()
 def prefill_together(model, predictor, settings, tokens, n_prompt, n_new, measure_every=0):
-    """Read tokens (T,) densely, once, for all settings.
+    """Read tokens (T,) densely, once for all settings.
 
-    Returns a decoder per setting, at the end of the first n_prompt tokens and with room for n_new more, and what full
-    attention predicts from there on: logits (1 + T - n_prompt, V).
+    Returns a decoder per setting, which has read the first n_prompt tokens and has room for n_new more, and the logits
+    (1 + T - n_prompt, V) that full attention predicts after the prompt and after each later token.
     """
     decoders = []
     for setting in settings:
@@ -221,7 +227,7 @@ def prefill_together(model, predictor, settings, tokens, n_prompt, n_new, measur
 
 @torch.inference_mode()
 def decode_together(model, decoders, tokens):
-    """One token each, tokens (M,), for M decoders of the same length: the weights are read once -> logits (M, V)."""
+    """Decode tokens (M,), one for each of M decoders of the same length -> logits (M, V). The weights are read once."""
     for decoder in decoders:
         decoder.begin_token()
         decoder.advance()
@@ -238,13 +244,14 @@ def decode_together(model, decoders, tokens):
 
 
 def read_on(model, predictor, settings, tokens, n_prompt, measure_every=16):
-    """Decode tokens (T,) from n_prompt on, the last one apart, which is only predicted.
+    """Decode tokens[n_prompt:-1] one by one; the last token is only a prediction target.
 
-    Yields, per setting, what a row of results measures.
+    Yields one dict per setting: kl, nll and same, lists of a value per decoded token; recovery, a list of a value per
+    `measure_every` tokens, if the setting has sparse layers; the counters of attnpred.Stats, in bytes per token.
     """
     n_new = len(tokens) - 1 - n_prompt
     decoders, dense = prefill_together(model, predictor, settings, tokens[:-1], n_prompt, n_new, measure_every)
-    kl, nll, same = [], [], []  # n_new of (M,) each; the first token follows the dense prompt and is the same for all
+    kl, nll, same = [], [], []  # n_new tensors (M,) each; the token after the prompt is left out, as it is dense
     for token, target, full in zip(tokens[n_prompt:-1], tokens[n_prompt + 1 :], dense[1:]):
         logits = decode_together(model, decoders, token.expand(len(decoders)))  # (M, V)
         log_p = full.log_softmax(-1).expand_as(logits)  # (M, V)
@@ -254,14 +261,14 @@ def read_on(model, predictor, settings, tokens, n_prompt, measure_every=16):
     for i, decoder in enumerate(decoders):
         row = {name: rounded(torch.stack(x)[:, i]) for name, x in (("kl", kl), ("nll", nll), ("same", same))}
         if decoder.recovery:
-            recovery = torch.stack(decoder.recovery).mean(2)  # (steps, L')
-            row |= dict(recovery=rounded(recovery.mean(1)), recovery_by_layer=rounded(recovery.mean(0)))
+            row["recovery"] = rounded(torch.stack(decoder.recovery).mean((1, 2)))  # (steps,)
         counters = ("attention_bytes", "calibration_bytes", "choosing_bytes", "dense_bytes", "read_bytes")
         yield row | {name: getattr(decoder.stats, name) / n_new for name in counters}
 
 
 def rounded(x):
-    return [round(value, 6) + 0.0 for value in x.tolist()]  # + 0.0: no -0.0
+    """A tensor (n,) as a list with six decimals."""
+    return [round(value, 6) + 0.0 for value in x.tolist()]  # + 0.0 turns -0.0 into 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -270,9 +277,9 @@ def rounded(x):
 
 
 class Store:
-    """A file of JSON lines. `rows` are those of one identity: model, dtype and predictor.
+    """A file of JSON lines. `rows` are those of one identity, a dict of model, dtype and predictor. Raises InputError.
 
-    A line that is not whole, because a run was stopped while it wrote, counts as missing.
+    An incomplete line, of a run that was stopped while it wrote, is ignored.
     """
 
     def __init__(self, path, identity):
@@ -295,21 +302,22 @@ class Store:
         self.rows = [row for row in rows if any(row.items() >= one.items() for one in wanted)]
 
     def key(self, setting, values):
-        """What tells a row from all others."""
+        """The entries that identify a row."""
         key = self.identity | values | dict(method=setting.method, bytes_share=setting.bytes_share)
         if setting.method not in ("ours", "paper"):
-            key["predictor"] = ""  # so that a rival's results outlive a new predictor
+            key["predictor"] = ""  # a rival's results do not depend on the predictor
         return key | vars(setting.config)
 
     def missing(self, settings, values):
-        """The settings without a row of these values."""
+        """The settings for which no row has these values."""
         return [s for s in settings if not any(row.items() >= self.key(s, values).items() for row in self.rows)]
 
     def add(self, setting, values, measured):
+        """Append a row to the file. Raises InputError."""
         row = self.key(setting, values) | dict(setting=setting.name) | measured
         try:
-            with self.path.open("ab", buffering=0) as file:  # one write, so that runs may share the file; the line
-                file.write(f"\n{json.dumps(row)}".encode())  # break before it ends what a stopped run left unfinished
+            with self.path.open("ab", buffering=0) as file:  # a single write, so that several runs may share the file
+                file.write(f"\n{json.dumps(row)}".encode())  # \n first: it ends the line of a run that was stopped
         except OSError as error:
             raise InputError(f"cannot write {self.path} ({error.strerror}): earlier results stay") from None
         self.rows.append(row)
@@ -319,12 +327,12 @@ class Store:
 # Tasks
 # --------------------------------------------------------------------------------------------------------------------
 
-# Held out: training reads nothing from the torch wheel, whose version requirements.txt pins.
+# Held-out texts: training reads nothing from the torch wheel, whose version requirements.txt pins.
 TEXTS = {"api": "_tensor_docs.py", "python": "_inductor/cudagraph_trees.py", "cpp": "include/pybind11/numpy.h"}
 
 
 def read_text(name):
-    """A held-out text by name (a file of the torch package; "readme": its README), or the file at a path."""
+    """The held-out text of that name in TEXTS, "readme" for the torch package's, or a file's. Raises InputError."""
     try:
         if name == "readme":
             return importlib.metadata.metadata("torch").get_payload()
@@ -337,10 +345,12 @@ def read_text(name):
 
 
 def digest(data):
+    """The first 12 hexadecimal digits of a SHA-256, of bytes or of the JSON of other data."""
     return hashlib.sha256(data if isinstance(data, bytes) else json.dumps(data).encode()).hexdigest()[:12]
 
 
 def run_texts(args, store, model, tokenizer, predictor):
+    """Measure the settings that the store does not have yet, for each text and length. Raises InputError."""
     context, needed = model.config.context_len, max(args.lengths) + 1
     require(needed <= context + 1, f"--lengths must fit the model's context of {context} tokens")
     texts = {name: tokenizer.encode(read_text(name), special_tokens=False)[:needed] for name in args.texts}
@@ -355,7 +365,7 @@ def run_texts(args, store, model, tokenizer, predictor):
             continue
         tokens = torch.tensor(tokens)  # (length + 1,)
         batches = [settings[i : i + args.together] for i in range(0, len(settings), args.together)]
-        for batch in tqdm(batches, f"{name}, {length} tokens", unit="batch", leave=False, disable=args.quiet):
+        for batch in tqdm(batches, f"{name}, {length} tokens", unit="batch", leave=False, disable=None):
             for setting, measured in zip(batch, read_on(model, predictor, batch, tokens, n_prompt)):
                 store.add(setting, values, measured)
 
@@ -379,18 +389,17 @@ def parse_args(argv):
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=[*TASKS, "table"])
     parser.add_argument("--grid", action="append", help="settings to compare (see above); may be repeated")
-    parser.add_argument("--results", default="results/evaluate.jsonl", metavar="FILE", help="results go here")
+    parser.add_argument("--results", default="results/evaluate.jsonl", metavar="FILE", help="results are added to it")
     parser.add_argument("--texts", nargs="+", default=[*TEXTS, "readme"], help="held-out texts by name, or files")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192], help="tokens, decoded ones included")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="tokens per text, with the decoded ones")
     parser.add_argument("--n-new", type=int, default=512, help="tokens decoded after the prompt")
     parser.add_argument("--lm-tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval")
     parser.add_argument("--include-path", metavar="FOLDER", help="your own tasks of lm-eval")
-    parser.add_argument("--limit", type=int, help="only so many examples of each task of lm-eval")
-    parser.add_argument("--together", type=int, default=12, help="settings decoded in lockstep; memory grows with them")
+    parser.add_argument("--limit", type=int, help="at most so many examples of each lm-eval task")
+    parser.add_argument("--together", type=int, default=12, help="settings decoded in lockstep; each takes memory")
     parser.add_argument("--model", help="Hugging Face folder or hub id; default: the bundled one")
-    parser.add_argument("--predictor", default=attnpred.DEFAULT_PREDICTOR, help="the convolution")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--predictor", default=attnpred.DEFAULT_PREDICTOR, help="weights of the convolution")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     args = parser.parse_args(argv)
     args.settings = [setting for grid in args.grid or GRIDS.get(args.task, []) for setting in parse_grid(grid)]
     for name in ("n_new", "together", "limit"):

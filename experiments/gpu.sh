@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that a first run on a GPU should show, in less than ten minutes: bash experiments/gpu.sh results/gpu
+# The first run on a GPU, in less than ten minutes: bash experiments/gpu.sh results/gpu
 #
-# Each step is a command with a time limit: if one fails, that is noted and the next one is tried. The folder gets each
-# step's tables (.md), errors (.log), numbers (.json) and picture (.png), and report.md, which has the tables of all.
+# Each step is a command with a time limit. If a step fails, the report says so and the next step runs. The folder gets
+# the tables (.md), errors (.log), numbers (.json) and picture (.png) of each step, and report.md with all tables.
 # Llama-3.1-8B's shape has random weights. The exit status is 1 if a step failed.
 set -u
 

@@ -1,9 +1,9 @@
-"""The kernels of kernels.py as a decode step makes them, beside PyTorch code: what `experiments.bench kernels` times.
+"""The calls that `experiments.bench kernels` times: the kernels with the inputs of a decode step, and PyTorch code.
 
-Each function of PATHS takes a model's shapes m, a Config c, the number of tokens, the dtype of K and V, a device and a
-backend, and yields tuples: name, the least bytes that it can move (inputs and outputs, each once), its multiply-adds, a
-launch, and rivals {name: a call that computes the same, or serves the same purpose}. Keys, values and histories are
-random.
+Each function of PATHS takes a LlamaConfig m, a Config c, the number of tokens, the dtype of K and V, a device and a
+backend. It yields tuples of a name, the fewest bytes that the kernel can move (each input and output once), its
+multiply-adds, a function that launches it, and rivals {name: a function that computes the same, or serves the same
+purpose}. Keys, values and histories are random.
 """
 
 from functools import partial
@@ -28,6 +28,7 @@ def softmax_then_max(q, k_cache, n_tokens):
 
 
 def pooling_paths(m, c, n_tokens, dtype, device, backend):
+    """Pools the last H queries of a prompt in one layer, and one query in all layers."""
     keys = torch.randn(m.n_layers, m.n_kv_heads, c.n_blocks(n_tokens), c.block_size, m.head_dim, device=device)
     keys = keys.to(dtype)  # (L, Hk, N, b, D)
     for name, rows, layers in (("prompt, one layer", c.history_len, 1), ("calibration, all layers", 1, m.n_layers)):
@@ -41,7 +42,7 @@ def pooling_paths(m, c, n_tokens, dtype, device, backend):
 
 
 def predict_multiply_adds(heads, history_len, new_rows, start, end, valid_end):
-    """Of that call of `kernels.predict`, padding counted as data; the network alone, not the mean."""
+    """Multiply-adds of a call of `kernels.predict` in the network, without the mean. Padding counts as data."""
     total = 0
     for top, bottom, first in kernels.stale_strips(history_len, new_rows, start, end, valid_end):
         conv1 = (min(bottom + 1, history_len) - max(top - 1, 0)) * (end - max(first - 1, start))  # cells
@@ -51,9 +52,10 @@ def predict_multiply_adds(heads, history_len, new_rows, start, end, valid_end):
 
 
 def prediction_paths(m, c, n_tokens, dtype, device, backend):
+    """Predicts from a whole image, and from the rows since the last selection and kept contributions."""
     weights = kernels.prepare_weights(Predictor().requires_grad_(False).state_dict(), device)
     heads, (start, end) = m.n_layers * m.n_kv_heads, c.middle(n_tokens)
-    new_rows = c.intervals(n_tokens)[1] // c.row_distance(n_tokens)  # that a selection finds
+    new_rows = c.intervals(n_tokens)[1] // c.row_distance(n_tokens)  # since the last selection
     history = torch.rand(heads, c.history_len, c.n_blocks(n_tokens), device=device).to(attnpred.HISTORY_DTYPE)
     contributions = torch.zeros_like(history)  # (L * Hk, H, N)
 
@@ -67,13 +69,13 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
         rivals["convolutions, tf32"] = partial(convolve, True)
     # After P new rows, P + 8 rows of history are read (two around each computed row) and H - 4 - P contributions, and
     # P + 4 contributions are written.
-    anew = 2 * c.history_len
-    update = c.history_len + 8 + new_rows if new_rows < c.history_len - 4 else anew
+    whole_image = 2 * c.history_len
+    update = c.history_len + 8 + new_rows if new_rows < c.history_len - 4 else whole_image
     for name, new, valid_end, rows in (
-        ("whole image", 0, start, anew),
+        ("whole image", 0, start, whole_image),
         (f"{new_rows} new rows", new_rows, end, update),
     ):
-        moved = heads * (end - start) * (rows * history.element_size() + 4)  # and a score
+        moved = heads * (end - start) * (rows * history.element_size() + 4)  # the scores have 4 bytes
         window = new, start, end, valid_end
         multiply_adds = predict_multiply_adds(heads, c.history_len, *window)
         call = partial(kernels.predict, history, contributions, 0, *window, weights, backend)
@@ -81,6 +83,7 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
 
 
 def selection_paths(m, c, n_tokens, dtype, device, backend):
+    """Selects the best blocks of every layer, whose heads share the budget."""
     start, end = c.middle(n_tokens)
     scores, k = torch.randn(m.n_layers, m.n_kv_heads * (end - start), device=device), m.n_kv_heads * c.topk_blocks
     rivals = {"topk, then sort": lambda: scores.topk(k, sorted=False).indices.sort(1).values}
@@ -89,7 +92,10 @@ def selection_paths(m, c, n_tokens, dtype, device, backend):
 
 
 def lists_of(counts, c, n_tokens, device):
-    """Random lists with counts[h] selected blocks for KV head h: addresses (A,), starts and lengths (Hk,), int32."""
+    """Random lists with counts[h] selected blocks for KV head h: addresses (A,), starts and lengths (Hk,), int32.
+
+    Lengths are in tokens.
+    """
     start, end = c.middle(n_tokens)
     outside = torch.tensor([*range(start), *range(end, c.n_blocks(n_tokens))])
     lists = [torch.cat([outside, start + torch.randperm(end - start)[:count]]).sort().values for count in counts]
@@ -99,6 +105,7 @@ def lists_of(counts, c, n_tokens, device):
 
 
 def attention_paths(m, c, n_tokens, dtype, device, backend):
+    """Attends to the listed blocks of one layer."""
     n_blocks, group, k = c.n_blocks(n_tokens), m.n_heads // m.n_kv_heads, c.topk_blocks
     pool = torch.randn(2, m.n_kv_heads * n_blocks, c.block_size, m.head_dim, device=device).to(dtype)
     q = torch.randn(m.n_heads, m.head_dim, device=device).to(dtype)
@@ -107,7 +114,7 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
         k, v = blocks.reshape(2, 1, m.n_kv_heads, -1, m.head_dim)
         return F.scaled_dot_product_attention(q.unflatten(0, (m.n_kv_heads, -1))[None], k, v)[0].flatten(0, 1)
 
-    half = m.n_kv_heads // 2  # of the heads attend to half as much as the mean, the others to half as much more
+    half = m.n_kv_heads // 2  # half of the heads select K / 2 blocks, the other half 3 K / 2
     uneven = [k - k // 2] * half + [k] * (m.n_kv_heads - 2 * half) + [k + k // 2] * half
     for name, counts in (("heads alike", [k] * m.n_kv_heads), ("uneven heads", uneven)):
         table, starts, lengths = lists_of(counts, c, n_tokens, device)
@@ -116,13 +123,13 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
         call = partial(lambda lists: kernels.sparse_decode(q, *pool, *lists, backend)[0], lists)
         rivals = {"SDPA over gathered blocks": partial(lambda address: sdpa(pool[:, address]), address)}
         rivals |= {"SDPA over all blocks": lambda: sdpa(pool)}
-        elements = pool[:, :1].numel() * len(table)  # of the K and V listed
+        elements = pool[:, :1].numel() * len(table)  # of K and V in the listed blocks
         moved = elements * pool.element_size() + 2 * q.nbytes + table.nbytes + block_max.nbytes
         yield f"sparse_decode, {name}, one layer", moved, group * elements, call, rivals if counts is not uneven else {}
 
 
 def copy_paths(m, c, n_tokens, dtype, device, backend):
-    """A layer's selection, all of it or a tenth."""
+    """Copies all blocks of a layer's selection, or a tenth of them."""
     n_blocks, elements, k = c.n_blocks(n_tokens), 2 * c.block_size * m.head_dim, m.n_kv_heads * c.topk_blocks
     ids, slot = torch.randperm(m.n_kv_heads * n_blocks).int(), torch.arange(k, device=device).int()
     host = torch.zeros(m.n_kv_heads * n_blocks, elements, dtype=dtype, pin_memory=device.type == "cuda")

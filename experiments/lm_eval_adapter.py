@@ -1,7 +1,7 @@
 """Lets the `lm-eval` package (EleutherAI's lm-evaluation-harness) measure a setting on its tasks, such as RULER's.
 
-The prompt of a request is read densely; every token after it is decoded as the setting says. Only tasks that generate
-text are supported, because an answer that is merely rated is mostly the token after the prompt, which is always dense.
+The prompt of a request is read densely; every later token is decoded with the setting. Only tasks that generate text
+are supported, because the score of a given answer depends mostly on the token after the prompt, which is always dense.
 """
 
 import lm_eval
@@ -16,16 +16,17 @@ from weights.fetch_llm import fetch_default_llm
 
 
 class SparseLM(LM):
-    def __init__(self, setting, model, tokenizer, predictor, quiet):
+    """lm-eval's interface to a Setting of evaluate.py, on a model with a predictor."""
+
+    def __init__(self, setting, model, tokenizer, predictor):
         super().__init__()
         self.setting, self.model, self.tokenizer, self.predictor = setting, model, tokenizer, predictor
-        self.quiet = quiet  # no progress bar
 
     def generate_until(self, requests):
-        return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=self.quiet)]
+        return [self.generate(*r.args) for r in tqdm(requests, "generate_until", disable=None)]
 
     def generate(self, context, options):
-        """Greedy text up to the first of the stop strings. A prompt that is too long loses its beginning."""
+        """Greedy text before the first of the stop strings. The beginning of a prompt that is too long is cut off."""
         if options.get("do_sample") and options.get("temperature", 1):
             raise InputError("tasks of lm-eval that sample are not supported: use one that decodes greedily")
         stops, limit = options.get("until") or [], options.get("max_gen_toks", 256)
@@ -48,7 +49,7 @@ class SparseLM(LM):
 
 
 def run_tasks(args, store, model, tokenizer, predictor):
-    """Adds a row of `scores` per task and setting. RULER's tasks make texts of `--lengths` tokens of the tokenizer."""
+    """Add a row of `scores` per task and setting. RULER's tasks make texts of `--lengths` tokens of the tokenizer."""
     metadata = {"tokenizer": args.model or str(fetch_default_llm()), "max_seq_lengths": args.lengths}
     manager, length = TaskManager(include_path=args.include_path, metadata=metadata), model.config.context_len
     for task in args.lm_tasks:
@@ -56,7 +57,7 @@ def run_tasks(args, store, model, tokenizer, predictor):
             raise InputError(f"task {task!r} of lm-eval is unknown: give the folder of your own with --include-path")
         values = dict(task=args.task, text=task, sha256=digest([args.limit, args.lengths]), n_prompt=length, n_new=0)
         for setting in store.missing(with_budgets(args.settings, model, length - 1, 1), values):
-            lm = SparseLM(setting, model, tokenizer, predictor, args.quiet)
+            lm = SparseLM(setting, model, tokenizer, predictor)
             options = dict(tasks=[task], task_manager=manager, limit=args.limit, bootstrap_iters=0)
             found = lm_eval.simple_evaluate(lm, **options)["results"][task]
             scores = {name: value for name, value in found.items() if isinstance(value, float)}

@@ -1,9 +1,9 @@
-"""Every picture of the project, drawn from a run or from the numbers that other programs wrote.
+"""Draws all pictures of the project, from a run or from the numbers that other programs wrote.
 
     python -m experiments.plots run --prompt-file text.txt --budget 512 --out run.png
     python -m experiments.plots speed speed.json --out speed.png
 
-Reading order: `Recorder`, `find_patterns` and `draw_run` show a run from inside; then one function per result file.
+Reading order: `Recorder`, `find_patterns` and `draw_run` show a run from inside; then one function per kind of file.
 """
 
 import json
@@ -29,7 +29,7 @@ RECENT_BLOCKS = 10  # nearly every head attends to the blocks before the local w
 
 
 def save(figure, path, dpi=100):
-    """Write a figure as a PNG; a file that was at `path` stays if that fails."""
+    """Write a figure as a PNG. If that fails, an earlier file at `path` stays."""
     try:
         write_atomically(path, lambda part: figure.savefig(part, dpi=dpi, format="png", metadata={"Software": None}))
     finally:
@@ -37,12 +37,14 @@ def save(figure, path, dpi=100):
 
 
 def bare(*all_axes):
+    """Remove the upper and right spines, and draw a faint grid."""
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
 
 
 def thousands(n):
+    """A number of tokens as text: 4K for 4096."""
     return f"{n / 1024:g}K" if n % 1024 == 0 else str(n)
 
 
@@ -52,20 +54,20 @@ def thousands(n):
 
 
 class Recorder(RivalDecoder):
-    """A SparseDecoder that notes, step by step, what it predicts, selects and reads, and what was true.
+    """A SparseDecoder that records for each step what it predicts, selects and reads, and the true attention.
 
-    The true attention of every sparse layer is computed at every step, which takes time but changes nothing. L' sparse
-    layers; `heads` are selection heads; room for `capacity` blocks, of which N are in the cache.
+    Computing the true attention of all sparse layers takes time but does not change the decoding. In the shapes, L' is
+    the number of sparse layers, heads that of selection heads, capacity that of blocks that fit, N of cached blocks.
     """
 
     def __init__(self, *args):
         super().__init__(*args, measure_every=1)
-        self.uses_graph = False  # nothing can be noted while a graph is captured or replayed
-        self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L', heads, capacity) each: p of a block
+        self.uses_graph = False  # nothing can be recorded while a graph is captured or replayed
+        self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L', heads, capacity) each
         self.chosen = []  # (L', heads, capacity) bool per step: the blocks attended
-        self.bytes = []  # (attention, calibration, choosing, dense) so far: after the prompt, and after every step
+        self.bytes = []  # (attention, calibration, choosing, dense), totals after the prompt and after each step
         self.next_prediction = None  # history (L', heads, H, N), start, scores (L', heads, n)
-        self.prediction = None  # the last one in use, and the true row of the first step that it served
+        self.prediction = None  # the same, of the selection in use, and the true row of its first step
 
     def scores(self, start, end):
         scores = super().scores(start, end)  # (L', heads, n)
@@ -100,17 +102,17 @@ def similarity(x, y):
 
 
 def find_patterns(rows, block_size):
-    """Rows (R, heads, n) of true attention -> {pattern: head}, the clearest example of each, no head twice.
+    """Rows (R, heads, n) of true attention -> {pattern: head}, the clearest example of each. No head occurs twice.
 
-    re-access   a row resembles the row before it: the same blocks again
-    sequential  a row resembles the row of block_size steps before shifted by a block, more than that row itself
-    seasonal    what differs from a head's mean returns after some steps, and not before
+    re-access   a row resembles the row before it, because the same blocks are attended again
+    sequential  a row resembles the row block_size steps before, shifted by a block, more than the unshifted row
+    seasonal    the difference from a head's mean recurs after some steps, but not before
     """
     n_rows, _, n_blocks = rows.shape
-    spread = rows.amax(2).mean(0).clamp(max=0.05)  # (heads,): heads that attend elsewhere show nothing
+    spread = rows.amax(2).mean(0).clamp(max=0.05)  # (heads,): low for heads that attend to other blocks
     shift = min(block_size, n_rows - 1)
     new, old = rows[shift:], rows[: n_rows - shift]
-    rest = rows.sqrt() - rows.sqrt().mean(0)  # (R, heads, n): without the root, a few bright cells decide
+    rest = rows.sqrt() - rows.sqrt().mean(0)  # (R, heads, n): without the root, a few large cells would decide
     power = rest.square().mean((0, 2)).clamp_min(1e-9)  # (heads,)
     lags = range(1, max(2, n_rows // 2))
     echo = torch.stack([(rest[lag:] * rest[:-lag]).sum((0, 2)) / max(1, n_rows - lag) for lag in lags])
@@ -128,14 +130,14 @@ def find_patterns(rows, block_size):
 
 
 def draw_run(recorder, path):
-    """History, prediction, truth and selection of three heads; recovery and bytes of all."""
+    """Draw history, prediction, true attention and selection of three heads, and recovery and bytes of all heads."""
     r, c = recorder, recorder.config
     if not r.prediction:
         why = "the text fits the budget (use a smaller --budget), or the answer ended before a second token was decoded"
         raise InputError(f"nothing was predicted: {why}")
     start, end = c.middle(r.n_tokens)
-    far = end - RECENT_BLOCKS if end - start > 4 * RECENT_BLOCKS else end
-    rows = torch.stack(list(r.true_rows))[..., start:far].flatten(1, 2)  # (R, L' * heads, n)
+    shown_end = end - RECENT_BLOCKS if end - start > 4 * RECENT_BLOCKS else end
+    rows = torch.stack(list(r.true_rows))[..., start:shown_end].flatten(1, 2)  # (R, L' * heads, n)
     patterns = find_patterns(rows, c.block_size)
 
     figure = plt.figure(figsize=(13, 9), layout="constrained")
@@ -162,7 +164,7 @@ def draw_run(recorder, path):
 
 
 def draw_head(axes, recorder, layer, head, labelled):
-    """A column: the history, the row predicted from it, the true row of the next step, the blocks of every step."""
+    """Draw a column: a history, the row predicted from it, the next step's true row, and each step's blocks."""
     r, (top, *strips, bottom) = recorder, axes
     history, start, scores, served = r.prediction
     image, scores, n = history[layer, head], scores[layer, head], r.config.n_blocks(r.n_tokens)
@@ -190,7 +192,7 @@ def draw_head(axes, recorder, layer, head, labelled):
 
 
 def draw_steps(left, right, recorder):
-    """Recovery, and bytes read, by step."""
+    """Draw recovery (left) and bytes read (right) for each step."""
     steps = range(1, len(recorder.recovery) + 1)
     left.plot(steps, [share.mean().item() for share in recorder.recovery], color=OURS)
     left.set(title="recovery: share of the true attention attended", xlabel="decode step")
@@ -213,9 +215,12 @@ def draw_steps(left, right, recorder):
 
 
 def draw_pareto(rows, path):
-    """KL against all bytes read: a panel per length, a line per method, the means over texts."""
+    """draw KL against bytes read, means over texts, from `evaluate texts`"""
     points = pd.DataFrame([row for row in rows if row["task"] == "texts"])
-    points = points[(points.setting != "full") & ~points.setting.str.contains(" ")]  # methods as they are
+    for name in ("model", "dtype", "predictor"):
+        if len(values := {*points[name]} - {""}) > 1:  # the predictor of a rival is ""
+            raise InputError(f"results of more than one {name} ({', '.join(sorted(values))}): give those of one")
+    points = points[(points.setting != "full") & ~points.setting.str.contains(" ")]  # methods without changes
     points["KL"], points["MB"] = points.kl.map(np.mean), points.read_bytes / 1e6
     points["level"] = points.bytes_share.where(points.bytes_share != "", points.budget.astype(str))
     means = points.groupby(["n_prompt", "setting", "level"])[["MB", "KL"]].mean()
@@ -238,10 +243,10 @@ def draw_pareto(rows, path):
 
 
 def draw_training(rows, path):
-    """The curve that train_predictor writes: dicts with "step", "loss", and validation measures."""
+    """draw the loss and the validation measures by step, from the curve that train_predictor.py writes"""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     steps = [row["step"] for row in rows]
-    left.plot(steps[1:], [row["loss"] for row in rows[1:]], marker=".")  # the start's loss is of one batch only
+    left.plot(steps[1:], [row["loss"] for row in rows[1:]], marker=".")  # the first row's loss is of a single batch
     left.set(title="loss, running mean", xlabel="step")
     for name, start in rows[0].items():
         if name not in ("step", "loss"):
@@ -257,7 +262,7 @@ def draw_training(rows, path):
 
 
 def draw_speed(rows, path):
-    """Of `bench speed`: tokens/s with what the bandwidth allows, memory, and the parts of a sparse token's time."""
+    """draw tokens/s and the bandwidth's limit, memory, and the stages of a sparse token, from `bench speed`"""
     rows = pd.DataFrame(rows)
     rows["limit"] = rows["tokens_s"] / rows["of_copy"]
     dtypes, contexts = rows["dtype"].unique(), sorted(rows["context"].unique())
@@ -290,7 +295,7 @@ def draw_speed(rows, path):
 
 
 def draw_kernels(rows, path):
-    """Of `bench kernels`: each kernel's share of its ceiling, by context length."""
+    """draw each kernel's share of its ceiling by context length, from `bench kernels`"""
     rows = pd.DataFrame(rows)
     rows["share"] = 100 * rows[["of_copy", "of_matmul"]].max(axis=1)
     table = rows.pivot_table("share", "path", "context", sort=False).rename(columns=lambda n: f"{thousands(n)} tokens")
@@ -311,7 +316,7 @@ FROM_FILES = {"speed": draw_speed, "kernels": draw_kernels, "pareto": draw_paret
 
 
 def read_rows(paths):
-    """The rows of all files, dicts: each file a JSON list, or a JSON object per line."""
+    """The rows (dicts) of all files. A file is a JSON list, or has a JSON object per line. Raises InputError."""
     rows = []
     for path in paths:
         try:
@@ -327,7 +332,7 @@ def run(argv):
     commands = parser.add_subparsers(dest="command", required=True, metavar="PICTURE")
     output = OneLineParser(add_help=False)
     output.add_argument("--out", required=True, type=partial(output_file, ".png"), metavar="FILE.png")
-    more = "a run from inside; takes all options of attnpred.py (python attnpred.py --help)"
+    more = "draw a run from inside; it takes all options of attnpred.py (python attnpred.py --help)"
     commands.add_parser("run", parents=[output], help=more, epilog=more, allow_abbrev=False)
     for name, draw in FROM_FILES.items():
         picture = commands.add_parser(name, parents=[output], help=draw.__doc__)

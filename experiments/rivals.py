@@ -1,10 +1,10 @@
-"""Other ways to choose blocks, each a small class with one `score`, all run through the same sparse decode path.
+"""Other methods to select blocks. Each is a small class with one `score`; all decode through the same sparse path.
 
-Reading order: `Rival`, the rivals, `RIVALS` (all by name), `RivalDecoder` (decodes with a rival's choice and measures
+Reading order: `Rival`, the rivals, `RIVALS` (all by name), `RivalDecoder` (decodes with a rival's scores and measures
 recovery).
 
-All rivals choose whole blocks and always attend to sink and local window; the budget counts all three. A rival only
-ranks the middle blocks. Where that makes it differ from its paper, its docstring says so.
+All rivals select whole blocks and always attend to sink and local window; the budget counts all three. A rival only
+ranks the middle blocks. If this makes a rival differ from its paper, its docstring says so.
 """
 
 import torch
@@ -14,7 +14,7 @@ import kernels
 from attnpred import SparseDecoder
 from train_predictor import attention, block_mass
 
-# What needs no history: it is never calibrated, no row is written, and 16 tokens pass between two choices.
+# Methods without a history: they never calibrate, write no row and select every 16 tokens.
 NO_HISTORY = dict(calibration_interval=1 << 30, selection_interval=16, history_rows="true")
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -25,29 +25,35 @@ NO_HISTORY = dict(calibration_interval=1 << 30, selection_interval=16, history_r
 class Rival:
     """Ranks the middle blocks of a sparse layer with `score`."""
 
-    needs_query = False  # True: a choice is made with the query of each token, so it cannot be prefetched
-    changes = {}  # the Config fields that its paper settles
+    needs_query = False  # True: it selects with the query of each token, so nothing can be prefetched
+    changes = {}  # the Config fields that its paper fixes
 
     def __init__(self):
-        self.notes = []  # what `prefill` noted of each sparse layer; `score` may change it
+        self.notes = []  # what `prefill` returned for each sparse layer; `score` may update it
 
     def prefill(self, q, k_cache, n_tokens):
-        """What to note of a layer's prompt: q (Hq, n_tokens, D), k_cache (Hk, N, b, D)."""
+        """Returns what `score` needs to know of a layer's prompt: q (Hq, n_tokens, D), k_cache (Hk, N, b, D)."""
 
     def score(self, decoder, layer, middle, q) -> torch.Tensor:
-        """Scores of the blocks in the slice `middle`: what broadcasts to (heads, n).
+        """Scores of the blocks in the slice `middle`, of a shape that broadcasts to (heads, n).
 
-        decoder: a RivalDecoder; layer: among the sparse ones; q (Hq, D): of this step, only with `needs_query`.
+        decoder: a RivalDecoder; layer: an index of the sparse layers; q (Hq, D): this step's, if `needs_query`.
         """
         raise NotImplementedError
 
     def bytes_per_block(self, new_rows, vector_bytes):
-        """Bytes read per middle block and selection head to choose; vector_bytes: of one key; new_rows: of history."""
+        """Bytes that a selection reads per middle block and selection head.
+
+        new_rows: history rows since the last selection; vector_bytes: bytes of one key.
+        """
         return 0
 
 
 class DecayedMean(Rival):
-    """A baseline: rows of the history weigh decay ** age. A decay of 0 is the last row, of 1 the plain mean."""
+    """A baseline: scores a block by the sum of its history rows, weighted by decay ** age.
+
+    With a decay of 0 that is the last row, with 1 the plain mean.
+    """
 
     power = 1
 
@@ -61,18 +67,18 @@ class DecayedMean(Rival):
         return torch.einsum("hrn,r->hn", rows**self.power, self.decay**age)
 
     def bytes_per_block(self, new_rows, vector_bytes):
-        """The rows since the last choice, and a running sum of the earlier ones, in 16 bits."""
+        """The rows since the last selection, and a running sum of the earlier ones, in 16 bits."""
         return 2 * (1 + new_rows)
 
 
 class DecayedRMS(DecayedMean):
-    """A baseline: the same of squared rows, which ranks as a decayed root mean square does."""
+    """A baseline: DecayedMean of the squared rows, which ranks as a decayed root mean square does."""
 
     power = 2
 
 
 class Oracle(Rival):
-    """The true attention of the very step, summed over each block: an upper bound. What it reads to choose is free."""
+    """Scores a block by its true attention in the same step, as an upper bound. Its reads are not counted."""
 
     needs_query, changes = True, NO_HISTORY
 
@@ -81,7 +87,7 @@ class Oracle(Rival):
 
 
 class Quest(Rival):
-    """An upper bound of the query's logits in each block, from its elementwise smallest and largest key.
+    """Scores a block by an upper bound of its logits, computed from the smallest and largest value of each key channel.
 
     Tang et al. 2024, arXiv 2406.10774.
     """
@@ -95,7 +101,7 @@ class Quest(Rival):
         return q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT
 
     def prefill(self, q, k_cache, n_tokens):
-        return self.summarise(k_cache[:, : n_tokens // k_cache.shape[2]].float())  # of full blocks
+        return self.summarise(k_cache[:, : n_tokens // k_cache.shape[2]].float())  # full blocks only
 
     def score(self, decoder, layer, middle, q):
         known = self.notes[layer]  # (Hk, full blocks so far, 2D)
@@ -111,9 +117,10 @@ class Quest(Rival):
 
 
 class MeanStd(Quest):
-    """As Quest, but from the mean and the standard deviation of each block's keys: a likely instead of a certain bound.
+    """Scores a block by a likely bound of its logits, from the mean and standard deviation of each key channel.
 
-    By Cauchy and Schwarz, |q| * std is as far as deviations of that size can move the logit of the mean key.
+    If each channel of a key differs from its mean by at most one standard deviation, the key's logit differs from the
+    mean key's by at most |q| * std, summed over the channels.
     """
 
     def summarise(self, k):
@@ -124,7 +131,7 @@ class MeanStd(Quest):
 
 
 class StreamingLLM(Rival):
-    """The sink and the most recent tokens. Xiao et al. 2024, arXiv 2309.17453."""
+    """Selects the most recent blocks. Xiao et al. 2024, arXiv 2309.17453."""
 
     changes = NO_HISTORY | dict(share_budget="head")
 
@@ -133,19 +140,19 @@ class StreamingLLM(Rival):
 
 
 class H2O(Rival):
-    """Half of the choice to the blocks that drew most attention so far, half to the most recent ones.
+    """Selects half of the blocks by the attention they received so far and half by recency.
 
-    Zhang et al. 2023, arXiv 2306.14048. A dropped block never returns. The paper sums each token's attention and drops
-    tokens during the prompt too; here a block's attention is its largest token's, as in the history, and the prompt is
-    dense, as for all.
+    Zhang et al. 2023, arXiv 2306.14048. A block that was not selected is never selected again. The paper sums each
+    token's attention and drops tokens during the prompt, too; here a block's attention is that of its largest token, as
+    in the history, and the prompt is dense, as for all rivals.
     """
 
     changes = StreamingLLM.changes | dict(history_rows="every")
     bytes_per_block = DecayedMean.bytes_per_block
-    chunk_rows = 256  # query rows of a prompt that are pooled at once
+    chunk_rows = 256  # a prompt's query rows are pooled in pieces of this size
 
     def prefill(self, q, k_cache, n_tokens):
-        """Each block's attention so far, and the step of the last choice."""
+        """Returns each block's attention so far (Hq, N), and the step of the last selection."""
         total = torch.zeros(len(q), k_cache.shape[1], device=q.device)  # (Hq, N)
         for end in range(n_tokens, 0, -self.chunk_rows):
             pooled, _ = kernels.pool_history(q[:, max(0, end - self.chunk_rows) : end], k_cache, end)  # (Hq, rows, N)
@@ -154,24 +161,25 @@ class H2O(Rival):
 
     def score(self, decoder, layer, middle, q):
         total, chosen_at = self.notes[layer]
-        total = decoder.group_mean(total)  # (heads, N of the last choice)
+        total = decoder.group_mean(total)  # (heads, N of the last selection)
         n_blocks = decoder.config.n_blocks(decoder.n_tokens)
-        rows = decoder.rows(layer, min(decoder.step - chosen_at, decoder.config.history_len))  # since the last choice
+        rows = decoder.rows(layer, min(decoder.step - chosen_at, decoder.config.history_len))  # (heads, rows, capacity)
         total = F.pad(total, (0, n_blocks - total.shape[1])) + rows.sum(1)[:, :n_blocks]  # (heads, N)
         if decoder.step:
             dropped = ~decoder.attended(layer, n_blocks)  # (heads, N)
             total[:, middle] = total[:, middle].masked_fill(dropped[:, middle], 0.0)
         self.notes[layer] = total, decoder.step
-        heavy = total[:, middle].argsort(descending=True, stable=True).argsort()  # (heads, n): 0 for the heaviest
-        recent = torch.arange(heavy.shape[1] - 1, -1, -1, device=total.device)  # (n,): 0 for the most recent
-        return -torch.minimum(heavy, recent).float()  # the first K are of both kinds in turn, for every K
+        heavy = total[:, middle].argsort(descending=True, stable=True).argsort()  # (heads, n): rank, 0 the heaviest
+        recent = torch.arange(heavy.shape[1] - 1, -1, -1, device=total.device)  # (n,): rank, 0 the most recent
+        return -torch.minimum(heavy, recent).float()  # for every K, the first K alternate between both kinds
 
 
 class SnapKV(Rival):
-    """The last queries of the prompt vote, once; votes are max-pooled over neighbouring tokens. Answers are all kept.
+    """Scores blocks once, by the attention of the prompt's last queries, max-pooled over neighbouring tokens.
 
-    Li et al. 2024, arXiv 2404.14469. The paper ranks single tokens and keeps the answer on top of its budget; here a
-    block's vote is its best token's, and the blocks of the answer take the place of the prompt's.
+    Blocks of the answer are always selected first. Li et al. 2024, arXiv 2404.14469. The paper ranks single tokens and
+    keeps the answer in addition to its budget; here a block has the score of its best token, and the budget includes
+    the blocks of the answer.
     """
 
     changes = StreamingLLM.changes
@@ -190,7 +198,7 @@ class SnapKV(Rival):
 
 
 class AdaKV(SnapKV):
-    """SnapKV with head-adaptive budgets: the best votes of a layer, but every head gets at least a share of K.
+    """Selects the best of a layer by SnapKV's scores, but gives every head at least the share `floor` of K blocks.
 
     Feng et al. 2024, arXiv 2407.11550.
     """
@@ -200,8 +208,9 @@ class AdaKV(SnapKV):
 
     def score(self, decoder, layer, middle, q):
         scores = super().score(decoder, layer, middle, q)  # (heads, n)
+        # Adding 1 puts a head's first blocks above the others, because the scores of the prompt's blocks are at most 1.
         safe = scores.topk(int(self.floor * decoder.config.topk_blocks), -1).indices  # (heads, floor * K)
-        return scores.scatter_add(1, safe, torch.ones_like(safe, dtype=scores.dtype))  # votes are probabilities
+        return scores.scatter_add(1, safe, torch.ones_like(safe, dtype=scores.dtype))
 
 
 RIVALS = {
@@ -218,15 +227,15 @@ RIVALS = {
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The sparse decode path with a rival's choice
+# The sparse decode path with a rival's selection
 # --------------------------------------------------------------------------------------------------------------------
 
 
 class RivalDecoder(SparseDecoder):
-    """A SparseDecoder whose blocks a rival chooses (None: the predictor), and which measures recovery.
+    """A SparseDecoder that selects blocks by a rival's scores (None: the predictor's) and measures recovery.
 
-    `recovery` has a (L', Hq) tensor for every `measure_every`-th decoded token: the share of the true attention, given
-    the hidden states that decoding has led to, that the attended blocks carry.
+    `recovery` has a tensor (L', Hq) for every `measure_every`-th decoded token (0: for none): the share of the true
+    attention that the attended blocks get, where q and k are those of this decoding.
     """
 
     def __init__(self, *args, rival=None, measure_every=0):
@@ -236,12 +245,12 @@ class RivalDecoder(SparseDecoder):
 
     def take_prompt(self, layer, q, k, v):
         k, v = super().take_prompt(layer, q, k, v)  # (Hk, T, D) each
-        if self.rival and layer >= self.dense_layers:  # prompts of rivals come in one piece
+        if self.rival and layer >= self.dense_layers:  # a rival's prompt is read in one piece
             blocks = self.keys(layer - self.dense_layers)[:, : self.config.n_blocks(self.n_tokens)]  # (Hk, N, b, D)
             self.rival.notes.append(self.rival.prefill(q, blocks, self.n_tokens))
         return k, v
 
-    # What a rival may look at
+    # What a rival may read
 
     def keys(self, layer):
         return self.cache.k[layer + self.dense_layers]  # (Hk, capacity, b, D)
@@ -260,18 +269,18 @@ class RivalDecoder(SparseDecoder):
         """(Hq, n) -> (heads, n): queries that select together share their mean. (heads, n) stays as it is."""
         return per_query.unflatten(0, (self.heads, -1)).mean(1)
 
-    # What it chooses
+    # What it selects
 
     def scores(self, start, end):
         if self.rival is None:
             return super().scores(start, end)
-        if self.rival.needs_query:  # `decode_attention` replaces this choice
+        if self.rival.needs_query:  # `decode_attention` replaces this selection
             return torch.zeros(self.sparse_layers, self.heads, end - start, device=self.history.device)
         return torch.stack([self.rank(layer, start, end) for layer in range(self.sparse_layers)])  # (L', heads, n)
 
     def rank(self, layer, start, end, q=None):
-        """The rival's scores of a layer's blocks [start, end): (heads, n). What it reads for them is counted."""
-        if self.step:  # the first choice belongs to prefill
+        """The rival's scores of a layer's blocks [start, end): (heads, n). Counts the bytes that it reads for them."""
+        if self.step:  # the reads of the first selection belong to the prompt
             vector_bytes = self.model_config.head_dim * self.queries.element_size()
             block_bytes = self.rival.bytes_per_block(self.new_rows, vector_bytes)
             self.stats.choosing_bytes += self.heads * (end - start) * block_bytes
@@ -294,7 +303,7 @@ class RivalDecoder(SparseDecoder):
         return out
 
     def measure(self, index, q):
-        """Note the recovery of the sparse layer `index` in this step: q (Hq, 1, D)."""
+        """Record the recovery of the sparse layer `index` in this step: q (Hq, 1, D)."""
         mass = self.mass(index, q[:, 0])  # (Hq, N)
         attended = self.attended(index, mass.shape[1]).repeat_interleave(len(mass) // self.heads, 0)  # (Hq, N)
         if index == 0:

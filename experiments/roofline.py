@@ -1,8 +1,8 @@
-"""What decoding launches, reads and waits for, found without a GPU: the decoder runs on tensors that have no memory.
+"""Counts what decoding launches and reads without a GPU, by running the decoder on tensors that have no memory.
 
-Reading order: `Counting` counts what a GPU would be given; `decode` runs a decoder inside of it; `bytes_per_token`
-reads the decoder's own counters; `strategies` is a model of time, bytes over bandwidths, for ways to keep the cache.
-tests/test_bench.py holds the counts to counts by hand.
+Reading order: `Counting` counts launches and copies; `decode` runs a decoder inside of it; `bytes_per_token` reads the
+decoder's own counters; `strategies` estimates the time of several ways to keep the cache from bytes and bandwidths.
+tests/test_bench.py compares the counts with counts by hand.
 """
 
 import math
@@ -32,15 +32,15 @@ META, DTYPE = torch.device("meta"), torch.bfloat16
 # Launches
 # --------------------------------------------------------------------------------------------------------------------
 
-Launch = namedtuple("Launch", "kernel grid arguments")  # {name: argument}, options like num_warps included
+Launch = namedtuple("Launch", "kernel grid arguments")  # arguments: {name: value}, with options such as num_warps
 aten = torch.ops.aten
 
 
 class Counting(TorchDispatchMode):
-    """Counts what a GPU would be given. Tensors made inside have no memory; those of the host are only marked as such.
+    """Counts the launches and copies that a GPU would get. Tensors made inside have no memory.
 
-    An operation of PyTorch counts as one launch if it writes memory of the device, so views and allocations do not. (A
-    few, like sort, launch several kernels.)
+    `host` records which of them stand for host memory. An operation of PyTorch counts as one launch if it writes device
+    memory, so views and allocations do not count. (A few operations, such as sort, launch several kernels.)
     """
 
     def __init__(self, host):
@@ -48,7 +48,9 @@ class Counting(TorchDispatchMode):
         self.host = host  # the storages that stand for host memory: {address: a tensor that keeps it alive}
         self.launches = []  # of Triton kernels
         self.operations = Counter()  # of PyTorch, by name
-        self.link_bytes = 0  # copied between device and host; of blocks that a selection wants only tensors know which
+        # Bytes copied between device and host. Selected blocks are not counted, because which ones must be copied
+        # depends on values.
+        self.link_bytes = 0
 
     def on_host(self, tensor):
         return tensor.is_cpu or tensor.untyped_storage()._cdata in self.host
@@ -60,9 +62,9 @@ class Counting(TorchDispatchMode):
         on_host = device.type == "cpu" if device else all(map(self.on_host, inputs))
         if operation is aten._assert_async:
             return None
-        if operation is not aten.rms_norm:  # one kernel on a GPU; on the meta device PyTorch would take it apart
+        if operation is not aten.rms_norm:  # one kernel on a GPU; on the meta device PyTorch decomposes it
             with self:
-                if operation is aten.to and on_host != self.on_host(inputs[0]):  # PyTorch sees one device, and no copy
+                if operation is aten.to and on_host != self.on_host(inputs[0]):  # to PyTorch, both are on one device
                     return aten._to_copy(inputs[0], device=device, dtype=kwargs.get("dtype"))
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -86,7 +88,7 @@ class Counting(TorchDispatchMode):
 
 @contextmanager
 def counting(host=None):
-    """A `Counting` in force: kernels are noted and not launched, and the host pools nothing."""
+    """Enter a `Counting` in which Triton kernels are recorded instead of launched, and the host pools no keys."""
     counts, pool_history = Counting({} if host is None else host), kernels.pool_history
 
     def launch(kernel, *arguments, grid, warmup, **options):
@@ -101,13 +103,13 @@ def counting(host=None):
         rows = *q.shape[:2], -(-n_tokens // k_cache.shape[2])
         return q.new_empty(rows, dtype=torch.float32), q.new_empty(rows[:2], dtype=torch.float32)
 
-    kind = type(kernels._pool_kernel)  # JITFunction, or what the interpreter has in its place
+    kind = type(kernels._pool_kernel)  # JITFunction, or the interpreter's substitute for it
     with patch.object(kind, "run", launch), patch.object(kernels, "pool_history", pool), counts:
         yield counts
 
 
 class Stub:
-    """Stands in for a Llama of which only the attention is wanted."""
+    """Replaces a Llama where only the attention is counted."""
 
     def __init__(self, m: LlamaConfig):
         self.config, self.device, self.kv_dtype = m, META, DTYPE
@@ -121,20 +123,23 @@ class Stub:
 
 
 def decode(model, c: Config, n_tokens: int, steps: int, offload=False) -> tuple[SparseDecoder, list[Counting]]:
-    """Decode without memory, up to n_tokens: the decoder, whose Stats count the last `steps` tokens, and what was
-    counted for the prompt's selection and for each token. Before those come as many as a selection is late."""
-    late, counts, token = c.delay(n_tokens), [], torch.zeros(1, dtype=torch.int64, device=META)
+    """Decode up to n_tokens on tensors without memory.
+
+    Returns the decoder and a `Counting` for the prompt's selection and for each token. The decoder's Stats cover the
+    last `steps` tokens; `c.delay(n_tokens)` tokens are decoded before them.
+    """
+    delay, counts, token = c.delay(n_tokens), [], torch.zeros(1, dtype=torch.int64, device=META)
     with counting() as making:
         decoder = SparseDecoder(c, model, Predictor(), n_tokens, "triton", offload)
-    for step in range(late + steps + 1):
+    for step in range(delay + steps + 1):
         with counting(making.host) as one:
             if step:
                 attnpred.sample(decode_one_token(model, decoder, token))
             else:
-                decoder.begin_prompt(n_tokens - late - steps)
+                decoder.begin_prompt(n_tokens - delay - steps)
                 decoder.finish_token()
         counts.append(one)
-        if step == late:
+        if step == delay:
             decoder.stats = attnpred.Stats()
     return decoder, counts
 
@@ -145,25 +150,28 @@ def decode(model, c: Config, n_tokens: int, steps: int, offload=False) -> tuple[
 
 
 def weight_bytes(m: LlamaConfig, itemsize: int = 2) -> int:
-    """Weights that a token reads: all matrices of the layers, and the head (of the embeddings, one row)."""
+    """Bytes of the weights that a token reads: all matrices of the layers and the head, but not the embeddings."""
     attention = 2 * m.d_model * m.head_dim * (m.n_heads + m.n_kv_heads)
     return itemsize * (m.n_layers * (attention + 3 * m.d_model * m.d_ff) + m.vocab_size * m.d_model)
 
 
 def offloaded(c: Config) -> Config:
-    """The setting for an offloaded cache, where the parameters that it changes have their defaults."""
+    """c with the defaults of an offloaded cache, where c has Config's defaults."""
     defaults = {name: value for name, value in Config.OFFLOADED.items() if getattr(c, name) == getattr(Config, name)}
     return replace(c, **defaults)
 
 
 def intervals(c: Config, n_tokens: int) -> int:
-    """The fewest tokens that hold whole intervals of selection and of calibration."""
+    """The smallest number of tokens that consists of whole intervals of selection and of calibration."""
     return math.lcm(*c.intervals(n_tokens))
 
 
 def bytes_per_token(m: LlamaConfig, c: Config, n_tokens: int, offload=False) -> dict[str, float]:
-    """attnpred.Stats' counters, and bytes over the link but for the selected blocks, in the mean over the interval of
-    calibration and selection that ends at n_tokens. K and V have 16 bits."""
+    """Bytes per token, on average over the interval of calibration and selection that ends at n_tokens.
+
+    Returns the counters of attnpred.Stats: attention, calibration, choosing, their sum as total, and dense; and link,
+    the bytes over the link without the selected blocks. K and V have 16 bits.
+    """
     steps = intervals(c, n_tokens)
     decoder, counts = decode(Stub(m), c, n_tokens, steps, offload)
     counted = {name: getattr(decoder.stats, f"{name}_bytes") for name in ("attention", "calibration", "choosing")}
@@ -173,29 +181,30 @@ def bytes_per_token(m: LlamaConfig, c: Config, n_tokens: int, offload=False) -> 
 
 
 def strategies(m: LlamaConfig, c: Config, n_tokens: int, fetched_fraction: float, memory, link, host) -> dict:
-    """A model of time for ways to keep the cache, {name: (seconds, bytes over the link) per token}.
+    """A model of time for several ways to keep the cache: {name: (seconds, bytes over the link) per token}.
 
-    memory, link and host are bytes/s. Of a selection, fetched_fraction crosses the link, and may take one token's time;
-    the host may pool the keys during `selection_delay` tokens; what takes longer is waited for.
+    memory, link and host are bandwidths in bytes/s. The share fetched_fraction of a selection crosses the link, during
+    one token; the host pools the keys during `selection_delay` tokens. Decoding waits for what takes longer.
     """
-    reads, device = bytes_per_token(m, c, n_tokens), weight_bytes(m)
+    reads, weights = bytes_per_token(m, c, n_tokens), weight_bytes(m)
     calibration_interval, selection_interval = c.intervals(n_tokens)
     heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
     selection = max(0, m.n_layers - c.dense_layers) * heads * c.topk_blocks * c.block_size * 2 * m.head_dim * 2
     fetched = fetched_fraction * selection
     crossing = bytes_per_token(m, offloaded(c), n_tokens, offload=True)["link"] + fetched / selection_interval
-    dense, sparse = (device + reads["dense"]) / memory, (device + reads["attention"] + reads["choosing"]) / memory
+    dense, sparse = (weights + reads["dense"]) / memory, (weights + reads["attention"] + reads["choosing"]) / memory
     pooling, swap = calibration_interval * reads["calibration"] / host, fetched / link
     delay = offloaded(c).delay(n_tokens)
 
-    def beside(pooling_ahead, swap_ahead):
-        waited = max(0, pooling - pooling_ahead * sparse) / calibration_interval
-        return sparse + waited + max(0, swap - swap_ahead * sparse) / selection_interval, crossing
+    def offloaded_seconds(pooling_tokens, swap_tokens):
+        """Seconds per token, where the host pools during `pooling_tokens` tokens and a swap may take `swap_tokens`."""
+        waited = max(0, pooling - pooling_tokens * sparse) / calibration_interval
+        return sparse + waited + max(0, swap - swap_tokens * sparse) / selection_interval
 
     return {
         "dense, resident": (dense, 0),
         "dense, everything streamed": (max(dense, reads["dense"] / link), reads["dense"]),
         "sparse, resident": (sparse + reads["calibration"] / memory, 0),
-        "sparse, offloaded, awaited": beside(0, 0),
-        f"sparse, offloaded, late by {delay}": beside(delay, 1),
+        "sparse, offloaded, awaited": (offloaded_seconds(0, 0), crossing),
+        f"sparse, offloaded, late by {delay}": (offloaded_seconds(delay, 1), crossing),
     }

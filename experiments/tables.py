@@ -1,4 +1,4 @@
-"""The tables of experiments.evaluate: rows of results -> Markdown. What a row has is said in evaluate.py.
+"""The tables of experiments.evaluate: rows of results -> Markdown. evaluate.py documents the rows.
 
 Reading order: `bootstrap`, `texts` (the main table), `lm_eval`.
 """
@@ -10,9 +10,10 @@ import pandas as pd
 
 
 def bootstrap(values, resamples=2000, seed=0):
-    """Means of resampled tokens: values (texts, tokens) -> (resamples,), the mean over texts of each text's mean.
+    """Bootstrap of the mean over tokens and texts: values (texts, tokens) -> (resamples,).
 
-    The same tokens are drawn for every call of one shape, so differences and ratios of settings are paired.
+    Tokens are drawn with replacement within each text. Calls with values of the same shape draw the same tokens, so
+    differences and ratios of settings are paired.
     """
     values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
     n = values.shape[1]
@@ -21,13 +22,13 @@ def bootstrap(values, resamples=2000, seed=0):
 
 
 def interval(samples):
-    """The middle 95 % of samples, as text."""
+    """The range of the middle 95 % of samples, as text."""
     low, high = np.percentile(samples, [2.5, 97.5])
     return f"{low:.4f} to {high:.4f}"
 
 
 def markdown(frame) -> str:
-    """A DataFrame as a Markdown table without its index; None and NaN are dashes."""
+    """A DataFrame as a Markdown table without its index. None and NaN become dashes."""
     rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns)]
     rows += [["–" if pd.isna(cell) else str(cell) for cell in row] for row in frame.itertuples(index=False)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -37,7 +38,7 @@ FORMATS = {"MB": "{:.2f}", "same token": "{:.1%}", "perplexity": "{:.3f}", "reco
 
 
 def texts(rows):
-    """For each length a table of settings, at equal bytes by KL: with its interval, and as a ratio to ours."""
+    """A table per length: for each setting its KL and the ratio to ours, with intervals, sorted by bytes, then KL."""
     parts = []
     for (n_prompt, n_new), part in pd.DataFrame(rows).groupby(["n_prompt", "n_new"]):
         keys = ["bytes_share", "budget", "setting"]
@@ -54,7 +55,7 @@ def texts(rows):
 
 
 def summary(key, group, baseline) -> dict:
-    """One line: the rows of a setting by text, and those of the setting that it is compared with, or None."""
+    """A line of the table. group: a setting's rows by text; baseline: those of ours at the same bytes, or None."""
     kl = np.stack(group.kl)  # (texts, tokens)
     line = dict(zip(("bytes", "budget", "setting"), key)) | {"MB": group.read_bytes.mean() / 1e6, "KL": kl.mean()}
     line |= {"95 %": interval(bootstrap(kl)), "KL ratio": None, "ratio 95 %": None}
@@ -67,7 +68,7 @@ def summary(key, group, baseline) -> dict:
 
 
 def lm_eval(rows):
-    """The scores of lm-eval: a line per setting, a column per task and metric."""
+    """A table of lm-eval's scores: a line per setting, a column per task and metric."""
     scores = [
         row | dict(score=score, column=f"{row['text']} {metric}")
         for row in rows

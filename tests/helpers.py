@@ -1,4 +1,4 @@
-"""A Llama and a predictor with random weights, for comparing computations only, and a tokenizer for them."""
+"""A Llama, a predictor and a tokenizer to compare computations with; weights are random."""
 
 import torch
 
@@ -7,7 +7,7 @@ from model import Llama, LlamaConfig
 
 
 def tiny_llama(n_layers=3, n_kv_heads=2, group=2, head_dim=16, context_len=512, seed=0, **changes):
-    """A Llama of a few thousand random weights, vocabulary 61."""
+    """A Llama with a few thousand random weights and a vocabulary of 61 tokens."""
     torch.manual_seed(seed)
     shape = dict(
         n_layers=n_layers,
@@ -41,7 +41,7 @@ class LetterTokenizer:
         return [ord(character) % 61 for character in text]
 
     def decode(self, ids):
-        return "".join(chr(61 + token) for token in ids)  # which `encode` reverses
+        return "".join(chr(61 + token) for token in ids)  # `encode` reverses this
 
     def chat(self, messages):
         return f"<{messages[0]['content']}>"
@@ -53,7 +53,7 @@ def random_predictor(seed=0):
 
 
 def assert_refused(main, program, arguments, message, capsys):
-    """The command ends with status 2 and one line, which starts with the program's name and holds `message`."""
+    """The command ends with status 2 and prints one line that starts with the program's name and contains `message`."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"{program}: ") and err.count("\n") == 1 and message in err, err

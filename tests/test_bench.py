@@ -1,4 +1,4 @@
-"""The counts against counts by hand; every benchmark at a tiny size; bad input."""
+"""Compares counts with counts by hand, runs every benchmark at a tiny size, and checks refusals."""
 
 import gc
 import json
@@ -66,7 +66,7 @@ def test_predict_multiply_adds():
 
 def test_launches_by_hand():
     with torch.inference_mode(), roofline.counting() as counts:
-        x = torch.zeros(4, 6, device="meta")  # one launch, as every line that says nothing else
+        x = torch.zeros(4, 6, device="meta")  # one launch, as each line without a comment
         y = x.to(torch.float16)
         x[1:].copy_(x[:-1])
         x.view(-1)[3:].t().unsqueeze(0), x.float(), torch.empty_like(x), x.new_empty(3)  # none
@@ -96,13 +96,13 @@ def test_launches_by_hand():
     "changes", [dict(), dict(dense_layers=1, select_heads="q", share_budget="head", selection_delay=2)]
 )
 def test_tensors_without_memory_are_counted_like_real_ones(changes, offload):
-    """The decoder's own counters, over two intervals; every layer launches its attention for every token."""
+    """The decoder's counters agree over two intervals, and every layer launches its attention for every token."""
     config, model, steps = Config(**SHAPE | changes), tiny_llama(), 16
-    late = config.delay(150)
+    delay = config.delay(150)
     real = SparseDecoder(config, model, random_predictor(), 150 + steps, offload=offload)
-    prefill(model, real, torch.arange(150 - late) % 61)
-    for step in range(late + steps):
-        real.stats = Stats() if step == late else real.stats
+    prefill(model, real, torch.arange(150 - delay) % 61)
+    for step in range(delay + steps):
+        real.stats = Stats() if step == delay else real.stats
         decode_one_token(model, real, torch.tensor([3]))
     decoder, (_, *tokens) = roofline.decode(roofline.Stub(model.config), config, 150 + steps, steps, offload)
     for name, scale in dict(attention=2, calibration=2, dense=2, choosing=1).items():  # 16 bits in place of 32
@@ -130,7 +130,7 @@ def test_model_of_time(monkeypatch):
 
 
 def test_rivals_compute_the_same():
-    """A rival that does less work would flatter no one."""
+    """A rival that did less work would make the comparison unfair."""
     torch.manual_seed(0)
     m, config, compared = tiny_llama().config, Config(**SHAPE), 0
     for paths in bench.PATHS:
@@ -145,7 +145,7 @@ def test_rivals_compute_the_same():
 
 
 def test_transformers_computes_the_same():
-    """With the same random cache, the same logits as our dense decoding; the weights are ours, not a copy."""
+    """With the same random cache, its logits are those of our dense decoding. The weights are shared, not copied."""
     model = tiny_llama()
     dense = bench.Ours(model, Config(**SHAPE, dense_layers=9), 100, 108, 2, "torch")
     torch.manual_seed(0)
@@ -167,7 +167,7 @@ def table(text):
 
 
 def rows_of(tmp_path, command, *options):
-    """What a command writes."""
+    """The rows that a command writes with --out."""
     out = tmp_path / "numbers.json"
     assert bench.main([command, *SMALL, *options, "--out", str(out)]) == 0
     return json.loads(out.read_text())
@@ -188,26 +188,29 @@ def test_speed_pays_for_whole_intervals(tmp_path, capsys):
     dense, sparse, again, *_ = rows
     assert len(sparse["rounds"]) == 2 and len(sparse["answer"]) == 16
     assert "same_as" not in sparse and again["same_as"] == "sparse"
-    ratios = [theirs / ours for theirs, ours in zip(dense["rounds"], sparse["rounds"])]
+    ratios = [dense_ms / ms for dense_ms, ms in zip(dense["rounds"], sparse["rounds"])]
     assert sparse["speedup"] == sum(ratios) / 2
-    assert min(sparse["stages"][s] for s in ("attention", "calibration", "prediction", "selection", "gathering")) > 0
+    stages = "attention", "calibration", "prediction", "selection", "block addresses"
+    assert min(sparse["stages"][stage] for stage in stages) > 0
     weights = 4 * (32 * 16 * (4 + 2 + 2 + 4) + 3 * 32 * 48 + 64 * 32)  # q, k, v, out; gate, up, down; the head
     kv = 2 * 2 * 16 * 4  # bytes of a token's K and V
     assert dense["bytes"] == weights + kv * (256 - 8 * 4 + sum(range(1, 25)) / 24)
     assert 0 < sparse["bytes"] - weights < dense["bytes"] - weights
 
 
-def test_prefill_is_read_by_both(tmp_path):
+def test_prefill_is_read_by_both(tmp_path, capsys):
     """Both predict the same token; tokens per second are of the fastest round."""
     rows = rows_of(tmp_path, "prefill", "--contexts", "256", "--rounds", "3", "--dtypes", "float32", "bfloat16")
     names = [(row["dtype"], row["name"]) for row in rows]
     assert names == [(dtype, name) for dtype in ("float32", "bfloat16") for name in ("ours", "transformers")]
     assert rows[0]["answer"] == rows[1]["answer"]
-    assert all(row["tokens_s"] == 256e3 / min(row["rounds"]) for row in rows)
+    for row, cells in zip(rows, table(capsys.readouterr().out), strict=True):
+        assert row["tokens_s"] == 256e3 / min(row["rounds"])
+        assert cells["tokens/s, fastest round"] == f"{row['tokens_s']:,.1f}"
 
 
 def test_what_does_not_fit_is_left_out(capsys):
-    """Memory runs out when it is made, or in its first round: the others are timed, and nothing keeps it alive."""
+    """If memory runs out, as a contender is made or in its first round, it is freed and the others are timed."""
     alive = []
 
     class Contender:
@@ -230,7 +233,7 @@ def test_what_does_not_fit_is_left_out(capsys):
 
 
 def test_link_is_counted(monkeypatch, tmp_path, capsys):
-    """What crosses the link after the prompt, per token: 3 layers, 2 heads, K and V in float32."""
+    """Bytes over the link per token after the prompt, for 3 layers, 2 heads, K and V in float32."""
     for name, value in dict(TEXT=tmp_path / "text", TEXT_TOKENS=200, TEXT_STEPS=17).items():
         monkeypatch.setattr(bench, name, value)
     bench.TEXT.write_text("7 " * 400)
@@ -262,7 +265,7 @@ def test_counted_launches(capsys):
 
 @pytest.mark.parametrize("command, rows", [("bytes", 6), ("offload", 15)])
 def test_readme_shows_what_is_counted(command, rows, monkeypatch, capsys):
-    """Without options: Llama-3.1-8B at 8K, 32K and 128K tokens. The share fetched is the README's, too."""
+    """The defaults are Llama-3.1-8B at 8K, 32K and 128K tokens. The share fetched is the README's."""
     monkeypatch.setattr(bench, "load_model", lambda *args: (None, None))
     monkeypatch.setattr(bench, "count_link", lambda *args: 0.0921)
     assert bench.main([command]) == 0
@@ -271,9 +274,19 @@ def test_readme_shows_what_is_counted(command, rows, monkeypatch, capsys):
     assert not set(lines) - set(readme)
 
 
+def test_readme_shows_the_launches(capsys):
+    """The README says that its counts at 131,072 tokens are those at 16,384."""
+    assert bench.main(["launches", "--contexts", "16384"]) == 0
+    readme = (ROOT / "experiments/README.md").read_text().split("## Launches per token")[1]
+    heads = "cache", "Triton", "PyTorch", "launches"
+    printed = capsys.readouterr().out
+    found, shown = ([[row[head] for head in heads] for row in table(text)] for text in (printed, readme))
+    assert found == shown
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of memory")
 def test_peak_memory_is_what_is_allocated():
-    """Whatever was freed before: 8 tensors of 8 MB at a time, and 512 of 128 KB."""
+    """The peak of 8 tensors of 8 MB, and of 512 of 128 KB, does not depend on memory that was freed before."""
     for n, size in ((8, 1 << 23), (512, 1 << 17)):
         for _ in range(3):
             total = bench.with_peak_memory(lambda n=n, size=size: [torch.ones(size // 4) for _ in range(n)], CPU)[1]
@@ -302,7 +315,7 @@ INTERPRETED = "--backend triton --contexts 128 --history-len 5 --calibration-int
 
 
 def test_contenders_of_a_gpu_agree(tmp_path):
-    """Without a graph, or offloaded, the tokens are the same. The last contender is traced."""
+    """The tokens are the same without a graph, and offloaded. The last contender is traced."""
     trace = tmp_path / "trace.json"
     options = "--dtypes", "bfloat16", "--rounds", "1", "--trace", str(trace), "--contenders", *bench.ON_GPU
     rows = {row["name"]: row for row in rows_of(tmp_path, "speed", *INTERPRETED, *options)}
@@ -317,7 +330,7 @@ def test_kernels_are_timed(tmp_path):
 
 
 def test_first_run_on_a_gpu(tmp_path):
-    """A python that only notes its arguments, and fails to time the kernels: the other steps run, and are commands."""
+    """With a python that only records its arguments, and fails for `kernels`, the other steps run valid commands."""
     python, notes, out = tmp_path / "python", tmp_path / "notes", tmp_path / "results" / "gpu"
     python.write_text(
         f'#!/bin/sh\nprintf "%s\\037" "$@" >>{notes}; echo >>{notes}\n'

