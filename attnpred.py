@@ -1334,19 +1334,6 @@ def run(args, make_decoder=SparseDecoder) -> SparseDecoder:
     return decoder
 
 
-def write_atomically(path, write: Callable[[pathlib.Path], object]):
-    """Have `write` fill a temporary file beside `path`, then give it that name: readers see the old file or the new."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def exit_status(program, command) -> int:
     """Run `command`. Returns 2, and prints one line, for errors that a user can correct; 130 for Ctrl-C; else 0."""
     try:

@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import math
+import os
 import pathlib
 import random
 import statistics
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 import attnpred
 import kernels
-from attnpred import Config, InputError, OneLineParser, Predictor, ShownDefaults, write_atomically
+from attnpred import Config, InputError, OneLineParser, Predictor, ShownDefaults
 from model import causal_attention, load_model
 from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
 
@@ -180,7 +181,7 @@ def record(model, config: Config, tokens, ends, n_rows, stride):
     queries that select together. Each layer is pooled as soon as its q and k are known, so no attention matrix is kept.
     """
     m, device = model.config, model.device
-    heads = m.n_kv_heads if config.select_heads == "kv" else m.n_heads
+    heads = config.selection_heads(m)
     shape = 2, m.n_layers, heads, n_rows
     windows = [torch.zeros(*shape, config.n_blocks(end), dtype=attnpred.HISTORY_DTYPE) for end in ends]
 
@@ -257,14 +258,22 @@ def make_folder(path) -> pathlib.Path:
     return path
 
 
-def write(path, data: bytes):
-    """Write a file whole; if that fails, an earlier file stays."""
-    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+def write_atomically(path, data: bytes):
+    """Write a temporary file, then give it the name `path`: readers see the old file or the new one."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path, tensors, metadata):
     """Write a safetensors file; the values of `metadata` are written as text."""
-    write(path, safetensors.torch.save(tensors, {name: str(value) for name, value in metadata.items()}))
+    write_atomically(path, safetensors.torch.save(tensors, {name: str(value) for name, value in metadata.items()}))
 
 
 def check_settings(noted, settings, what, remedy):
@@ -494,10 +503,10 @@ def train(args):
             metadata |= {"seed": args.seed, "loss": args.loss, "steps": step}
             metadata["validation"] = json.dumps({name: round(value, 4) for name, value in measured.items()})
             write_tensors(out, weights, metadata)
-        write(out.with_suffix(".json"), json.dumps(curve, indent=1).encode())
+        write_atomically(out.with_suffix(".json"), json.dumps(curve, indent=1).encode())
         state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
         torch.save(state | {"curve": curve, "done": step, "settings": settings}, buffer := io.BytesIO())
-        write(checkpoint, buffer.getvalue())
+        write_atomically(checkpoint, buffer.getvalue())
 
     running = curve[-1]["loss"] if done else None  # running mean of the loss
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=None)

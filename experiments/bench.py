@@ -35,6 +35,7 @@ from experiments import roofline
 from experiments.hot_paths import PATHS
 from experiments.tables import markdown
 from model import Llama, LlamaConfig, checkpoint_targets, load_model
+from train_predictor import write_atomically
 from weights.fetch_llm import fetch_default_llm
 
 TEXT = pathlib.Path(torch.__file__).parent / "_tensor_docs.py"  # `offload` counts on this text
@@ -618,7 +619,7 @@ def run(args):
         print("{device}, {threads} threads, {weights}, budget {config[budget]}".format(**setup))
     if args.out:
         rows = [setup | row for row in rows]
-        attnpred.write_atomically(args.out, lambda path: path.write_text(json.dumps(rows, indent=1)))
+        write_atomically(args.out, json.dumps(rows, indent=1).encode())
 
 
 def main(argv=None) -> int:

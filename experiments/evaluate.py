@@ -136,7 +136,7 @@ def counted_bytes(setting, llm, itemsize, n_prompt, n_new):
     c, rival = setting.config, make_rival(setting.method)
     dense = min(c.dense_layers, llm.n_layers)
     sparse, vector = llm.n_layers - dense, llm.head_dim * itemsize
-    heads = llm.n_kv_heads if c.select_heads == "kv" else llm.n_heads
+    heads = c.selection_heads(llm)
     every_token = rival is not None and rival.needs_query and c.topk_blocks > 0
     read = new_rows = 0
     start = end = None  # the middle at the last selection

@@ -6,6 +6,7 @@
 Reading order: `Recorder`, `find_patterns` and `draw_run` show a run from inside; then one function per kind of file.
 """
 
+import io
 import json
 import pathlib
 import sys
@@ -20,9 +21,10 @@ from matplotlib.colors import ListedColormap, PowerNorm
 
 import attnpred
 import kernels
-from attnpred import InputError, OneLineParser, exit_status, write_atomically
+from attnpred import InputError, OneLineParser, exit_status
 from experiments.bench import output_file
 from experiments.rivals import RivalDecoder
+from train_predictor import write_atomically
 
 OURS, ORANGE, BLUE = "#c2185b", "#e08e0b", "#2a6fbb"
 RECENT_BLOCKS = 10  # nearly every head attends to the blocks before the local window
@@ -30,10 +32,9 @@ RECENT_BLOCKS = 10  # nearly every head attends to the blocks before the local w
 
 def save(figure, path, dpi=100):
     """Write a figure as a PNG. If that fails, an earlier file at `path` stays."""
-    try:
-        write_atomically(path, lambda part: figure.savefig(part, dpi=dpi, format="png", metadata={"Software": None}))
-    finally:
-        plt.close(figure)
+    figure.savefig(image := io.BytesIO(), dpi=dpi, format="png", metadata={"Software": None})
+    plt.close(figure)
+    write_atomically(path, image.getvalue())
 
 
 def bare(*all_axes):

@@ -184,12 +184,16 @@ def strategies(m: LlamaConfig, c: Config, n_tokens: int, fetched_fraction: float
     """A model of time for several ways to keep the cache: {name: (seconds, bytes over the link) per token}.
 
     memory, link and host are bandwidths in bytes/s. The share fetched_fraction of a selection crosses the link, during
-    one token; the host pools the keys during `selection_delay` tokens. Decoding waits for what takes longer.
+    one token; the host pools the keys during `selection_delay` tokens. Decoding waits for what takes longer:
+
+        token   | t | t + 1 | ... | t + delay | the new blocks are attended to
+        host    | pools the keys ------------|                     longer than the delay: the token waits
+        link                                  | copies ------|     longer than one token: the token waits
     """
     reads, weights = bytes_per_token(m, c, n_tokens), weight_bytes(m)
     calibration_interval, selection_interval = c.intervals(n_tokens)
-    heads = m.n_kv_heads if c.select_heads == "kv" else m.n_heads
-    selection = max(0, m.n_layers - c.dense_layers) * heads * c.topk_blocks * c.block_size * 2 * m.head_dim * 2
+    blocks = max(0, m.n_layers - c.dense_layers) * c.selection_heads(m) * c.topk_blocks
+    selection = blocks * c.block_size * 2 * m.head_dim * 2  # bytes
     fetched = fetched_fraction * selection
     crossing = bytes_per_token(m, offloaded(c), n_tokens, offload=True)["link"] + fetched / selection_interval
     dense, sparse = (weights + reads["dense"]) / memory, (weights + reads["attention"] + reads["choosing"]) / memory

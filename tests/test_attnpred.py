@@ -408,21 +408,6 @@ def test_bad_predictors_are_refused_in_one_line(tmp_path, capfd):
     assert "unpickled" not in capfd.readouterr().out
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file.txt"
-    attnpred.write_atomically(path, lambda temporary: temporary.write_text("old"))
-
-    def fails(temporary):
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        attnpred.write_atomically(path, fails)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
-    with pytest.raises(InputError, match="cannot write"):
-        attnpred.write_atomically(tmp_path / "none" / "file", lambda temporary: temporary.write_text("x"))
-
-
 # Command line
 
 

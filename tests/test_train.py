@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import pathlib
 import random
 import shutil
 from dataclasses import replace
@@ -366,3 +367,19 @@ def test_train_refuses(file, spoilt, options, message, tmp_path, folder, capsys,
     arguments = [*TRAIN, "--out", "p.safetensors", *options.format(folder=folder).split()]
     assert_refused(train_predictor.main, "train_predictor", arguments, message, capsys)
     assert kept == {path: path.read_bytes() for path in tmp_path.glob("p.*")}
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    train_predictor.write_atomically(path, b"old")
+
+    def interrupted(temporary, data):
+        temporary.open("wb").write(data[:2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(InputError, match="cannot write"):
+        train_predictor.write_atomically(tmp_path / "none" / "file", b"x")
+    monkeypatch.setattr(pathlib.Path, "write_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_predictor.write_atomically(path, b"new")
+    assert path.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["file.txt"]
