@@ -18,8 +18,7 @@ import torch.nn.functional as F
 
 import kernels
 from attnpred import Config, InputError, SparseDecoder, Stats, decode_one_token, prefill
-from experiments import bench, roofline
-from experiments.hot_paths import predict_multiply_adds
+from experiments import bench, hot_paths, roofline
 from tests.helpers import assert_refused, random_predictor, tiny_llama
 
 CPU = torch.device("cpu")
@@ -49,6 +48,9 @@ def test_work_by_hand():
     assert moved["predict, whole image, all layers"] == columns * (128 * 2 + 4)  # 64 rows read, 64 written; a score
     # computed: rows 0, 1, 61, 62, 63; read for that: rows 0-3 and 59-63; the contributions of rows 2-60 are kept
     assert moved["predict, 1 new rows, all layers"] == columns * ((9 + 59 + 5) * 2 + 4)
+    config = Config(calibration_interval=1, selection_interval=64)  # 64 new rows: nothing of the last image is kept
+    arguments = LLAMA, config, 32768, torch.bfloat16, roofline.META, "triton"
+    assert len({moved for _, moved, *_ in hot_paths.prediction_paths(*arguments)}) == 1
 
 
 def test_predict_multiply_adds():
@@ -56,7 +58,7 @@ def test_predict_multiply_adds():
     conv1, conv2 = 144, 4608 + 32
 
     def count(new_rows, valid_end):
-        return predict_multiply_adds(2, 8, new_rows, 3, 13, valid_end)
+        return hot_paths.predict_multiply_adds(2, 8, new_rows, 3, 13, valid_end)
 
     assert count(0, 3) == count(4, 13) == 2 * 80 * (conv1 + conv2)  # nothing is kept: 8 x 10 cells
     edges = (3 + 4) * 10 * conv1 + (2 + 3) * 10 * conv2  # rows 0-1 need rows 0-2 of conv1, rows 5-7 need rows 4-7
