@@ -14,15 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import train_predictor
-from attnpred import (
-    Config,
-    InputError,
-    Predictor,
-    SparseDecoder,
-    decode_one_token,
-    load_predictor,
-    prefill,
-)
+from attnpred import Config, InputError, Predictor, SparseDecoder, decode_one_token, load_predictor, prefill
 from model import causal_attention
 from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tiny_llama
 
