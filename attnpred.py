@@ -3,7 +3,7 @@
     python attnpred.py --prompt "Why is the sky blue?"
 
 Reading order: `Config` (the parameters), `Predictor` (the network), `SparseDecoder` (the method: prefill, attend,
-calibrate, predict, select), `generate`, `KVCache` and `OffloadedCache` (where K and V are), the command line. The
+calibrate, predict, select), `generate`, `KVCache` and `OffloadedCache` (K and V on the device, or in host memory), the command line. The
 arithmetic is in kernels.py, the language model in model.py.
 
 Source: Yang et al., AttentionPredictor: Temporal Patterns Matter for KV Cache Compression, NeurIPS 2025
@@ -770,7 +770,7 @@ def read_later(token) -> Callable[[], int]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Where K and V are
+# The KV cache: on the device, or in host memory
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -802,8 +802,8 @@ def write_at(memory, position, values):
 
 
 def host_memory(shape, dtype, device, owner) -> torch.Tensor:
-    """Zeros in host memory, which a GPU reads and writes until `owner` is gone. PyTorch's own pinned memory would be
-    rounded up to a power of two."""
+    """Zeros in host memory, which a GPU may read and write as long as `owner` exists. PyTorch would round pinned memory
+    up to a power of two."""
     memory = torch.zeros(shape, dtype=dtype)
     if device.type == "cuda" and memory.numel():
         cuda = torch.cuda.cudart()
@@ -814,12 +814,9 @@ def host_memory(shape, dtype, device, owner) -> torch.Tensor:
 
 
 class KVCache:
-    """K and V of all layers, or of the first n_layers, resident on the device, in blocks.
+    """K and V of all layers, or of the first n_layers, on the device, in blocks. The capacity is fixed."""
 
-    Capacity is fixed; memory is touched as tokens come.
-    """
-
-    holds_everything = True  # so while the text fits the budget, attend_all serves
+    holds_everything = True  # so attend_all serves while the text fits the budget
 
     def __init__(self, c: Config, m: LlamaConfig, heads, capacity_tokens, dtype, device, backend, n_layers=None):
         self.block_size, self.heads, self.backend = c.block_size, heads, backend
@@ -829,7 +826,7 @@ class KVCache:
         shape = (2, n_layers, m.n_kv_heads, self.capacity, c.block_size, m.head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.k, self.v = self.kv  # (L, Hk, capacity, b, D) each
-        self.blocks = self.kv.flatten(1, 3)  # (2, L * Hk * capacity, b, D): what lists.table addresses
+        self.blocks = self.kv.flatten(1, 3)  # (2, L * Hk * capacity, b, D): the pool of lists.table
         self.dense_layers = min(c.dense_layers, m.n_layers)
         self.lists = self.block_max = None
         self.needs_max = backend == "triton" or c.history_rows == "every"  # each block's largest logit
@@ -949,7 +946,7 @@ class OffloadedCache(KVCache):
         self.device = self.kv.device
         self.sink, self.ring = c.sink_tokens // c.block_size, c.tail_blocks(capacity_tokens)
         rows, k = (1, heads * c.topk_blocks) if c.share_budget == "layer" else (heads, c.topk_blocks)
-        spare = max(rows * c.exchanged(k), heads * c.new_blocks(capacity_tokens))  # all that a selection may bring
+        spare = max(rows * c.exchanged(k), heads * c.new_blocks(capacity_tokens))  # a selection's new blocks, at most
         self.selectable = heads * c.topk_blocks + spare  # slots of a layer for selected blocks
         n_layers, block = m.n_layers - dense_layers, (2, c.block_size, m.head_dim)
         host = n_layers, m.n_kv_heads, self.capacity, *block
@@ -1063,7 +1060,7 @@ class OffloadedCache(KVCache):
         return pool_rows(q, self.host.flatten(0, 1)[:, :, 0], self.heads, n_tokens, row_distance, "torch")
 
     def begin_pooling(self, q, n_tokens):
-        """As KVCache.begin_pooling. Beside a GPU a thread pools, as soon as queries and keys are in host memory."""
+        """As KVCache.begin_pooling. With a GPU, a thread pools as soon as queries and keys are in host memory."""
         if not self.worker:
             return super().begin_pooling(q, n_tokens)
         self.host_q.copy_(q.contiguous(), non_blocking=True)  # (L', Hq, 1, D)
