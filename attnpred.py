@@ -3,8 +3,8 @@
     python attnpred.py --prompt "Why is the sky blue?"
 
 Reading order: `Config` (the parameters), `Predictor` (the network), `SparseDecoder` (the method: prefill, attend,
-calibrate, predict, select), `generate`, `KVCache` and `OffloadedCache` (K and V on the device, or in host memory), the command line. The
-arithmetic is in kernels.py, the language model in model.py.
+calibrate, predict, select), `generate`, `KVCache` and `OffloadedCache` (K and V on the device or in host memory), the
+command line. The arithmetic is in kernels.py, the language model in model.py.
 
 Source: Yang et al., AttentionPredictor: Temporal Patterns Matter for KV Cache Compression, NeurIPS 2025
 (arXiv 2502.04077).
