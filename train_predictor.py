@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import attnpred
 import kernels
-from attnpred import Config, InputError, OneLineParser, Predictor, ShownDefaults
+from attnpred import Config, InputError, OneLineParser, Predictor, ShownDefaults, load_predictor
 from model import causal_attention, load_model
 from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
 
@@ -245,7 +245,7 @@ def collect(args):
 WINDOW_SETTINGS = "seed", "lengths", "windows", "text", "dtype", "block_size", "select_heads", "stride"
 METHOD_SETTINGS = "block_size", "select_heads", "history_len", "calibration_interval", "selection_interval"
 METHOD_SETTINGS += "history_rows", "share_budget"
-TRAIN_SETTINGS = "data", "seed", "dtype", "loss", "share_budget", "steps", "lr", "validate_every"
+TRAIN_SETTINGS = "data", "seed", "dtype", "init_from", "loss", "share_budget", "steps", "lr", "validate_every"
 
 
 def make_folder(path) -> pathlib.Path:
@@ -476,7 +476,7 @@ def train(args):
     device, dtype, _ = attnpred.choose_device(args)
     training, validation = open_windows(args.data, "train"), open_windows(args.data, "validation")
     config = replace(training[0].config, share_budget=args.share_budget)
-    predictor = starting_point(args.seed)
+    predictor = load_predictor(args.init_from) if args.init_from else starting_point(args.seed)
     predictor.load_state_dict(scaled(predictor.state_dict(), INPUT_SCALE))
     parameters = dict(predictor.to(device).requires_grad_(True).named_parameters())
     optimizer = torch.optim.Adam(predictor.parameters(), lr=args.lr, betas=(0.9, 0.98))
@@ -587,6 +587,7 @@ def parse_args(argv):
     add("--block-size", type=int, default=Config.block_size, help="tokens per block")
     add = add_command(train)
     add("--out", default="predictor.safetensors", help="the best weights; next to it go a checkpoint and a curve")
+    add("--init-from", metavar="FILE", help="start from this predictor, such as one that the authors published")
     add("--loss", default="relative", choices=LOSSES, help="relative: (target - s)^2 / s for score s; mse: the paper's")
     add("--share-budget", default=Config.share_budget, choices=["layer", "head"], help="how heads share the budget")
     add("--steps", type=positive, default=12000, help="training steps")

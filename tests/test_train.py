@@ -268,9 +268,13 @@ def test_training_lowers_the_loss(tmp_path, folder):
     assert losses[-1] < 0.9 * losses[1]  # the first row's loss is of a single batch
 
 
-def test_training_at_a_rate_of_zero_keeps_the_starting_point(tmp_path, folder):
-    assert train(tmp_path / "p.safetensors", "--lr", "0", "--dtype", "float32") == 0
-    start, weights = train_predictor.starting_point(0).state_dict(), load_predictor(tmp_path / "p.safetensors")
+@pytest.mark.parametrize("theirs", [False, True])
+def test_training_at_a_rate_of_zero_keeps_the_starting_point(theirs, tmp_path, folder):
+    torch.save(random_predictor().state_dict(), tmp_path / "theirs.pt")
+    options = ["--init-from", str(tmp_path / "theirs.pt")] if theirs else []
+    assert train(tmp_path / "p.safetensors", "--lr", "0", "--dtype", "float32", *options) == 0
+    start = (random_predictor() if theirs else train_predictor.starting_point(0)).state_dict()
+    weights = load_predictor(tmp_path / "p.safetensors")
     assert all(torch.allclose(w, start[name], atol=1e-6) for name, w in weights.state_dict().items())
     windows = train_predictor.open_windows(folder / "data", "train")
     rows, selection_rows, target, valid = train_predictor.draw_batch(windows, random.Random("0 0"), 64)
