@@ -2,9 +2,9 @@
 
     python attnpred.py --prompt "Why is the sky blue?"
 
-Reading order: `Config` (the parameters), `Predictor` (the network), `SparseDecoder` (the method: prefill, attend,
-calibrate, predict, select), `generate`, `KVCache` and `OffloadedCache` (K and V on the device or in host memory), the
-command line. The arithmetic is in kernels.py, the language model in model.py.
+Reading order: `Config` (the parameters), `Predictor` (the network), `History` (its input), `SparseDecoder` (the
+method), `generate`, `KVCache` and `OffloadedCache` (K and V on the device or in host memory), the command line. The
+arithmetic is in kernels.py, the language model in model.py.
 
 Source: Yang et al., AttentionPredictor: Temporal Patterns Matter for KV Cache Compression, NeurIPS 2025
 (arXiv 2502.04077).
@@ -20,10 +20,8 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import safetensors.torch
 import torch
@@ -40,143 +38,92 @@ HISTORY_DTYPE = torch.float16  # of the history and of the contributions; predic
 PREFILL_CHUNK = 2048  # tokens of the prompt that run together: a multiple of every block size
 
 
+class InputError(Exception):
+    """The user gave something that cannot be used; the message says in one line what is wrong and what to do."""
+
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Parameters and predictor
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def parameter(default, symbol, paper, help, choices=None):
-    return field(default=default, metadata=dict(symbol=symbol, paper=paper, help=help, choices=choices))
+def parameter(default, symbol, help, least=0):
+    return field(default=default, metadata=dict(symbol=symbol, help=help, least=least))
 
 
 @dataclass(frozen=True)
 class Config:
     """The method's parameters. Raises InputError where they contradict each other."""
 
-    block_size: int = parameter(16, "b", 16, "tokens per block", (8, 16, 32, 64))
-    history_len: int = parameter(64, "H", 64, "rows of pooled attention kept")
-    sink_tokens: int | None = parameter(None, "S", 64, "first tokens, always attended; default: one block")
-    local_tokens: int = parameter(64, "R", 64, "last tokens, always attended")
-    budget: int = parameter(
-        1024, "B", 1024, "tokens attended per head, in the mean of those that share; sink and local tokens included"
-    )
+    block_size: int = parameter(16, "b", "tokens per block: 8, 16, 32 or 64")
+    history_len: int = parameter(64, "H", "rows of attention kept", least=5)
+    sink_tokens: int | None = parameter(None, "S", "first tokens, always attended; default: one block")
+    local_tokens: int = parameter(64, "R", "last tokens, always attended")
+    budget: int = parameter(1024, "B", "tokens attended per head, in the mean over a layer; sink and local included")
     calibration_interval: int | str = parameter(
-        "auto", "M", 5, "every M-th step the true attention row enters the history; auto: 8, doubled while T / M > B"
+        "auto",
+        "M",
+        "every M-th token, all keys are read and blocks selected; auto: 8, doubled while T / M > B",
+        least=1,
     )
-    selection_interval: int | None = parameter(
-        None, "P", 1, "every P-th step the blocks for the next P tokens are predicted and selected; default: M"
-    )
-    history_rows: str = parameter(
-        "true", "", "every", "every: each step leaves a row, true or sparse; true: only calibrated steps do",
-        ("every", "true"),
-    )  # fmt: skip
-    dense_layers: int = parameter(0, "", 2, "first layers, always dense")
-    share_budget: str = parameter(
-        "layer", "", "head", "layer: a layer's heads share their blocks, the best scores of all; head: K blocks each",
-        ("layer", "head"),
-    )  # fmt: skip
-    select_heads: str = parameter(
-        "kv", "", "q", "kv: the query heads of a KV head select together; q: each for itself", ("kv", "q")
-    )
-    selection_delay: int | str = parameter(
-        0, "", 0, "a selection takes effect this many tokens after its step; auto: M / 8, at least 1 (with --offload)"
-    )
-    swap_share: float = parameter(
-        1.0,
-        "",
-        1.0,
-        "largest share of the blocks that one selection may replace, which bounds the copy (with --offload: 0.15)",
-    )
-
-    OFFLOADED = dict(selection_delay="auto", swap_share=0.15)  # what --offload changes
-
-    @classmethod
-    def paper(cls, **changes) -> "Config":
-        """The paper's setting, with changes."""
-        return cls(**({f.name: f.metadata["paper"] for f in dataclasses.fields(cls)} | changes))
 
     def __post_init__(self):
-        if self.sink_tokens is None:
-            object.__setattr__(self, "sink_tokens", self.block_size)
         b = self.block_size
-        least = dict(sink_tokens=0, local_tokens=b, budget=self.sink_tokens + self.local_tokens, history_len=5)
-        least |= dict(dense_layers=0, calibration_interval=1, selection_interval=1)
-        for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            require(not choices or value in choices, f"{f.name} = {value!r} is unknown: use one of {choices}")
-            if f.name in least and value not in ("auto", None):
-                require(value >= least[f.name], f"{f.name} = {value} is too small: use at least {least[f.name]}")
+        require(b in (8, 16, 32, 64), f"block_size = {b} is unknown: use 8, 16, 32 or 64")
+        if self.sink_tokens is None:
+            object.__setattr__(self, "sink_tokens", b)
+        least = {f.name: f.metadata["least"] for f in dataclasses.fields(self)}
+        least |= dict(local_tokens=b, budget=self.sink_tokens + self.local_tokens)
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            require(value == "auto" or value >= lowest, f"{name} = {value} is too small: use at least {lowest}")
+        require(self.history_len <= 4096, f"history_len = {self.history_len} is too large: use at most 4096")
         for name in ("sink_tokens", "local_tokens", "budget"):
             value = getattr(self, name)
             require(value % b == 0, f"{name} = {value} is not a multiple of the block size: try {value // b * b + b}")
-        delay, longest = self.selection_delay, self.delay_limit(0)
-        require(
-            delay == "auto" or 0 <= delay < longest,
-            f"selection_delay = {delay} must be auto or 0 ... {longest - 1}, below both intervals and the local window",
-        )
-        require(0 < self.swap_share <= 1, f"swap_share = {self.swap_share} must be above 0 and at most 1")
 
     @property
     def topk_blocks(self) -> int:
-        """K: blocks selected from the middle, per head."""
+        """K: blocks selected from the middle, per head, in the mean."""
         return (self.budget - self.sink_tokens - self.local_tokens) // self.block_size
 
     def n_blocks(self, n_tokens: int) -> int:
         """N: blocks in a cache of n_tokens, the last one perhaps partial."""
         return kernels.cdiv(n_tokens, self.block_size)
 
-    def selection_heads(self, m: LlamaConfig) -> int:
-        """Heads that select for themselves: KV heads, or query heads."""
-        return m.n_kv_heads if self.select_heads == "kv" else m.n_heads
-
     def middle(self, n_tokens: int) -> tuple[int, int]:
-        """The blocks [start, end) between the sink and the local window; end <= start when there are none.
+        """The blocks [start, end) between the sink and the local window; start = end when there are none.
 
         The local window is block-aligned: the last R / b full blocks and the partial block after them.
         """
-        return self.sink_tokens // self.block_size, (n_tokens - self.local_tokens) // self.block_size
+        start = self.sink_tokens // self.block_size
+        return start, max(start, (n_tokens - self.local_tokens) // self.block_size)
 
     def fits(self, n_tokens: int) -> bool:
         """Whether the budget covers a text of n_tokens, so that there is nothing to select."""
         start, end = self.middle(n_tokens)
         return end - start <= self.topk_blocks
 
-    def intervals(self, n_tokens: int) -> tuple[int, int]:
-        """M and P at n_tokens. With "auto", calibration (T / M keys) reads at most half of what attention reads."""
+    def interval(self, n_tokens: int) -> int:
+        """M at n_tokens. With "auto", calibration (T / M keys a token) reads at most half of what attention reads."""
         m = self.calibration_interval
         if m == "auto":
             m = 8
             while n_tokens > self.budget * m:
                 m *= 2
-        return m, self.selection_interval or m
-
-    def delay_limit(self, n_tokens: int) -> int:
-        """A delay must be below this: then a selection ends before the next one begins, and the blocks that it may
-        choose were complete when its calibration began."""
-        return min(*self.intervals(n_tokens), self.local_tokens)
-
-    def delay(self, n_tokens: int) -> int:
-        """How many tokens after its step a selection takes effect, if the text has n_tokens then."""
-        if self.selection_delay == "auto":
-            return min(max(1, self.intervals(n_tokens)[0] // 8), self.delay_limit(n_tokens) - 1)
-        return self.selection_delay
-
-    def new_blocks(self, n_tokens: int) -> int:
-        """Blocks that begin, at most, between a selection for a text of n_tokens and the next one."""
-        later = n_tokens + 2 * self.intervals(n_tokens)[1]  # M may double until then
-        return self.n_blocks(self.intervals(later)[1] + self.delay(later))
+        return m
 
     def tail_blocks(self, n_tokens: int) -> int:
-        """The local window, partial block included, and the blocks that begin before the next selection."""
-        return self.local_tokens // self.block_size + 1 + self.new_blocks(n_tokens)
+        """Blocks from the middle's end on, at most, while a selection for a text of n_tokens is in use.
 
-    def exchanged(self, n_selected: int) -> int:
-        """How many of the selected blocks one selection may exchange."""
-        return math.ceil(self.swap_share * n_selected)
-
-    def row_distance(self, n_tokens: int) -> int:
-        """Tokens from one row of the history to the next."""
-        return 1 if self.history_rows == "every" else self.intervals(n_tokens)[0]
+        They are the local window, its partial block, and the blocks that begin in M tokens and the one of a late copy.
+        """
+        return self.local_tokens // self.block_size + 1 + self.n_blocks(self.interval(n_tokens) + 1)
 
 
 class Predictor(nn.Module):
@@ -226,60 +173,36 @@ def load_predictor(path) -> Predictor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class BlockLists:
-    """What each selection head of each sparse layer attends to: its blocks in the order sink, selected, tail.
+class History:
+    """The last H rows of attention of every head, and the convolution's scores from them.
 
-    The lists of a layer are stored one after another, A blocks in all. The tail is the local window and room for the
-    tokens until the next selection. A list's length counts the tokens written so far: every block within it is full but
-    the last one, which holds the current token.
+    A row has the root mean square, over the query heads of a KV head, of each block's largest attention probability.
     """
 
-    ids: torch.Tensor  # (L', A) int64: head * capacity + block
-    starts: torch.Tensor  # (L', heads) int64: where each head's list starts in ids
-    lengths: torch.Tensor  # (L', heads) int32: tokens attended; one more with each token
-    entries: torch.Tensor  # (L', k) int64: where the selected blocks are in ids
-    table: torch.Tensor  # (L' * A,) int32: the blocks' numbers in the cache's pool, for kernels; cache.select fills it
-    table_starts: torch.Tensor  # (L', heads) int32: where each list starts in the table
-    capacity: int
+    def __init__(self, config: Config, m: LlamaConfig, capacity, predictor: Predictor, device, backend):
+        shape = m.n_layers * m.n_kv_heads, config.history_len, capacity
+        self.rows = torch.zeros(
+            shape, dtype=HISTORY_DTYPE, device=device
+        )  # (L * Hk, H, capacity), the oldest row first
+        self.contributions = torch.zeros_like(self.rows)  # see kernels.predict
+        self.weights, self.backend = kernels.prepare_weights(predictor.state_dict(), device), backend
+        self.new_rows = self.predicted_end = 0  # rows since the last prediction; the end of its middle
 
-    @classmethod
-    def build(cls, selected, heads, capacity, n_tokens, sink, end, tail, block_size):
-        """Make the lists of all sparse layers from the selected blocks (L', k) int64: ids, ascending in each layer.
+    def push(self, rows):
+        """Make rows (L, Hk, r, N) the last ones; the others move up, and the oldest are dropped."""
+        rows = rows.flatten(0, 1)  # (L * Hk, r, N)
+        for image in (self.rows, self.contributions):
+            image.copy_(image.roll(-rows.shape[1], 1))
+        self.rows[:, -rows.shape[1] :, : rows.shape[2]] = rows
+        self.new_rows += rows.shape[1]
 
-        Every list begins with `sink` blocks and ends with `tail` blocks from block `end` on. Example: of 2 heads, the
-        first selects blocks 3 and 5, the second none; sink 1, tail 2, end 8 give the lists 0 3 5 8 9 and 0 8 9.
-        """
-        device, (layers, k) = selected.device, selected.shape
-        head = selected // capacity  # (L', k)
-        count = F.one_hot(head, heads).sum(1)  # (L', heads): a head has 0 ... k of them
-        size = sink + count + tail  # (L', heads)
-        starts = size.cumsum(1) - size  # (L', heads)
-        rank = torch.arange(k, device=device) - (count.cumsum(1) - count).gather(1, head)  # (L', k) in the head's own
-        entries = starts.gather(1, head) + sink + rank  # (L', k)
-        block_0 = torch.arange(heads, device=device)[:, None] * capacity  # (heads, 1): its id
-        block = torch.arange(max(sink, tail), device=device)
-        sink_ids = (block_0 + block[:sink]).flatten().expand(layers, -1)  # (L', heads * sink)
-        tail_ids = (block_0 + (end + block[:tail]).clamp(max=capacity - 1)).flatten().expand(layers, -1)
-        ids = selected.new_empty(layers, heads * (sink + tail) + k)  # (L', A)
-        ids.scatter_(1, entries, selected)
-        ids.scatter_(1, (starts[..., None] + block[:sink]).flatten(1), sink_ids)
-        ids.scatter_(1, ((starts + sink + count)[..., None] + block[:tail]).flatten(1), tail_ids)
-        lengths = ((sink + count) * block_size + n_tokens - end * block_size).int()
-        table = torch.empty(ids.numel(), dtype=torch.int32, device=device)
-        table_starts = (starts + torch.arange(layers, device=device)[:, None] * ids.shape[1]).int()
-        return cls(ids, starts, lengths, entries, table, table_starts, capacity)
-
-    def tensors(self):
-        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
-
-    def shapes(self):
-        return [tensor.shape for tensor in self.tensors()]
-
-    def copy_(self, other):
-        """Take over other lists of the same shapes, in place, so that a captured CUDA graph reads them."""
-        for mine, theirs in zip(self.tensors(), other.tensors()):
-            mine.copy_(theirs)
+    def scores(self, start, end):
+        """Predicted scores of the blocks [start, end): (L * Hk, end - start) float32."""
+        new_rows, valid_end = self.new_rows, max(start, self.predicted_end)
+        self.new_rows, self.predicted_end = 0, end
+        return kernels.predict(
+            self.rows, self.contributions, new_rows, start, end, valid_end, self.weights, self.backend
+        )
 
 
 @dataclass
@@ -295,7 +218,7 @@ class Stats:
     choosing_bytes: int = 0  # history and contributions read by prediction
     dense_bytes: int = 0  # K and V that dense attention would have read
     overhead_seconds: float = 0.0  # calibration, prediction and selection; on a GPU the host does not wait for them
-    recovery: list = field(default_factory=list)  # (L', Hq) tensors: share of true attention, on calibrated steps
+    recovery: list = field(default_factory=list)  # (L, Hq) each: the share of the true attention that was attended
 
     @property
     def read_bytes(self) -> int:
@@ -304,423 +227,214 @@ class Stats:
 
 
 class SparseDecoder:
-    """One sequence being decoded: cache, attention history, prediction and selection, for all layers.
+    """One sequence being decoded: `prefill`, then `decode` token by token. Both return the next token's logits (V,).
 
-        prefill                        decode_one_token
-          begin_prompt                   begin_token        count the token, take over newly selected lists
-          prefill_attention, by layer    forward            run the model, or replay its CUDA graph:
-          finish_token                     run_layers         the lists grow by a token; then, layer by layer,
-                                             decode_attention   write K and V, attend to the listed blocks
-                                         finish_token       calibrate, predict and select, where it is due
+        prefill             per chunk: run the model with `attend_prompt`;   then calibrate, select
+        decode              run the model with `attend`;   after every M-th token: calibrate, select
 
-    Layers from `dense_layers` on are sparse and have a history; the tensors of these L' layers are indexed by layer -
-    dense_layers. On a GPU, the model's device must be the current one, because Triton launches there.
+    `decode` is `begin_token`, `run_model` and `end_token`, for callers that run the model themselves. On a GPU, the
+    model's device must be the current one, because Triton launches there.
     """
 
     def __init__(
-        self,
-        config: Config,
-        model: Llama,
-        predictor: Predictor,
-        capacity_tokens: int,
-        backend="torch",
-        offload=False,
-        graph=True,
+        self, config: Config, model: Llama, predictor: Predictor, capacity_tokens: int, backend="torch", offload=False
     ):
-        c, m, device, dtype = config, model.config, model.device, model.kv_dtype
-        self.config, self.model_config, self.backend = c, m, backend
-        self.dense_layers = min(c.dense_layers, m.n_layers)
-        self.sparse_layers = m.n_layers - self.dense_layers  # L'
-        self.heads = c.selection_heads(m)
-        self.capacity = c.n_blocks(capacity_tokens)
-        self.weights = kernels.prepare_weights(predictor.state_dict(), device)
+        c, m, device = config, model.config, model.device
+        self.config, self.model, self.backend = c, model, backend
         cache = OffloadedCache if offload else KVCache
-        self.cache = cache(c, m, self.heads, capacity_tokens, dtype, device, backend)
-        ring = self.sparse_layers, self.heads, c.history_len, self.capacity
-        self.history = torch.zeros(ring, dtype=HISTORY_DTYPE, device=device)  # ring of pooled attention rows
-        self.contributions = torch.zeros_like(self.history)  # (L', heads, H, capacity); see kernels.predict
-        self.newest = c.history_len - 1  # the ring slot of the last row
-        self.new_rows = 0  # rows that entered since the last prediction
-        self.predicted_end = 0  # end of the middle at the last prediction; 0: there was none
-        kept = self.sparse_layers, m.n_heads, c.history_len, m.head_dim
-        self.queries = torch.zeros(kept, dtype=dtype, device=device)  # (L', Hq, H, D): ring of the rows' queries
-        self.n_queries, self.query_tokens = 0, 0  # how many there have been; n_tokens at the newest one
-        self.lse = [None] * self.sparse_layers  # (Hq,) each: of this step's sparse attention
-        self.sparse_lse = torch.zeros(self.sparse_layers, m.n_heads, device=device)  # the same of the calibrated step
-        self.selecting = False  # from the token on with which the text exceeds the budget: blocks are selected
-        self.attended_tokens = 0  # that a sparse layer attends to in this step, summed over its heads
-        self.lists = self.next_lists = None  # BlockLists of this token, and those that the next token takes over
-        self.selected = None  # (L', k) int64: ids of the selected blocks, once the text exceeds the budget
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
-        self.n_tokens, self.n_prefilled = 0, 0  # of the text; of the prompt, those that have run
-        self.step = 0  # decode steps since prefill
-        self.calibration = None  # the calibration under way: a function that waits for its rows
-        self.calibration_due = self.selection_due = -1  # the steps after which they end
-        self.side_stream = torch.cuda.Stream(device) if backend == "triton" and uses_streams(device) else None
-        self.token_started = self.side_done = None  # events: this token begins; the side stream's work ends
-        self.graph = self.graph_token = self.graph_logits = None  # a captured step, its input and its output
-        self.uses_graph = graph and self.side_stream is not None
+        self.cache = cache(c, m, c.n_blocks(capacity_tokens), model.kv_dtype, device, backend)
+        self.history = None  # a text that always fits its budget needs none
+        if not c.fits(capacity_tokens):
+            self.history = History(c, m, self.cache.capacity, predictor, device, backend)
+        self.n_tokens = 0  # of the text, on the host; the device has the position of the newest one
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.interval = self.due = 0  # M since the last selection; tokens until the next one
+        self.selecting = False  # from the first prediction on
+        self.key_bytes = m.n_layers * m.n_kv_heads * m.head_dim * model.kv_dtype.itemsize  # of a token, in all layers
+        self.q, self.lse = [None] * m.n_layers, [None] * m.n_layers  # (Hq, 1, D) and (Hq,) each: of the newest token
+        self.run = CapturedStep(self.run_model) if has_streams(device) and backend == "triton" else self.run_model
         self.stats = Stats()
 
-    # Prefill
+    @torch.inference_mode()
+    def prefill(self, tokens):
+        """Run the prompt, tokens (T,), with dense attention, in chunks that bound the memory for activations.
+
+        On a terminal, standard error shows the progress through a prompt of several chunks.
+        """
+        self.begin_prompt(len(tokens))
+        chunks, form = tokens.split(PREFILL_CHUNK), "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+        hide = True if len(chunks) == 1 else None  # None: unless standard error is a terminal
+        for chunk in tqdm(chunks, "Reading the prompt", disable=hide, leave=False, bar_format=form):
+            positions = torch.arange(self.n_tokens, self.n_tokens + len(chunk), device=tokens.device)
+            hidden = self.model.hidden(chunk, positions, self.attend_prompt)  # (chunk, C)
+            self.n_tokens += len(chunk)
+        self.end_prompt()
+        return self.model.logits(hidden[-1:])[0]
+
+    @torch.inference_mode()
+    def decode(self, token):
+        """Append token (1,): attend to the selected blocks; after every M-th token, calibrate and select."""
+        self.begin_token()
+        logits = self.run(token)
+        self.end_token()
+        return logits
+
+    # The prompt
 
     def begin_prompt(self, n_tokens):
-        self.n_tokens = n_tokens
-        self.position.fill_(n_tokens - 1)
-        distance = self.config.row_distance(n_tokens)
-        self.count_query(min(self.config.history_len, kernels.cdiv(n_tokens, distance)))
+        """The prompt has n_tokens; the history gets a row for every M-th of its last H * M queries."""
+        self.interval = self.config.interval(n_tokens)
+        rows = min(self.config.history_len, kernels.cdiv(n_tokens, self.interval))
+        self.first_query = n_tokens - 1 - (rows - 1) * self.interval  # position of the oldest row's query
+        m, model = self.model.config, self.model
+        shape = m.n_layers, m.n_heads, rows, m.head_dim
+        self.prompt_queries = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
 
-    def prefill_attention(self, layer, q, k, v):
-        """Dense causal attention of the prompt's next T tokens, to all tokens so far: one layer, one chunk.
+    def attend_prompt(self, layer, q, k, v):
+        """Dense causal attention of the T tokens after n_tokens, to all tokens so far: one layer, one chunk.
 
         q (Hq, T, D), k and v (Hk, T, D) -> (Hq, T, D)
         """
         return causal_attention(layer, q, *self.take_prompt(layer, q, k, v))
 
     def take_prompt(self, layer, q, k, v):
-        """Write K and V to the cache; returns those of all tokens up to the end of this chunk: (Hk, first + T, D) each.
+        """Write a chunk's K and V, and keep the queries of rows. Returns K and V of all tokens so far: (Hk, T', D)."""
+        row = max(
+            0, kernels.cdiv(self.n_tokens - self.first_query, self.interval)
+        )  # the first with a query in this chunk
+        kept = q[
+            :, self.first_query + row * self.interval - self.n_tokens :: self.interval
+        ]  # (Hq, rows of the chunk, D)
+        self.prompt_queries[layer, :, row : row + kept.shape[1]] = kept
+        return self.cache.write_prompt(layer, self.n_tokens, k, v)
 
-        The queries of the rows that the history may need are kept; `begin_history` pools them once the text exceeds the
-        budget.
-        """
-        first, distance = self.n_prefilled, self.config.row_distance(self.n_tokens)
-        k, v = self.cache.write_prompt(layer, k, v, first)  # (Hk, first + T, D) each
-        if layer >= self.dense_layers:
-            oldest = self.n_tokens - 1 - (self.n_queries - 1) * distance  # position of row 0
-            row = max(0, kernels.cdiv(first - oldest, distance))  # the first row whose query is in this chunk
-            kept = q[:, oldest + row * distance - first :: distance]  # (Hq, rows in this chunk, D)
-            self.queries[layer - self.dense_layers, :, row : row + kept.shape[1]] = kept
-        return k, v
+    def end_prompt(self):
+        """After all chunks: fill the history, and select blocks for the first new tokens."""
+        self.position.fill_(self.n_tokens - 1)
+        self.cache.end_prompt(self.n_tokens)
+        if self.history:
+            self.history.push(self.cache.pool(self.prompt_queries, self.n_tokens, self.interval)[0])
+        self.select()
+        self.cache.take_over()  # the first selection is not late
+        self.warm_up()
+        del self.prompt_queries
 
-    # One token
+    # A token
 
     def begin_token(self):
-        """Count a token, and take over the lists that were selected while earlier tokens ran."""
+        """Count a token on the host."""
         self.n_tokens += 1
-        self.step += 1
-        if self.step % self.config.row_distance(self.n_tokens) == 0:
-            self.count_query(1)
-        self.join()
-        if self.next_lists is not None:
-            if self.lists is not None and self.lists.shapes() == self.next_lists.shapes():
-                self.lists.copy_(self.next_lists)
-            else:
-                self.lists, self.graph = self.next_lists, None
-            self.next_lists = None
-        if self.side_stream:
-            self.token_started = torch.cuda.current_stream().record_event()
-        self.cache.begin_token(self.n_tokens, self.lists)
+        self.cache.begin_token()
 
-    def forward(self, model, token):
-        """Run the model on token (1,) -> logits (V,), which the next step may overwrite.
-
-        A step is captured once and then replayed; one that keeps its query is not, because the ring slot which it
-        writes is a number of the host.
-        """
-        if not self.uses_graph or self.keeps_query:
-            return self.run_layers(model, token)
-        if self.graph is None:  # run this step, which compiles the kernels; capture it for the next ones
-            self.graph, self.graph_token = torch.cuda.CUDAGraph(), token.clone()
-            capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")  # a thread may pool beside it
-            stream = capture.capture_stream
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # AMD's library makes a handle for each stream, which a capture forbids
-                logits = self.run_layers(model, token)
-            with capture:  # waits for the whole device first
-                self.graph_logits = self.run_layers(model, self.graph_token)
-            return logits
-        self.graph_token.copy_(token)
-        self.graph.replay()
-        return self.graph_logits
-
-    def run_layers(self, model, token):
+    def run_model(self, token):
+        """Run the model on token (1,) -> logits (V,). All of it runs on the device, and may be part of a CUDA graph."""
         self.advance()
-        return model(token, self.position, self.decode_attention)
+        return self.model(token, self.position, self.attend)
 
     def advance(self):
-        """What begins a token on the device, and so is part of a CUDA graph."""
+        """Count a token on the device."""
         self.position += 1
-        if self.lists is not None:
-            self.lists.lengths += 1
         self.cache.advance(self.position)
 
-    def decode_attention(self, layer, q, k, v):
-        """Attention of one token over its selected blocks: q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)."""
-        self.cache.write_token(layer, k, v)
-        if layer < self.dense_layers or self.lists is None:
-            out = self.cache.attend_all(layer, q[:, 0])  # (Hq, D)
-        else:
-            out, self.lse[layer - self.dense_layers] = self.cache.attend(layer - self.dense_layers, q[:, 0])
-        if layer >= self.dense_layers and self.keeps_query:
-            self.queries[layer - self.dense_layers, :, (self.n_queries - 1) % self.config.history_len] = q[:, 0]
+    def attend(self, layer, q, k, v):
+        """Attention of one token to its head's blocks: q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)."""
+        self.cache.write(layer, k, v)
+        self.q[layer] = q
+        out, self.lse[layer] = self.cache.attend(layer, q[:, 0], self.n_tokens)  # (Hq, D), (Hq,)
         return out[:, None]
 
-    def finish_token(self):
-        """After a step, or after the prompt (step 0): count reads, begin a calibration, finish what is due.
+    def end_token(self):
+        """After every M-th token: calibrate and select."""
+        began = time.perf_counter()
+        self.count_reads()
+        self.due -= 1
+        if self.due == 0:
+            if self.history:
+                self.calibrate()
+            self.select()
+        self.stats.overhead_seconds += time.perf_counter() - began
 
-        A calibration begins now. `delay` tokens later its row enters the history, and the next blocks are selected. The
-        token after that is the first one to use them.
-        """
-        calibration_interval, selection_interval = self.config.intervals(self.n_tokens)
-        delay = self.config.delay(self.n_tokens) if self.step else 0
-        calibrates = self.step and self.selecting and self.step % calibration_interval == 0
-        selects = self.sparse_layers and self.step % selection_interval == 0
-        if self.step:
-            self.count_reads()
-        if calibrates:
-            self.cache.write_back(self.n_tokens)
-            self.begin_calibration()
-            self.calibration_due = self.step + delay
-        elif self.step and self.selecting and self.config.history_rows == "every":
-            self.push_row()
-            self.cache.write_rows(torch.cat(self.lse), self.history.flatten(0, 1)[:, self.newest])
-        if selects:
-            self.selection_due = self.step + delay
-        if self.step in (self.calibration_due, self.selection_due):
-            with self.on_side_stream(delay):
-                if self.step == self.calibration_due:
-                    self.end_calibration()
-                if self.step == self.selection_due:
-                    self.select_next()
+    def calibrate(self):
+        """The true attention row of the newest token, over all keys, enters the history."""
+        rows, true_lse = self.cache.pool(torch.stack(self.q), self.n_tokens)  # (L, Hk, 1, N), (L, Hq, 1)
+        self.history.push(rows)
+        self.stats.calibration_bytes += self.key_bytes * self.n_tokens
+        if self.selecting:  # recovery: the attended keys' share of the sum of all exponentials
+            self.stats.recovery.append(torch.exp(torch.stack(self.lse) - true_lse[..., -1]))  # (L, Hq)
 
-    # After a token: calibrate, predict, select
-
-    def begin_calibration(self):
-        """Pool the true attention row of this step: on the device at once, of an offloaded cache on the host."""
-        newest = (self.n_queries - 1) % self.config.history_len
-        torch.stack(self.lse, out=self.sparse_lse)
-        self.calibration = self.cache.begin_pooling(self.queries[:, :, newest : newest + 1], self.n_tokens)
-        m = self.model_config
-        keys = self.sparse_layers * m.n_kv_heads * self.n_tokens
-        self.stats.calibration_bytes += keys * m.head_dim * self.queries.element_size()
-
-    def end_calibration(self):
-        """The true row enters the history."""
-        rows, true_lse = self.calibration()  # (L', heads, 1, N), (L', Hq, 1)
-        self.push_row()
-        self.store_rows(rows)
-        # the attended keys' share of the sum of all exponentials
-        self.stats.recovery.append(torch.exp(self.sparse_lse - true_lse[..., 0]))  # (L', Hq)
-
-    def select_next(self):
-        """Predict and select the blocks that the tokens up to the next selection attend to."""
-        c, n_tokens = self.config, self.n_tokens + 1  # the next token is the first one that the lists serve
+    def select(self):
+        """Predict, and select the blocks that the next M tokens attend to."""
+        c, n_tokens = self.config, self.n_tokens + 1  # the next token is the first one that the selection serves
+        self.interval = self.due = c.interval(self.n_tokens)
         start, end = c.middle(n_tokens)
-        end, scores = max(start, end), None
-        if c.fits(n_tokens) and self.cache.holds_everything:
-            return
+        chosen = None  # the whole middle
         if not c.fits(n_tokens):
-            if not self.selecting:
-                self.begin_history()
-            if c.topk_blocks:
-                scores = self.scores(start, end)
-            self.predicted_end, self.new_rows = end, 0
-        self.cache.write_back(min(self.n_tokens, end * c.block_size))  # the sink may end after the text
-        self.next_lists = self.make_lists(scores, start, end)
-        self.cache.select(self.next_lists)
-
-    def begin_history(self):
-        """From now on the text exceeds the budget: pool the rows of the queries kept so far."""
-        self.selecting = True
-        rows = min(self.n_queries, self.config.history_len)
-        order = (self.n_queries - rows + torch.arange(rows, device=self.queries.device)) % self.config.history_len
-        distance = self.config.row_distance(self.n_tokens)
-        self.cache.write_back(self.query_tokens)
-        self.store_rows(self.cache.pool(self.queries[:, :, order], self.query_tokens, distance)[0])
+            self.selecting = True
+            chosen = self.choose(self.scores(start, end))  # (L, Hk, n) bool
+        self.cache.select(chosen, start, end, self.n_tokens)
 
     def scores(self, start, end):
-        """Predicted scores of the middle blocks [start, end): (L', heads, end - start) float32."""
-        history = self.history.flatten(0, 1)  # (L' * heads, H, capacity)
-        contributions = self.contributions.flatten(0, 1)  # (L' * heads, H, capacity)
-        valid_end = max(start, self.predicted_end)
-        if self.step:  # the first prediction belongs to prefill
-            rows = history.shape[1] + 4  # H - 4 - new rows of contributions, new rows + 8 of history
-            self.stats.choosing_bytes += len(history) * rows * (end - start) * history.element_size()
-        scores = kernels.predict(
-            history, contributions, self.newest, self.new_rows, start, end, valid_end, self.weights, self.backend
-        )  # (L' * heads, n)
-        return scores.unflatten(0, (-1, self.heads))
+        """Predicted scores of the middle blocks [start, end): (L, Hk, end - start) float32."""
+        if self.n_tokens > self.stats.prefill_tokens:  # the first prediction belongs to prefill
+            read = len(self.history.rows) * (self.config.history_len + 4) * (end - start)  # see kernels.predict
+            self.stats.choosing_bytes += read * self.history.rows.itemsize
+        return self.history.scores(start, end).unflatten(0, (self.model.config.n_layers, -1))
 
-    def choose(self, scores, start):
-        """The blocks with the best scores: ids (layers, heads * K) int64.
-
-        scores (layers, heads, n) of the blocks from `start` on
-        """
-        c, (layers, heads, n) = self.config, scores.shape
-        shared = c.share_budget == "layer"
-        rows = scores.flatten(1) if shared else scores.flatten(0, 1)  # (rows, n'): a row's blocks share a budget
-        k = c.topk_blocks * (heads if shared else 1)
-        best = kernels.select_blocks(rows, k, self.backend).long()  # (rows, k) in n'
-        if self.selected is not None and c.swap_share < 1:
-            current = self.selected // self.capacity * n + self.selected % self.capacity - start  # (layers, heads * K)
-            current = (current if shared else current % n).view(best.shape)  # (rows, k) in n'
-            best = limit_exchange(rows, best, current, c.exchanged(k), self.backend)
-        if not shared:
-            best = best.view(layers, heads, k) + torch.arange(heads, device=best.device)[:, None] * n
-        best = best.flatten(1)  # (layers, heads * K) in heads * n
-        return best // n * self.capacity + best % n + start
-
-    def make_lists(self, scores, start, end) -> BlockLists:
-        """Lists with the best blocks by their scores (layers, heads, end - start), for the tokens from the next one on.
-
-        Without scores (None), all of the middle is attended while the text fits the budget, or else nothing of it.
-        """
-        c, device = self.config, self.history.device
-        if scores is None:
-            block = torch.arange(start, start if self.selecting else end, device=device)
-            head = torch.arange(self.heads, device=device)[:, None]
-            selected = (head * self.capacity + block).flatten().expand(self.sparse_layers, -1)  # (L', heads * blocks)
-        else:
-            selected = self.choose(scores, start)
-        self.selected = None if scores is None else selected
-        sink = min(start, c.n_blocks(self.n_tokens + 1))
-        end = end if end > start else sink  # without a middle, the tail follows the sink
-        left_out = self.heads * (end - sink) - selected.shape[1]  # blocks of a layer's middle
-        self.attended_tokens = self.heads * self.n_tokens - left_out * c.block_size
-        tail = c.tail_blocks(self.n_tokens)
-        return BlockLists.build(selected, self.heads, self.capacity, self.n_tokens, sink, end, tail, c.block_size)
-
-    # The history, and what is attended and counted
-
-    @property
-    def keeps_query(self) -> bool:
-        """Whether a row of the history may be pooled with the query of this step."""
-        return self.query_tokens == self.n_tokens
-
-    def count_query(self, rows):
-        self.n_queries, self.query_tokens = self.n_queries + rows, self.n_tokens
-
-    def push_row(self):
-        """The next row takes the oldest one's slot in the ring."""
-        self.newest = (self.newest + 1) % self.config.history_len
-        self.new_rows += 1
-
-    def store_rows(self, rows):
-        """Make rows (L', heads, rows, N) the last ones of the history."""
-        count, n_blocks = rows.shape[2:]
-        slots = kernels.window_slots(self.newest, self.config.history_len, rows.device)[-count:]  # (count,)
-        self.history[:, :, slots, :n_blocks] = rows.to(self.history.dtype)
-
-    def window(self):
-        """The history, oldest row first: (L', heads, H, capacity) float32."""
-        slots = kernels.window_slots(self.newest, self.config.history_len, self.history.device)  # (H,)
-        return self.history[:, :, slots].float()
-
-    def attended(self, layer, n_blocks):
-        """Which blocks (heads, n_blocks) bool a sparse layer attends to: in this step or, after it, in the next."""
-        lists = self.next_lists or self.lists
-        if lists is None:
-            return torch.ones(self.heads, n_blocks, dtype=torch.bool, device=self.history.device)
-        ids, starts, lengths = (x[layer] for x in (lists.ids, lists.starts, lists.lengths))
-        entry = torch.arange(len(ids), device=ids.device)  # (A,)
-        ends = starts + kernels.cdiv(lengths, self.config.block_size)  # (heads,)
-        listed = (entry >= starts[:, None]) & (entry < ends[:, None])  # (heads, A)
-        mask = torch.zeros(self.heads * self.capacity, dtype=torch.bool, device=ids.device)
-        mask[ids[listed.any(0)]] = True
-        return mask.view(self.heads, -1)[:, :n_blocks]
+    def choose(self, scores):
+        """The Hk * K best scores of each layer: scores (L, Hk, n) -> (L, Hk, n) bool."""
+        chosen, k = torch.zeros_like(scores, dtype=torch.bool), scores.shape[1] * self.config.topk_blocks
+        if k:
+            best = kernels.select_blocks(scores.flatten(1), k, self.backend).long()  # (L, k)
+            chosen.view(len(chosen), -1).scatter_(1, best, True)
+        return chosen
 
     def count_reads(self):
-        """Count the cache bytes that attention read for one token."""
-        m = self.model_config
-        row_bytes = 2 * m.head_dim * self.queries.element_size()  # a token's K and V of one head
-        dense = m.n_kv_heads * self.n_tokens
-        sparse = dense
-        if self.lists is not None:
-            self.attended_tokens += self.heads
-            sparse = self.attended_tokens
-        self.stats.attention_bytes += row_bytes * (self.dense_layers * dense + self.sparse_layers * sparse)
-        self.stats.dense_bytes += row_bytes * m.n_layers * dense
-
-    # On a GPU: calibration and selection run on a stream of their own, while tokens run
-
-    @contextmanager
-    def on_side_stream(self, delay):
-        """Run the body on the side stream, while the current token runs.
-
-        It waits for the start of that token, or for its end if it needs the token's query, keys or row.
-        """
-        if not self.side_stream:
-            yield
-            return
-        needs_end = not delay or not self.selecting or self.config.history_rows == "every"
-        if needs_end:
-            self.token_started = torch.cuda.current_stream().record_event()
-        self.side_stream.wait_event(self.token_started)
-        with torch.cuda.stream(self.side_stream):
-            yield
-            self.side_done = self.side_stream.record_event()
-
-    def join(self):
-        """Have the current stream wait for what the side stream has been given."""
-        if self.side_done:
-            torch.cuda.current_stream().wait_event(self.side_done)
-            self.side_done = None
+        """Count the bytes of K and V that attention read for this token, and what dense attention would have read."""
+        self.stats.dense_bytes += 2 * self.key_bytes * self.n_tokens
+        m, left_out = self.model.config, self.cache.left_out * self.config.block_size  # tokens, of all heads
+        left_out_bytes = 2 * self.key_bytes * left_out // (m.n_layers * m.n_kv_heads)
+        self.stats.attention_bytes += 2 * self.key_bytes * self.n_tokens - left_out_bytes
 
     def warm_up(self):
-        """On a GPU: compile now what calibration and selection would else compile in the middle of an answer."""
+        """On a GPU: compile now what would otherwise be compiled in the middle of an answer."""
         start = self.config.sink_tokens // self.config.block_size
-        if self.side_stream is None or self.capacity - start <= self.config.topk_blocks:
-            return
-        if self.cache.holds_everything:
-            self.cache.pool(self.queries[:, :, :1], 1)
-        if not self.selecting and self.config.topk_blocks:  # else the prompt's own selection has compiled them
-            self.make_lists(self.scores(start, self.capacity), start, self.capacity)
-            self.selected = None
-
-    def __del__(self):
-        """The next tensors may be given a dropped decoder's memory: wait until the side stream is done with it."""
-        if getattr(self, "side_done", None) and not sys.is_finalizing():
-            self.join()
+        if self.history and not self.selecting and self.backend == "triton" and self.cache.capacity > start:
+            self.cache.pool(self.prompt_queries[:, :, -1:], self.n_tokens)
+            self.choose(self.scores(start, self.cache.capacity))
+            self.history.predicted_end = 0
 
 
-def limit_exchange(scores, best, current, limit, backend):
-    """The k best blocks of each row, of which at most `limit` are new: (rows, k) int64.
+class CapturedStep:
+    """A step as a CUDA graph. The first call runs it, which compiles the kernels; the second captures it; the rest replay.
 
-    scores (rows, n); best and current (rows, k) int64: the highest scores, and the blocks that are selected now
+    A replay uses the memory of the capture and the numbers that the host had then, so what changes from token to token
+    must be in tensors that keep their addresses.
     """
-    lowest = torch.finfo(scores.dtype).min  # of any score: below, -inf means that a block may not be selected
-    scores = scores.nan_to_num(nan=lowest, neginf=lowest)
-    is_current, is_new = (torch.zeros_like(scores, dtype=torch.bool).scatter_(1, x, True) for x in (current, best))
-    is_new &= ~is_current
-    admitted = kernels.select_blocks(scores.masked_fill(~is_new, -torch.inf), limit, backend).long()  # (rows, limit)
-    is_new &= torch.zeros_like(is_new).scatter_(1, admitted, True)
-    allowed = scores.masked_fill(~(is_current | is_new), -torch.inf)
-    return kernels.select_blocks(allowed, best.shape[1], backend).long()
+
+    def __init__(self, step):
+        self.step, self.graph, self.token = step, None, None
+
+    def __call__(self, token):
+        """token (1,) -> logits (V,), which the next call may overwrite."""
+        if self.token is None:
+            self.graph, self.token = torch.cuda.CUDAGraph(), token.clone()
+            self.capture = torch.cuda.graph(self.graph)
+            stream = self.capture.capture_stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # AMD's library makes a handle for each stream, which a capture forbids
+                return self.step(token)
+        if self.capture:
+            with self.capture:  # waits for the whole device first; records, and computes nothing
+                self.logits = self.step(self.token)
+            self.capture = None
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.logits
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Decoding
 # --------------------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def prefill(model: Llama, decoder: SparseDecoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Run the prompt, tokens (T,), and select blocks for the first new tokens. Returns the next logits (vocab,).
-
-    The prompt runs in chunks, so that the memory for activations does not grow with it. On a terminal, standard error
-    shows the progress through a prompt of several chunks.
-    """
-    decoder.begin_prompt(len(tokens))
-    chunks, form = tokens.split(PREFILL_CHUNK), "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
-    hide = True if len(chunks) == 1 else None  # None: unless standard error is a terminal
-    for chunk in tqdm(chunks, "Reading the prompt", disable=hide, leave=False, bar_format=form):
-        positions = decoder.n_prefilled + torch.arange(len(chunk), device=tokens.device)  # (chunk,)
-        hidden = model.hidden(chunk, positions, decoder.prefill_attention)  # (chunk, C)
-        decoder.n_prefilled += len(chunk)
-    decoder.finish_token()
-    decoder.warm_up()
-    return model.logits(hidden[-1:])[0]
-
-
-@torch.inference_mode()
-def decode_one_token(model: Llama, decoder: SparseDecoder, token: torch.Tensor) -> torch.Tensor:
-    """Append token (1,), attend sparsely, and select for later tokens when it is time. Returns logits (vocab,)."""
-    decoder.begin_token()
-    logits = decoder.forward(model, token)  # (vocab,)
-    began = time.perf_counter()
-    decoder.finish_token()
-    decoder.stats.overhead_seconds += time.perf_counter() - began
-    return logits
 
 
 def sample(logits, temperature=0.0, top_p=1.0, generator=None):
@@ -733,31 +447,31 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
 
 
 def generate(
-    model: Llama, decoder: SparseDecoder, tokens: list[int], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0
+    decoder: SparseDecoder, tokens: list[int], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0
 ) -> Iterator[int]:
     """Yield up to max_new_tokens tokens that continue `tokens`, ending before an end-of-sequence token."""
-    stats, device = decoder.stats, model.device
+    stats, device = decoder.stats, decoder.model.device
     generator = torch.Generator(device).manual_seed(seed)
-    began = time.perf_counter()
-    token = sample(prefill(model, decoder, torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
+    began, stats.prefill_tokens = time.perf_counter(), len(tokens)
+    token = sample(decoder.prefill(torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
     token.item()  # waits for a GPU
-    stats.prefill_tokens, stats.prefill_seconds = len(tokens), time.perf_counter() - began
+    stats.prefill_seconds = time.perf_counter() - began
 
     for left in reversed(range(max_new_tokens)):
         began, wait_for = time.perf_counter(), read_later(token)
         if left:  # on a GPU the next step is launched before the host knows the token that it follows
             stats.decode_tokens += 1
-            token = sample(decode_one_token(model, decoder, token), temperature, top_p, generator)  # (1,)
+            token = sample(decoder.decode(token), temperature, top_p, generator)  # (1,)
         value = wait_for()
         stats.decode_seconds += time.perf_counter() - began
-        if value in model.config.eos_token_ids:
+        if value in decoder.model.config.eos_token_ids:
             return
         yield value
 
 
 def read_later(token) -> Callable[[], int]:
     """Begin to copy a token (1,) to the host; returns a function that waits for its value."""
-    if not uses_streams(token.device):
+    if not has_streams(token.device):
         return token.item
     value = torch.empty(1, dtype=token.dtype, pin_memory=token.is_cuda).copy_(token, non_blocking=True)
     copied = torch.cuda.current_stream().record_event()
@@ -774,31 +488,256 @@ def read_later(token) -> Callable[[], int]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def uses_streams(device) -> bool:
+def has_streams(device) -> bool:
     """Whether work on this device runs asynchronously, on streams."""
     return device.type == "cuda"
 
 
-def group_rms(pooled, heads):
-    """(L', Hq, ...) -> (L', heads, ...): with "kv" selection a group's queries share one row, their root mean square.
+def pool_rows(q, keys, n_tokens, row_distance, backend):
+    """Pool rows of attention of all layers, as the history has them.
 
-    A query's error grows with the probability that it misses, and KL with the square of the error.
+    q (L, Hq, rows, D), keys (L, Hk, capacity, b, D) -> rows (L, Hk, rows, N), and log-sum-exps (L, Hq, rows)
     """
-    return pooled.unflatten(1, (heads, -1)).square().mean(2).sqrt()
+    pooled, lse = kernels.pool_history(q.flatten(0, 1), keys.flatten(0, 1), n_tokens, row_distance, backend)
+    rows = pooled.unflatten(0, (*keys.shape[:2], -1)).square().mean(2).sqrt()  # over the G queries of a KV head
+    return rows, lse.unflatten(0, q.shape[:2])
 
 
-def pool_rows(q, keys, heads, n_tokens, row_distance, backend):
-    """Pool rows of all sparse layers, as the history has them.
+class KVCache:
+    """K and V of all layers on the device, in blocks, and the blocks that each head attends to."""
 
-    q (L', Hq, rows, D), keys (L' * Hk, capacity, b, D) -> (L', heads, rows, N), and log-sum-exps (L', Hq, rows)
+    def __init__(self, c: Config, m: LlamaConfig, capacity, dtype, device, backend):
+        self.config, self.backend, self.capacity = c, backend, capacity
+        self.device, self.heads = torch.device(device), (m.n_layers, m.n_kv_heads)  # (L, Hk)
+        address = torch.arange(math.prod(self.heads) * capacity, dtype=torch.int32, device=device)
+        self.address = address.view(*self.heads, capacity)  # (L, Hk, capacity): where each block of the text is stored
+        self.table = self.address.clone()  # (L, Hk, capacity): addresses of the blocks that a head attends to, in order
+        self.lengths = torch.zeros(self.heads, dtype=torch.int32, device=device)  # (L, Hk): tokens in these blocks
+        self.whole = True  # all blocks are attended
+        self.left_out = 0  # blocks that are not attended, of all heads
+        self.allocate((c.block_size, m.head_dim), dtype)
+
+    def allocate(self, block, dtype):
+        """Make the memory for K and V."""
+        self.kv = torch.zeros(2, *self.heads, self.capacity, *block, dtype=dtype, device=self.device)
+        self.blocks = self.kv.flatten(1, 3)  # (2, L * Hk * capacity, b, D): what addresses count
+
+    def write_prompt(self, layer, first, k, v):
+        """Store k, v (Hk, T, D) of the tokens from `first` on. Returns K and V up to there: (Hk, first + T, D) each."""
+        tokens = self.kv[:, layer].flatten(2, 3)[:, :, : first + k.shape[1]]  # (2, Hk, first + T, D)
+        tokens[0, :, first:], tokens[1, :, first:] = k, v
+        return tokens
+
+    def end_prompt(self, n_tokens):
+        self.lengths.fill_(n_tokens)
+
+    def begin_token(self):
+        """What the host does before a token."""
+
+    def advance(self, position):
+        """The next writes and reads belong to the token at position (1,) int64."""
+        self.position = position
+        self.lengths += 1
+
+    def write(self, layer, k, v):
+        """Store k, v (Hk, 1, D) of the current token."""
+        self.kv[:, layer].flatten(2, 3).index_copy_(2, self.position, torch.stack((k, v)))
+
+    def attend(self, layer, q, n_tokens):
+        """Attention of q (Hq, D) to the blocks of the table -> out (Hq, D), log-sum-exp (Hq,).
+
+        While all blocks are attended, the torch backend needs no table, and gives no log-sum-exp (None).
+        """
+        if self.whole and self.backend == "torch":
+            k, v = self.kv[:, layer].flatten(2, 3)[:, None, :, :n_tokens]  # (1, Hk, T, D) each
+            groups = q.unflatten(0, (self.heads[1], -1))[None]  # (1, Hk, G, D)
+            return F.scaled_dot_product_attention(groups, k, v)[0].flatten(0, 1), None
+        return kernels.sparse_decode(q, *self.blocks, self.table[layer], self.lengths[layer], self.backend)
+
+    def pool(self, q, n_tokens, row_distance=1):
+        """See pool_rows."""
+        return pool_rows(q, self.kv[0], n_tokens, row_distance, self.backend)
+
+    def select(self, chosen, start, end, n_tokens):
+        """From the next token on, attend to the `chosen` blocks of the middle [start, end), and to all others.
+
+        chosen (L, Hk, end - start) bool, or None for all of them
+        """
+        if chosen is not None:
+            self.attend_to(*self.lists(self.address, chosen, start, end, n_tokens))
+
+    def lists(self, address, chosen, start, end, n_tokens):
+        """Table and lengths of the attended blocks, and how many are left out; `address` says where blocks are."""
+        block = torch.arange(self.capacity, device=self.device)
+        attended = torch.ones_like(address, dtype=torch.bool)  # (L, Hk, capacity)
+        attended[..., start:end] = chosen
+        order = torch.where(attended, block, self.capacity).sort(-1).values.clamp(max=self.capacity - 1)
+        left_out = (~chosen).sum(-1)  # (L, Hk)
+        n_left_out = math.prod(self.heads) * (end - start - self.n_chosen(start, end))
+        return address.gather(-1, order), n_tokens - left_out * self.config.block_size, n_left_out
+
+    def n_chosen(self, start, end):
+        """Blocks chosen from the middle [start, end) per head, in the mean."""
+        return min(self.config.topk_blocks, end - start)
+
+    def attend_to(self, table, lengths, left_out):
+        """Attend to these lists from now on. The tensors keep their addresses, which a CUDA graph has captured."""
+        self.table.copy_(table)
+        self.lengths.copy_(lengths)
+        self.whole, self.left_out = False, left_out
+
+    def take_over(self):
+        """There is nothing to wait for: a selection takes effect at once."""
+
+
+class OffloadedCache(KVCache):
+    """A KVCache in host memory, a block's K and V side by side, with slots on the device for the attended blocks.
+
+    Each head has fixed slots for its sink and for its tail: the local window, and the blocks that begin until the next
+    selection. The others form one pool for all layers and heads, twice as large as a selection, because a selection
+    takes effect one token late: its blocks are copied into free slots, on a stream of their own, while the next token
+    still attends to the blocks selected before. Only blocks that no slot holds are copied.
     """
-    pooled, lse = kernels.pool_history(q.flatten(0, 1), keys, n_tokens, row_distance, backend)  # (L' * Hq, rows, N)
-    return group_rms(pooled.unflatten(0, q.shape[:2]), heads), lse.unflatten(0, q.shape[:2])
 
+    def allocate(self, block, dtype):
+        c, n_heads = self.config, math.prod(self.heads)
+        self.whole, self.written, self.age, self.next = False, 0, 0, None  # tokens that the host has; see `select`
+        self.sink = min(c.sink_tokens // c.block_size, self.capacity)
+        self.ring = min(c.tail_blocks(self.capacity * c.block_size), self.capacity)
+        self.n_free = 2 * n_heads * min(c.topk_blocks, self.capacity)  # slots of selected blocks
+        n_fixed = n_heads * (self.sink + self.ring)
+        self.host = host_memory((*self.heads, self.capacity, 2, *block), dtype, self.device, self)
+        self.slots = torch.zeros(self.n_free + n_fixed, 2, *block, dtype=dtype, device=self.device)  # (slots, 2, b, D)
+        self.blocks = self.slots.unbind(1)  # (slots, b, D): K's, V's
+        self.fixed = self.slots[self.n_free :].view(*self.heads, -1, 2, *block)  # (L, Hk, sink + ring, 2, b, D)
+        head = torch.arange(n_heads, device=self.device).view(*self.heads, 1)  # (L, Hk, 1)
+        all_blocks = torch.arange(self.capacity, device=self.device)
+        self.address = (self.n_free + head * (self.sink + self.ring) + self.fixed_slot(all_blocks)).int()
+        self.table.copy_(self.address)
+        self.held = torch.full((1, self.n_free), -1, dtype=torch.int32, device=self.device)  # blocks in the free slots
+        self.fetched = torch.zeros((), dtype=torch.int64, device=self.device)  # blocks copied into slots, of all heads
+        self.selected = self.written_back = 0  # blocks selected, and blocks copied to the host, of all heads
+        self.stream = torch.cuda.Stream(self.device) if has_streams(self.device) else None
+        self.copied = None  # event: the copies of the last selection have ended
 
-def write_at(memory, position, values):
-    """Store values (..., n, D) at the positions (n,) int64 of memory (..., capacity, D), known on the device only."""
-    memory.index_copy_(-2, position, values)
+    def fixed_slot(self, block):
+        """Where blocks of the sink or the tail are among a head's fixed slots."""
+        return torch.where(block < self.sink, block, self.sink + block % self.ring)
+
+    def write_prompt(self, layer, first, k, v):
+        """As KVCache.write_prompt, `first` the start of a block. Earlier K and V are copied back from the host."""
+        b = self.config.block_size
+        kv = F.pad(torch.stack((k, v), 1), (0, 0, 0, -k.shape[1] % b)).unflatten(2, (-1, b))  # (Hk, 2, blocks, b, D)
+        blocks, start = kv.transpose(1, 2), first // b  # (Hk, blocks, 2, b, D)
+        end = start + blocks.shape[1]
+        earlier = self.host[layer, :, :start].to(self.device)  # (Hk, start, 2, b, D)
+        self.host[layer, :, start:end].copy_(blocks)
+        kept = [block for block in range(start, end) if block < self.sink or block >= end - self.ring]  # sink and tail
+        block = torch.tensor(kept, device=self.device)  # (n,); a mask on the device would make the host wait
+        self.fixed[layer][:, self.fixed_slot(block)] = blocks[:, block - start]
+        self.written = first + k.shape[1]
+        return [torch.cat((old.flatten(1, 2), new), 1) for old, new in zip(earlier.unbind(2), (k, v))]
+
+    def begin_token(self):
+        """A selection takes effect one token late."""
+        if self.next and self.age == 1:
+            self.take_over()
+        self.age += 1
+
+    def advance(self, position):
+        super().advance(position)
+        b = self.config.block_size
+        cell = self.fixed_slot(position // b) * 2 * b + position % b  # (1,)
+        self.cells = torch.cat((cell, cell + b))  # (2,): of the token's K and V in a head's fixed slots
+
+    def write(self, layer, k, v):
+        self.fixed[layer].flatten(1, 3).index_copy_(1, self.cells, torch.cat((k, v), 1))
+
+    def pool(self, q, n_tokens, row_distance=1):
+        """As KVCache.pool, on the host, which waits: the queries go there, the rows come back."""
+        self.write_back(n_tokens)
+        rows = pool_rows(q.cpu(), self.host[..., 0, :, :], n_tokens, row_distance, "torch")
+        return [x.to(self.device) for x in rows]
+
+    def write_back(self, n_tokens):
+        """Copy from the slots to the host what it does not have of the first n_tokens yet, in whole blocks."""
+        if n_tokens > self.written:
+            block = torch.arange(self.written // self.config.block_size, self.config.n_blocks(n_tokens))
+            block = block.to(self.device)
+            head = torch.arange(math.prod(self.heads), device=self.device)[:, None]  # (L * Hk, 1)
+            source = self.address.flatten(0, 1)[:, block].flatten()  # (L * Hk * blocks,)
+            target = (head * self.capacity + block).flatten().int()
+            kernels.copy_blocks(self.slots.flatten(1), self.host.flatten(0, 2).flatten(1), source, target, self.backend)
+            self.written, self.written_back = n_tokens, self.written_back + len(source)
+
+    def select(self, chosen, start, end, n_tokens):
+        """As KVCache.select, but one token late: the blocks are copied while the next token runs."""
+        self.take_over()
+        self.write_back(n_tokens)
+        if chosen is None:
+            chosen = torch.ones(*self.heads, end - start, dtype=torch.bool, device=self.device)
+        with self.copying():
+            address = self.fetch(chosen, start, end)
+            self.next, self.age = (chosen, *self.lists(address, chosen, start, end, n_tokens)), 0
+
+    def fetch(self, chosen, start, end):
+        """Copy the chosen blocks that no slot holds into free slots. Returns where each block is: (L, Hk, capacity)."""
+        block_ids = torch.arange(self.address.numel(), dtype=torch.int32, device=self.device).view(self.address.shape)
+        n_wanted = math.prod(self.heads) * self.n_chosen(start, end)
+        # The wanted ids, one after another: chosen[...] by its mask would make the host wait for their number.
+        rank = torch.where(chosen.flatten(), chosen.flatten().cumsum(0) - 1, n_wanted)
+        wanted = torch.empty(n_wanted + 1, dtype=torch.int32, device=self.device)
+        wanted = wanted.scatter_(0, rank, block_ids[..., start:end].flatten())[None, :n_wanted]  # (1, n_wanted)
+        slots, fetch, held = kernels.assign_slots(wanted, self.held)
+        self.held.copy_(held)
+        kernels.copy_blocks(
+            self.host.flatten(0, 2).flatten(1), self.slots.flatten(1), fetch.flatten(), slots.flatten(), self.backend
+        )
+        self.fetched += (fetch >= 0).sum()
+        self.selected += n_wanted
+        return self.address.flatten().scatter(0, wanted[0].long(), slots[0]).view(self.address.shape)
+
+    def take_over(self):
+        """Attend to the newest selection, once its copies have ended."""
+        if self.next:
+            self.join()
+            _, table, lengths, left_out = self.next
+            self.attend_to(table, lengths + self.age, left_out)
+            self.next = None
+
+    @contextmanager
+    def copying(self):
+        """Run the body on the stream of copies, after what the current stream has been given."""
+        if not self.stream:
+            yield
+            return
+        self.stream.wait_event(torch.cuda.current_stream().record_event())
+        with torch.cuda.stream(self.stream):
+            yield
+            self.copied = self.stream.record_event()
+
+    def join(self):
+        """Have the current stream wait for the copies."""
+        if self.copied:
+            torch.cuda.current_stream().wait_event(self.copied)
+            self.copied = None
+
+    def __del__(self):
+        """The next tensors may be given a dropped cache's memory: wait until the copies have ended."""
+        if getattr(self, "copied", None) and not sys.is_finalizing():
+            self.join()
+
+    def format_stats(self, n_tokens, steps) -> list[str]:
+        """Lines for people about `steps` decoded tokens, n_tokens in all."""
+        self.join()
+        block_bytes = self.slots[0].nbytes
+        whole = self.host.nbytes // (self.capacity * self.config.block_size) * n_tokens
+        counts = int(self.fetched), self.selected, self.written_back
+        fetched, selected, written = (f"{count * block_bytes / steps / 1e6:,.3f} MB" for count in counts)
+        return [
+            f"device     {self.slots.nbytes / 1e6:,.2f} MB of KV slots; the whole cache is {whole / 1e6:,.2f} MB",
+            f"link       {fetched} a token fetched, of {selected} selected; {written} a token written back",
+        ]
 
 
 def host_memory(shape, dtype, device, owner) -> torch.Tensor:
@@ -813,295 +752,13 @@ def host_memory(shape, dtype, device, owner) -> torch.Tensor:
     return memory
 
 
-class KVCache:
-    """K and V of all layers, or of the first n_layers, on the device, in blocks. The capacity is fixed."""
-
-    holds_everything = True  # so attend_all serves while the text fits the budget
-
-    def __init__(self, c: Config, m: LlamaConfig, heads, capacity_tokens, dtype, device, backend, n_layers=None):
-        self.block_size, self.heads, self.backend = c.block_size, heads, backend
-        self.n_kv_heads, self.group = m.n_kv_heads, m.n_heads // heads
-        self.capacity = c.n_blocks(capacity_tokens)
-        n_layers = m.n_layers if n_layers is None else n_layers
-        shape = (2, n_layers, m.n_kv_heads, self.capacity, c.block_size, m.head_dim)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
-        self.k, self.v = self.kv  # (L, Hk, capacity, b, D) each
-        self.blocks = self.kv.flatten(1, 3)  # (2, L * Hk * capacity, b, D): the pool of lists.table
-        self.dense_layers = min(c.dense_layers, m.n_layers)
-        self.lists = self.block_max = None
-        self.needs_max = backend == "triton" or c.history_rows == "every"  # each block's largest logit
-        self.pads = self.kv.is_cpu and not self.needs_max  # so kernels.attend_padded serves
-        self.padded = []  # a sparse layer's pool blocks (heads, n) each
-        if backend == "triton":  # a dense layer's lists: every block of each head
-            self.dense_table = torch.arange(m.n_kv_heads * self.capacity, dtype=torch.int32, device=device)
-            self.dense_starts = self.dense_table[:: self.capacity].contiguous()  # (Hk,)
-            self.dense_lengths = torch.zeros_like(self.dense_starts)  # (Hk,)
-            self.dense_max = self.kv.new_empty(m.n_heads // m.n_kv_heads, len(self.dense_table), dtype=torch.float32)
-
-    @property
-    def device_bytes(self) -> int:
-        """K and V that the device has room for."""
-        return self.kv.nbytes
-
-    def write_prompt(self, layer, k, v, first=0):
-        """Store k, v (Hk, T, D) of the tokens from `first` on. Returns K and V up to there: (Hk, first + T, D) each."""
-        self.n_tokens = first + k.shape[1]
-        tokens = self.kv[:, layer].flatten(2, 3)[:, :, : self.n_tokens]  # (2, Hk, first + T, D)
-        tokens[0, :, first:], tokens[1, :, first:] = k, v
-        if self.backend == "triton":
-            self.dense_lengths.fill_(self.n_tokens)
-        return tokens
-
-    def begin_token(self, n_tokens, lists):
-        """The next writes and reads belong to token n_tokens - 1, which attends to these lists."""
-        self.n_tokens = n_tokens
-        if lists is not self.lists:
-            self.lists = lists
-            if self.needs_max:
-                self.block_max = self.kv.new_zeros(self.group, lists.ids.numel(), dtype=torch.float32)  # (G, L' * A)
-
-    def advance(self, position):
-        """The token is at position (1,) int64; all lists have grown by it."""
-        self.position = position
-        if self.backend == "triton" and (self.dense_layers or self.lists is None):
-            self.dense_lengths.add_(1)
-        elif self.pads and self.lists is not None:  # one operation for all layers
-            lengths = self.lists.lengths  # (L', heads)
-            self.longest = kernels.cdiv(lengths, self.block_size).amax(1).tolist()  # of a layer's lists, in blocks
-            self.mask = kernels.length_mask(lengths, max(self.longest) * self.block_size)  # (L', heads, tokens)
-
-    def write_token(self, layer, k, v):
-        """Store k, v (Hk, 1, D) of the current token."""
-        write_at(self.kv[:, layer].flatten(2, 3), self.position, torch.stack((k, v)))
-
-    def write_back(self, n_tokens):
-        """There is nothing to do: K and V have one copy."""
-
-    def select(self, lists, first_layer=0):
-        """Note where the blocks of these lists are, which belong to the sparse layers from first_layer on."""
-        ids = lists.ids  # (layers, A)
-        layers = slice(first_layer, first_layer + len(ids))
-        layer = torch.arange(layers.start, layers.stop, device=ids.device)[:, None] + self.dense_layers  # (layers, 1)
-        kv_head = ids // self.capacity * self.n_kv_heads // self.heads  # (layers, A)
-        lists.table.copy_(((layer * self.n_kv_heads + kv_head) * self.capacity + ids % self.capacity).flatten())
-        self.pad(lists, layers)
-
-    def pad(self, lists, layers):
-        """On a CPU: note the pool blocks of these sparse layers as rectangles."""
-        if self.pads:
-            end = torch.full_like(lists.starts[:, :1], lists.ids.shape[1])  # (layers, 1)
-            sizes = lists.starts.diff(append=end).tolist()  # blocks, with room for the tokens up to the next selection
-            rows = zip(lists.table.view(lists.ids.shape), sizes)
-            self.padded[layers] = [kernels.pad_lists(row.split(size)) for row, size in rows]
-
-    def attend(self, layer, q):
-        """Attention of q (Hq, D) over the lists of a sparse layer -> out (Hq, D), log-sum-exp (Hq,)."""
-        if self.pads:
-            n = self.longest[layer]  # blocks
-            pool_block, mask = self.padded[layer][:, :n], self.mask[layer, :, : n * self.block_size]
-            return kernels.attend_padded(q, *self.blocks, pool_block, mask)  # of (heads, n), (heads, n * b)
-        lists = self.lists.table, self.lists.table_starts[layer], self.lists.lengths[layer]
-        return kernels.sparse_decode(q, *self.blocks, *lists, self.block_max, self.backend)
-
-    def attend_all(self, layer, q):
-        """Dense attention of q (Hq, D) -> (Hq, D)."""
-        if self.backend == "triton":
-            pool = self.kv[:, layer].flatten(1, 2)  # (2, Hk * capacity, b, D)
-            lists = self.dense_table, self.dense_starts, self.dense_lengths, self.dense_max
-            return kernels.sparse_decode(q, *pool, *lists, self.backend)[0]
-        k, v = self.kv[:, layer].flatten(2, 3)[:, None, :, : self.n_tokens]  # (1, Hk, T, D) each
-        return F.scaled_dot_product_attention(q.unflatten(0, (self.n_kv_heads, -1))[None], k, v)[0].flatten(0, 1)
-
-    def pool(self, q, n_tokens, row_distance=1):
-        """See pool_rows."""
-        return pool_rows(
-            q, self.kv[0, self.dense_layers :].flatten(0, 1), self.heads, n_tokens, row_distance, self.backend
-        )
-
-    def begin_pooling(self, q, n_tokens):
-        """Pool one row per layer; returns a function that gives it."""
-        pooled = self.pool(q, n_tokens)
-        return lambda: pooled
-
-    def write_rows(self, lse, rows):
-        """The rows (L' * heads, capacity) that this step's attention leaves, from its lse (L' * Hq,)."""
-        block, starts = self.lists.ids.flatten() % self.capacity, self.lists.table_starts.flatten()
-        kernels.write_rows(self.block_max, lse, block, starts, self.lists.lengths.flatten(), rows, self.block_size)
-
-
-class OffloadedCache(KVCache):
-    """A KVCache whose sparse layers have their K and V in host memory, a block's K and V side by side.
-
-    The device has slots: for each sparse layer those of the selected blocks and spare ones, and for each head those of
-    the sink and of the tail, which are fixed. A new selection copies only the blocks that no slot holds yet, into spare
-    slots, while tokens still attend to the selection before it. A calibration runs where the keys are: a thread pools
-    them in host memory. Before a calibration and before a selection the tail's new blocks are written to the host.
-    """
-
-    holds_everything = False
-
-    def __init__(self, c: Config, m: LlamaConfig, heads, capacity_tokens, dtype, device, backend):
-        dense_layers = min(c.dense_layers, m.n_layers)
-        super().__init__(c, m, heads, capacity_tokens, dtype, device, backend, n_layers=dense_layers)
-        self.device = self.kv.device
-        self.sink, self.ring = c.sink_tokens // c.block_size, c.tail_blocks(capacity_tokens)
-        rows, k = (1, heads * c.topk_blocks) if c.share_budget == "layer" else (heads, c.topk_blocks)
-        spare = max(rows * c.exchanged(k), heads * c.new_blocks(capacity_tokens))  # a selection's new blocks, at most
-        self.selectable = heads * c.topk_blocks + spare  # slots of a layer for selected blocks
-        n_layers, block = m.n_layers - dense_layers, (2, c.block_size, m.head_dim)
-        host = n_layers, m.n_kv_heads, self.capacity, *block
-        self.host = host_memory(host, dtype, self.device, self)  # (L', Hk, capacity, 2, b, D)
-        n_slots = self.selectable + heads * (self.sink + self.ring)
-        self.slots = torch.zeros(n_layers, n_slots, *block, dtype=dtype, device=device)  # (L', slots, 2, b, D)
-        self.blocks = self.slots.flatten(0, 1).unbind(1)  # (L' * slots, b, D): K's, V's
-        self.fixed = self.slots[:, self.selectable :].unflatten(1, (heads, -1))  # (L', heads, sink + ring, 2, b, D)
-        self.fixed_cells = self.fixed.unflatten(1, (m.n_kv_heads, -1)).flatten(3, 5)  # (L', Hk, heads / Hk, cells, D)
-        self.held = torch.full((n_layers, self.selectable), -1, dtype=torch.int32, device=device)  # ids in the slots
-        self.written = 0  # tokens that the host has
-        self.worker = None
-        if uses_streams(self.device):
-            self.worker = ThreadPoolExecutor(1, "pooling")
-            self.host_q = host_memory((n_layers, m.n_heads, 1, m.head_dim), dtype, self.device, self)
-            row = n_layers, heads, 1, self.capacity
-            self.host_rows = host_memory(row, torch.float32, self.device, self)
-            self.host_lse = host_memory((n_layers, m.n_heads, 1), torch.float32, self.device, self)
-        self.fetched = torch.zeros((), dtype=torch.int64, device=device)  # blocks copied into slots, of all heads
-        self.selected = 0  # blocks selected, of all heads
-        self.written_bytes = 0  # to the host
-
-    @property
-    def block_bytes(self) -> int:
-        """K and V of one head's block."""
-        return self.slots[0, 0].nbytes
-
-    @property
-    def device_bytes(self) -> int:
-        return self.kv.nbytes + self.slots.nbytes
-
-    def fixed_slot(self, block):
-        """Where blocks of the sink or the tail are among a head's fixed slots."""
-        return torch.where(block < self.sink, block, self.sink + block % self.ring)
-
-    def write_prompt(self, layer, k, v, first=0):
-        """As KVCache.write_prompt, `first` the start of a block. Earlier K and V are copied back from the host."""
-        if layer < self.dense_layers:
-            return super().write_prompt(layer, k, v, first)
-        blocks = torch.stack((k, v), 1)  # (Hk, 2, T, D)
-        blocks = F.pad(blocks, (0, 0, 0, -k.shape[1] % self.block_size)).unflatten(2, (-1, self.block_size))
-        blocks = blocks.transpose(1, 2)  # (Hk, blocks, 2, b, D)
-        start, layer = first // self.block_size, layer - self.dense_layers
-        end = start + blocks.shape[1]
-        earlier = self.host[layer, :, :start].to(self.device)  # (Hk, start, 2, b, D)
-        self.host[layer, :, start:end].copy_(blocks)
-        kept = [block for block in range(start, end) if block < self.sink or block >= end - self.ring]  # sink and tail
-        block = torch.tensor(kept, device=self.device)  # (n,); a mask on the device would make the host wait
-        each = blocks[:, block - start].repeat_interleave(self.heads // self.n_kv_heads, 0)  # (heads, n, 2, b, D)
-        self.fixed[layer, :, self.fixed_slot(block)] = each
-        self.written = first + k.shape[1]
-        return [torch.cat((old.flatten(1, 2), new), 1) for old, new in zip(earlier.unbind(2), (k, v))]
-
-    def advance(self, position):
-        super().advance(position)
-        cell = self.fixed_slot(position // self.block_size) * 2 * self.block_size + position % self.block_size  # (1,)
-        self.cells = torch.cat((cell, cell + self.block_size))  # (2,): of the token's K and V in a head's fixed slots
-
-    def write_token(self, layer, k, v):
-        """Store k, v (Hk, 1, D) of the current token in its block's slots."""
-        if layer < self.dense_layers:
-            return super().write_token(layer, k, v)
-        cells = self.fixed_cells[layer - self.dense_layers]  # (Hk, heads / Hk, cells, D)
-        write_at(cells, self.cells, torch.cat((k, v), 1)[:, None].expand(-1, cells.shape[1], -1, -1))
-
-    def write_back(self, n_tokens):
-        """Copy from the slots to the host what it does not have of the first n_tokens yet, in whole blocks."""
-        if n_tokens <= self.written:
-            return
-        end = kernels.cdiv(n_tokens, self.block_size)
-        block = torch.arange(self.written // self.block_size, end, device=self.device)
-        layer = torch.arange(len(self.slots), device=self.device)[:, None, None]  # (L', 1, 1)
-        kv_head = torch.arange(self.n_kv_heads, device=self.device)[:, None]  # (Hk, 1)
-        head = kv_head * (self.heads // self.n_kv_heads)  # the first of those that share a KV head
-        slot = self.selectable + head * (self.sink + self.ring) + self.fixed_slot(block)  # (Hk, blocks)
-        source = (layer * self.slots.shape[1] + slot).flatten().int()  # (L' * Hk * blocks,)
-        target = ((layer * self.n_kv_heads + kv_head) * self.capacity + block).flatten().int()
-        blocks = self.slots.flatten(0, 1).flatten(1), self.host.flatten(0, 2).flatten(1)
-        kernels.copy_blocks(*blocks, source, target, self.backend)
-        self.written = n_tokens
-        self.written_bytes += len(source) * self.block_bytes
-
-    def select(self, lists):
-        """Copy the selected blocks that no slot holds yet, and note which slots the lists are in."""
-        layer = torch.arange(len(lists.ids), device=lists.ids.device)[:, None]  # (L', 1)
-        wanted = lists.ids.gather(1, lists.entries).int()  # (L', k)
-        slots, fetch, held = kernels.assign_slots(wanted, self.held)
-        self.held.copy_(held)
-        source = (layer * self.n_kv_heads + fetch // self.capacity * self.n_kv_heads // self.heads) * self.capacity
-        source = torch.where(fetch < 0, -1, source + fetch % self.capacity)  # (L', k): blocks of the host
-        row = layer * self.slots.shape[1]  # (L', 1): a layer's first slot
-        kernels.copy_blocks(
-            self.host.flatten(0, 2).flatten(1), self.slots.flatten(0, 1).flatten(1),
-            source.flatten().int(), (row + slots).flatten().int(), self.backend,
-        )  # fmt: skip
-        self.fetched += (fetch >= 0).sum()
-        self.selected += lists.entries.numel()
-        head, block = lists.ids // self.capacity, lists.ids % self.capacity  # (L', A)
-        table = self.selectable + head * (self.sink + self.ring) + self.fixed_slot(block)
-        lists.table.copy_((row + table.scatter_(1, lists.entries, slots.long())).flatten())
-        self.pad(lists, slice(None))
-
-    def pool(self, q, n_tokens, row_distance=1):
-        """As KVCache.pool, on the host: the queries go there, the rows come back."""
-        rows, lse = self.pool_on_host(q.cpu(), n_tokens, row_distance)
-        return rows.to(q.device), lse.to(q.device)
-
-    @torch.inference_mode()
-    def pool_on_host(self, q, n_tokens, row_distance=1):
-        """`pool` with q and results in host memory; the keys must be there already."""
-        return pool_rows(q, self.host.flatten(0, 1)[:, :, 0], self.heads, n_tokens, row_distance, "torch")
-
-    def begin_pooling(self, q, n_tokens):
-        """As KVCache.begin_pooling. With a GPU, a thread pools as soon as queries and keys are in host memory."""
-        if not self.worker:
-            return super().begin_pooling(q, n_tokens)
-        self.host_q.copy_(q.contiguous(), non_blocking=True)  # (L', Hq, 1, D)
-        pooled = self.worker.submit(self.pool_after, torch.cuda.current_stream().record_event(), n_tokens)
-        return lambda: [x.to(self.device, non_blocking=True) for x in pooled.result()]
-
-    def pool_after(self, event, n_tokens):
-        """What the thread does: pool, and leave the results in pinned memory."""
-        event.synchronize()
-        results = self.pool_on_host(self.host_q, n_tokens)
-        pinned = self.host_rows, self.host_lse
-        return [p.flatten()[: x.numel()].view(x.shape).copy_(x) for p, x in zip(pinned, results)]
-
-    def format_stats(self, n_tokens, steps) -> list[str]:
-        """Lines for people about `steps` decoded tokens, n_tokens in all."""
-        whole = (self.host.nbytes + self.kv.nbytes) // (self.capacity * self.block_size) * n_tokens
-        fetched, selected = (int(n) * self.block_bytes / steps / 1e6 for n in (self.fetched, self.selected))
-        return [
-            f"device     {self.device_bytes / 1e6:,.2f} MB of KV slots; the whole cache is {whole / 1e6:,.2f} MB",
-            f"link       {fetched:,.3f} MB a token fetched, of {selected:,.3f} MB selected; "
-            f"{self.written_bytes / steps / 1e6:,.3f} MB a token written back",
-        ]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class InputError(Exception):
-    """The user gave something that cannot be used; the message says in one line what is wrong and what to do."""
-
-
-def require(condition, message):
-    if not condition:
-        raise InputError(message)
-
-
 def format_stats(decoder: SparseDecoder) -> str:
     """The counters as a few lines for people."""
-    decoder.join()  # the side stream may still be at the last recovery
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
     prefill_speed = stats.prefill_tokens / max(stats.prefill_seconds, 1e-9)
     attention, calibration, choosing = (
@@ -1115,7 +772,7 @@ def format_stats(decoder: SparseDecoder) -> str:
     if stats.recovery:
         recovery = torch.stack(stats.recovery).mean().item()
         lines.append(f"recovery   {recovery:.3f} of the true attention, mean of {len(stats.recovery)} calibrated steps")
-        if not decoder.side_stream:
+        if not has_streams(decoder.model.device):
             share = stats.overhead_seconds / stats.decode_seconds
             lines.append(f"overhead   {share:.0%} of the time: calibration, prediction and selection")
     if isinstance(decoder.cache, OffloadedCache):
@@ -1131,8 +788,6 @@ def format_summary(decoder: SparseDecoder) -> str:
     if stats.decode_tokens:
         read, dense = stats.read_bytes / steps / 1e6, stats.dense_bytes / steps / 1e6
         line += f", KV read {read:,.1f} MB a token, dense {dense:,.1f} MB"
-    if not decoder.sparse_layers:
-        return line
     if not decoder.selecting:
         budget = decoder.config.budget
         return f"{line}: all {decoder.n_tokens:,} tokens fit the budget of {budget:,}; a longer text shows the method"
@@ -1156,19 +811,17 @@ def auto_or_int(text):
 def add_method_options(parser):
     """An option for each parameter of Config; unless given, it is not in the namespace."""
     group = parser.add_argument_group("method (README.md explains the parameters)")
-    group.add_argument("--paper", action="store_true", help="the paper's setting; other options change it")
     for f in dataclasses.fields(Config):
-        paper = "" if f.metadata["paper"] == f.default else f"; paper: {f.metadata['paper']}"
-        default = "" if f.default is None else f" (default: {f.default}{paper})"
-        kind = auto_or_int if f.type == int | str else int if f.type == int | None else f.type
-        shown = dict(choices=f.metadata["choices"], help=f.metadata["help"] + default)
-        group.add_argument("--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, **shown)
+        default = "" if f.default is None else f" (default: {f.default})"
+        kind = auto_or_int if f.type == int | str else int
+        symbol, text = f.metadata["symbol"], f.metadata["help"] + default
+        group.add_argument(
+            "--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, metavar=symbol, help=text
+        )
 
 
 def config_of(args) -> Config:
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-    given = (Config.OFFLOADED if getattr(args, "offload", False) else {}) | given
-    return Config.paper(**given) if args.paper else Config(**given)
+    return Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)})
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -1187,8 +840,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights; auto: bfloat16")
     group.add_argument("--backend", default="auto", choices=backends, help="auto: triton on a GPU, else torch")
     group.add_argument("--offload", action="store_true", help="keep the KV cache in host memory")
-    group.add_argument("--no-graph", action="store_true", help="launch every kernel anew, without a CUDA graph")
-    group.add_argument("--dense", action="store_true", help="attend to everything in every layer")
+    group.add_argument("--dense", action="store_true", help="attend to everything")
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
@@ -1229,6 +881,8 @@ def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
         device = None
     require(device is not None and device.type in ("cpu", "cuda"), f"device {name} is not available: try cpu")
     if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # Triton launches on the current device
     dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
     backend = args.backend if args.backend != "auto" else "triton" if device.type == "cuda" else "torch"
@@ -1244,6 +898,7 @@ def check_limits(args):
     require(0 <= args.temperature < math.inf, f"temperature {args.temperature} must be at least 0")
     require(0 < args.top_p <= 1, f"top-p {args.top_p} must be above 0 and at most 1")
     require(0 <= args.seed < 2**63, f"seed {args.seed} must lie in 0 ... 2^63 - 1")
+    require(not (args.dense and args.offload), "--dense reads the whole cache for each token: leave --offload out")
 
 
 def free_memory(device) -> int | None:
@@ -1256,43 +911,22 @@ def free_memory(device) -> int | None:
         return None
 
 
-def prefill_memory(c: Config, m: LlamaConfig, n_tokens, dtype, offload) -> int:
-    """Bytes on the device for the activations of one chunk, or for the rows that are pooled after the last one."""
-    q, kv = m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
-    qkv = (q + 2 * kv) * dtype.itemsize + (q + kv) * (8 + dtype.itemsize)  # RoPE holds two float32 copies
-    mlp = 3 * m.d_ff * dtype.itemsize  # gate, up and their product
-    chunk = min(n_tokens, PREFILL_CHUNK) * (m.d_model * (4 + 2 * dtype.itemsize) + max(qkv, mlp))
-    earlier = 4 * kv * n_tokens * dtype.itemsize if offload else 0  # K and V of a layer, as copied and in order
-    sparse = m.n_layers - min(c.dense_layers, m.n_layers)
-    pooled = 0 if c.fits(n_tokens) else 4 * sparse * m.n_heads * c.history_len * c.n_blocks(n_tokens)
-    return max(chunk + earlier, pooled)
-
-
-def memory_needed(c: Config, m: LlamaConfig, capacity_tokens, dtype, offload) -> tuple[int, int]:
-    """Bytes that prefill and decoding allocate on the device and in host memory, beside the weights.
-
-    It makes a decoder on the meta device, whose tensors have sizes but no memory, and adds up the sizes.
-    """
-    with torch.device("meta") as meta:  # takes what would be host memory as well
-        model = SimpleNamespace(config=m, device=meta, kv_dtype=dtype)
-        decoder = SparseDecoder(c, model, Predictor(), capacity_tokens, offload=offload)
-    cache, rings = decoder.cache, (decoder.history, decoder.contributions, decoder.queries)
-    device = cache.device_bytes + sum(ring.nbytes for ring in rings)
-    return device + prefill_memory(c, m, capacity_tokens, dtype, offload), cache.host.nbytes if offload else 0
-
-
-def check_memory(c: Config, m: LlamaConfig, capacity_tokens, dtype, device, offload):
-    """Raise InputError, before anything is computed, where decoding would not fit into memory; say what to do."""
-    needs = zip(memory_needed(c, m, capacity_tokens, dtype, offload), (device, torch.device("cpu")))
-    for need, memory in needs:
+def check_memory(c: Config, m: LlamaConfig, n_tokens, dtype, device, offload):
+    """Raise InputError where the cache and prefill's largest activations would not fit into memory; say what to do."""
+    heads, n_blocks = m.n_layers * m.n_kv_heads, c.n_blocks(n_tokens)
+    kv, sparse = 2 * heads * n_tokens * m.head_dim * dtype.itemsize, not c.fits(n_tokens)
+    history = 2 * heads * c.history_len * n_blocks * HISTORY_DTYPE.itemsize
+    pooled = 2 * 4 * m.n_layers * m.n_heads * c.history_len * n_blocks  # rows of the prompt, in float32, and a copy
+    activations = min(n_tokens, PREFILL_CHUNK) * (3 * m.d_ff + 4 * m.d_model) * dtype.itemsize
+    needed = max(activations, sparse * pooled) + sparse * history
+    slots = min(kv, 2 * heads * c.budget * m.head_dim * 2 * dtype.itemsize)
+    for need, memory in ((needed + (slots if offload else kv), device), (kv if offload else 0, torch.device("cpu"))):
         free = free_memory(memory)
-        if free is not None and need > free:
-            where = "host memory" if memory.type == "cpu" else f"memory of {memory}"
-            remedy = "a shorter prompt, fewer --max-new-tokens" + ("" if offload else " or --offload")
-            raise InputError(
-                f"a text of {capacity_tokens:,} tokens needs {need / 1e9:,.2f} GB of {where}, {free / 1e9:,.2f} GB are "
-                f"free: try {remedy}"
-            )
+        require(
+            free is None or need <= free,
+            f"a text of {n_tokens:,} tokens needs {need / 1e9:,.2f} GB of memory on {memory}, {(free or 0) / 1e9:,.2f} "
+            f"GB are free: try a shorter prompt, fewer --max-new-tokens{'' if offload else ' or --offload'}",
+        )
 
 
 def run(args, make_decoder=SparseDecoder) -> SparseDecoder:
@@ -1304,8 +938,6 @@ def run(args, make_decoder=SparseDecoder) -> SparseDecoder:
     predictor = load_predictor(args.predictor)
     model, tokenizer = load_model(args.model or str(fetch_default_llm()), dtype, device)
     m = model.config
-    if args.dense:
-        config = dataclasses.replace(config, dense_layers=m.n_layers)
     if backend == "triton" and not kernels.supports(m.head_dim, config.block_size, model.kv_dtype.itemsize):
         shape = f"head dimension {m.head_dim}, blocks of {config.block_size} tokens"
         print(f"attnpred: there is no kernel for {shape}: using the torch backend", file=sys.stderr)
@@ -1317,11 +949,16 @@ def run(args, make_decoder=SparseDecoder) -> SparseDecoder:
     require(room >= 1, f"the prompt has {len(tokens):,} tokens, the model's context {m.context_len:,}: shorten it")
     max_new_tokens = min(args.max_new_tokens, room)
     capacity_tokens = len(tokens) + max_new_tokens
+    if args.dense:  # a budget that covers the text
+        covering = config.n_blocks(capacity_tokens) * config.block_size
+        config = dataclasses.replace(
+            config, budget=max(config.budget, covering + config.sink_tokens + config.local_tokens)
+        )
     check_memory(config, m, capacity_tokens, model.kv_dtype, device, args.offload)
-    decoder = make_decoder(config, model, predictor, capacity_tokens, backend, args.offload, not args.no_graph)
+    decoder = make_decoder(config, model, predictor, capacity_tokens, backend, args.offload)
     stream = TextStream(tokenizer)
     try:
-        for token in generate(model, decoder, tokens, max_new_tokens, args.temperature, args.top_p, args.seed):
+        for token in generate(decoder, tokens, max_new_tokens, args.temperature, args.top_p, args.seed):
             print(stream.push(token), end="", flush=True)
     finally:
         print(stream.flush(), flush=True)

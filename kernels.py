@@ -788,3 +788,11 @@ def check_caches(q, *caches):
 def check_lists(*lists):
     """What the kernels assume of lists of blocks, and of indices."""
     assert all(x.dtype == torch.int32 and x.stride(-1) == 1 for x in lists), "lists must be contiguous int32"
+
+_predict, _sparse_decode = predict, sparse_decode
+def predict(history, contributions, new_rows, start, end, valid_end, weights, backend="torch"):
+    return _predict(history, contributions, history.shape[1] - 1, new_rows, start, end, valid_end, weights, backend)
+def sparse_decode(q, k_pool, v_pool, table, lengths, backend="torch"):
+    n = int(cdiv(lengths, k_pool.shape[1]).amax())
+    mask = length_mask(lengths, n * k_pool.shape[1])
+    return attend_padded(q, k_pool, v_pool, table[:, :n], mask)
