@@ -64,13 +64,17 @@ class Config:
     history_len: int = parameter(64, "H", "rows of attention kept", least=5)
     sink_tokens: int | None = parameter(None, "S", "first tokens, always attended; default: one block")
     local_tokens: int = parameter(64, "R", "last tokens, always attended")
-    budget: int = parameter(1024, "B", "tokens attended per head, in the mean over a layer; sink and local included")
+    budget: int = parameter(
+        1024, "B", "tokens attended per head, in the mean over all heads; S, R and E blocks included"
+    )
     calibration_interval: int | str = parameter(
         "auto",
         "M",
-        "every M-th token, all keys are read and blocks selected; auto: 8, doubled while T / M > B",
+        "every M-th token, all keys are read and blocks selected; auto: 16, doubled while T / M > B",
         least=1,
     )
+    calibration_queries: int = parameter(4, "Q", "queries of the last M that make a row of attention", least=1)
+    echo_blocks: int = parameter(4, "E", "blocks attended because they continue earlier occurrences of the token")
 
     def __post_init__(self):
         b = self.block_size
@@ -78,7 +82,7 @@ class Config:
         if self.sink_tokens is None:
             object.__setattr__(self, "sink_tokens", b)
         least = {f.name: f.metadata["least"] for f in dataclasses.fields(self)}
-        least |= dict(local_tokens=b, budget=self.sink_tokens + self.local_tokens)
+        least |= dict(local_tokens=b, budget=self.sink_tokens + self.local_tokens + self.echo_blocks * b)
         for name, lowest in least.items():
             value = getattr(self, name)
             require(value == "auto" or value >= lowest, f"{name} = {value} is too small: use at least {lowest}")
@@ -90,7 +94,7 @@ class Config:
     @property
     def topk_blocks(self) -> int:
         """K: blocks selected from the middle, per head, in the mean."""
-        return (self.budget - self.sink_tokens - self.local_tokens) // self.block_size
+        return (self.budget - self.sink_tokens - self.local_tokens) // self.block_size - self.echo_blocks
 
     def n_blocks(self, n_tokens: int) -> int:
         """N: blocks in a cache of n_tokens, the last one perhaps partial."""
@@ -107,16 +111,20 @@ class Config:
     def fits(self, n_tokens: int) -> bool:
         """Whether the budget covers a text of n_tokens, so that there is nothing to select."""
         start, end = self.middle(n_tokens)
-        return end - start <= self.topk_blocks
+        return end - start <= self.topk_blocks + self.echo_blocks
 
     def interval(self, n_tokens: int) -> int:
         """M at n_tokens. With "auto", calibration (T / M keys a token) reads at most half of what attention reads."""
         m = self.calibration_interval
         if m == "auto":
-            m = 8
+            m = 16
             while n_tokens > self.budget * m:
                 m *= 2
         return m
+
+    def queries(self, interval: int) -> int:
+        """Q: how many of an interval's M queries make a row. They are evenly spaced, so their number divides M."""
+        return math.gcd(self.calibration_queries, interval)
 
     def tail_blocks(self, n_tokens: int) -> int:
         """Blocks from the middle's end on, at most, while a selection for a text of n_tokens is in use.
@@ -176,7 +184,8 @@ def load_predictor(path) -> Predictor:
 class History:
     """The last H rows of attention of every head, and the convolution's scores from them.
 
-    A row has the root mean square, over the query heads of a KV head, of each block's largest attention probability.
+    A row belongs to M tokens. It has the largest attention probability in each block, as the root mean square over Q of
+    the tokens' queries and over the G query heads of a KV head.
     """
 
     def __init__(self, config: Config, m: LlamaConfig, capacity, predictor: Predictor, device, backend):
@@ -213,24 +222,31 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
-    attention_bytes: int = 0  # K and V read by attention, over all decoded tokens
+    attention_bytes: int = 0  # K and V read by attention without echoes, over all decoded tokens
     calibration_bytes: int = 0  # K read by calibration
     choosing_bytes: int = 0  # history and contributions read by prediction
     dense_bytes: int = 0  # K and V that dense attention would have read
     overhead_seconds: float = 0.0  # calibration, prediction and selection; on a GPU the host does not wait for them
+    echoes: torch.Tensor | None = None  # () int64: echo blocks that attention read, of all heads
+    echo_block_bytes: int = 0  # K and V of one of them
     recovery: list = field(default_factory=list)  # (L, Hq) each: the share of the true attention that was attended
 
     @property
     def read_bytes(self) -> int:
         """Everything that decoding read instead of the dense cache."""
-        return self.attention_bytes + self.calibration_bytes + self.choosing_bytes
+        return self.attention_bytes + self.echo_bytes + self.calibration_bytes + self.choosing_bytes
+
+    @property
+    def echo_bytes(self) -> int:
+        """K and V of echoes, which attention reads in addition. The host waits for their number."""
+        return int(self.echoes) * self.echo_block_bytes
 
 
 class SparseDecoder:
     """One sequence being decoded: `prefill`, then `decode` token by token. Both return the next token's logits (V,).
 
-        prefill             per chunk: run the model with `attend_prompt`;   then calibrate, select
-        decode              run the model with `attend`;   after every M-th token: calibrate, select
+        prefill             per chunk: run the model with `attend_prompt`;   then fill the history, select
+        decode              look up echoes, run the model with `attend`;   after every M-th token: calibrate, select
 
     `decode` is `begin_token`, `run_model` and `end_token`, for callers that run the model themselves. On a GPU, the
     model's device must be the current one, because Triton launches there.
@@ -248,12 +264,16 @@ class SparseDecoder:
             self.history = History(c, m, self.cache.capacity, predictor, device, backend)
         self.n_tokens = 0  # of the text, on the host; the device has the position of the newest one
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.interval = self.due = 0  # M since the last selection; tokens until the next one
+        self.ids = torch.zeros(capacity_tokens, dtype=torch.int64, device=device)  # the text
+        self.due = 0  # tokens until the next calibration and selection
+        self.interval = self.distance = 0  # M since the last selection; tokens from one query of a row to the next
+        self.queries = []  # (L, Hq, 1, D) each: of the next row
         self.selecting = False  # from the first prediction on
         self.key_bytes = m.n_layers * m.n_kv_heads * m.head_dim * model.kv_dtype.itemsize  # of a token, in all layers
         self.q, self.lse = [None] * m.n_layers, [None] * m.n_layers  # (Hq, 1, D) and (Hq,) each: of the newest token
         self.run = CapturedStep(self.run_model) if has_streams(device) and backend == "triton" else self.run_model
-        self.stats = Stats()
+        self.stats = Stats(echoes=self.cache.echoes)
+        self.stats.echo_block_bytes = 2 * self.key_bytes * c.block_size // (m.n_layers * m.n_kv_heads)
 
     @torch.inference_mode()
     def prefill(self, tokens):
@@ -261,7 +281,7 @@ class SparseDecoder:
 
         On a terminal, standard error shows the progress through a prompt of several chunks.
         """
-        self.begin_prompt(len(tokens))
+        self.begin_prompt(tokens)
         chunks, form = tokens.split(PREFILL_CHUNK), "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
         hide = True if len(chunks) == 1 else None  # None: unless standard error is a terminal
         for chunk in tqdm(chunks, "Reading the prompt", disable=hide, leave=False, bar_format=form):
@@ -281,14 +301,19 @@ class SparseDecoder:
 
     # The prompt
 
-    def begin_prompt(self, n_tokens):
-        """The prompt has n_tokens; the history gets a row for every M-th of its last H * M queries."""
-        self.interval = self.config.interval(n_tokens)
-        rows = min(self.config.history_len, kernels.cdiv(n_tokens, self.interval))
-        self.first_query = n_tokens - 1 - (rows - 1) * self.interval  # position of the oldest row's query
-        m, model = self.model.config, self.model
-        shape = m.n_layers, m.n_heads, rows, m.head_dim
-        self.prompt_queries = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
+    def begin_prompt(self, tokens):
+        """The history gets rows of the prompt's last H * M tokens, or fewer: Q queries for each M of them."""
+        c, m, n_tokens = self.config, self.model.config, len(tokens)
+        self.ids[:n_tokens] = tokens
+        self.set_interval(n_tokens)
+        n_queries = min(c.history_len * c.queries(self.interval), kernels.cdiv(n_tokens, self.distance))
+        self.first_query = n_tokens - 1 - (n_queries - 1) * self.distance  # the position of the oldest one
+        shape = m.n_layers, m.n_heads, n_queries, m.head_dim
+        self.prompt_queries = torch.zeros(shape, dtype=self.model.kv_dtype, device=tokens.device)
+
+    def set_interval(self, n_tokens):
+        self.interval = self.due = self.config.interval(n_tokens)
+        self.distance = self.interval // self.config.queries(self.interval)
 
     def attend_prompt(self, layer, q, k, v):
         """Dense causal attention of the T tokens after n_tokens, to all tokens so far: one layer, one chunk.
@@ -298,22 +323,19 @@ class SparseDecoder:
         return causal_attention(layer, q, *self.take_prompt(layer, q, k, v))
 
     def take_prompt(self, layer, q, k, v):
-        """Write a chunk's K and V, and keep the queries of rows. Returns K and V of all tokens so far: (Hk, T', D)."""
-        row = max(
-            0, kernels.cdiv(self.n_tokens - self.first_query, self.interval)
-        )  # the first with a query in this chunk
-        kept = q[
-            :, self.first_query + row * self.interval - self.n_tokens :: self.interval
-        ]  # (Hq, rows of the chunk, D)
-        self.prompt_queries[layer, :, row : row + kept.shape[1]] = kept
+        """Write a chunk's K and V, and keep queries for rows. Returns K and V of all tokens so far: (Hk, T', D)."""
+        i = max(0, kernels.cdiv(self.n_tokens - self.first_query, self.distance))  # the first one in this chunk
+        kept = q[:, self.first_query + i * self.distance - self.n_tokens :: self.distance]  # (Hq, queries, D)
+        self.prompt_queries[layer, :, i : i + kept.shape[1]] = kept
         return self.cache.write_prompt(layer, self.n_tokens, k, v)
 
     def end_prompt(self):
         """After all chunks: fill the history, and select blocks for the first new tokens."""
         self.position.fill_(self.n_tokens - 1)
         self.cache.end_prompt(self.n_tokens)
-        if self.history:
-            self.history.push(self.cache.pool(self.prompt_queries, self.n_tokens, self.interval)[0])
+        if self.history:  # one layer at a time, to bound the memory
+            rows = [self.pool(q[None], slice(i, i + 1))[0] for i, q in enumerate(self.prompt_queries)]
+            self.history.push(torch.cat(rows))  # (L, Hk, H or fewer, N)
         self.select()
         self.cache.take_over()  # the first selection is not late
         self.warm_up()
@@ -328,13 +350,20 @@ class SparseDecoder:
 
     def run_model(self, token):
         """Run the model on token (1,) -> logits (V,). All of it runs on the device, and may be part of a CUDA graph."""
-        self.advance()
+        self.advance(token)
         return self.model(token, self.position, self.attend)
 
-    def advance(self):
-        """Count a token on the device."""
+    def advance(self, token):
+        """Append token (1,) on the device, and look up its echoes."""
+        c = self.config
         self.position += 1
+        self.ids.index_copy_(0, self.position, token)
         self.cache.advance(self.position)
+        if self.history and c.echo_blocks:
+            shape = c.sink_tokens // c.block_size, c.local_tokens // c.block_size, c.block_size, self.cache.capacity
+            scores = kernels.find_echoes(self.ids, self.position, *shape, self.backend)  # (capacity,)
+            block = kernels.select_blocks(scores[None], c.echo_blocks, self.backend)[0].long()  # (E,)
+            self.cache.attend_also(torch.where(scores[block] > -torch.inf, block, -1))
 
     def attend(self, layer, q, k, v):
         """Attention of one token to its head's blocks: q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)."""
@@ -348,6 +377,8 @@ class SparseDecoder:
         began = time.perf_counter()
         self.count_reads()
         self.due -= 1
+        if self.history and self.due % self.distance == 0:
+            self.queries.append(torch.stack(self.q))
         if self.due == 0:
             if self.history:
                 self.calibrate()
@@ -355,17 +386,22 @@ class SparseDecoder:
         self.stats.overhead_seconds += time.perf_counter() - began
 
     def calibrate(self):
-        """The true attention row of the newest token, over all keys, enters the history."""
-        rows, true_lse = self.cache.pool(torch.stack(self.q), self.n_tokens)  # (L, Hk, 1, N), (L, Hq, 1)
+        """The true attention row of the last M tokens, over all keys, enters the history."""
+        rows, true_lse = self.pool(torch.cat(self.queries, 2))  # (L, Hk, 1, N), (L, Hq, Q)
         self.history.push(rows)
+        self.queries = []
         self.stats.calibration_bytes += self.key_bytes * self.n_tokens
         if self.selecting:  # recovery: the attended keys' share of the sum of all exponentials
             self.stats.recovery.append(torch.exp(torch.stack(self.lse) - true_lse[..., -1]))  # (L, Hq)
 
+    def pool(self, queries, layers=slice(None)):
+        """Rows of the last tokens' queries (L', Hq, n, D): (L', Hk, rows, N), and log-sum-exps (L', Hq, n)."""
+        return self.cache.pool(layers, queries, self.n_tokens, self.distance, self.interval // self.distance)
+
     def select(self):
         """Predict, and select the blocks that the next M tokens attend to."""
         c, n_tokens = self.config, self.n_tokens + 1  # the next token is the first one that the selection serves
-        self.interval = self.due = c.interval(self.n_tokens)
+        self.set_interval(self.n_tokens)
         start, end = c.middle(n_tokens)
         chosen = None  # the whole middle
         if not c.fits(n_tokens):
@@ -381,11 +417,10 @@ class SparseDecoder:
         return self.history.scores(start, end).unflatten(0, (self.model.config.n_layers, -1))
 
     def choose(self, scores):
-        """The Hk * K best scores of each layer: scores (L, Hk, n) -> (L, Hk, n) bool."""
-        chosen, k = torch.zeros_like(scores, dtype=torch.bool), scores.shape[1] * self.config.topk_blocks
+        """The L * Hk * K best scores of the whole model: scores (L, Hk, n) -> (L, Hk, n) bool."""
+        chosen, k = torch.zeros_like(scores, dtype=torch.bool), len(self.history.rows) * self.config.topk_blocks
         if k:
-            best = kernels.select_blocks(scores.flatten(1), k, self.backend).long()  # (L, k)
-            chosen.view(len(chosen), -1).scatter_(1, best, True)
+            chosen.view(-1)[kernels.select_blocks(scores.view(1, -1), k, self.backend)[0].long()] = True
         return chosen
 
     def count_reads(self):
@@ -399,13 +434,13 @@ class SparseDecoder:
         """On a GPU: compile now what would otherwise be compiled in the middle of an answer."""
         start = self.config.sink_tokens // self.config.block_size
         if self.history and not self.selecting and self.backend == "triton" and self.cache.capacity > start:
-            self.cache.pool(self.prompt_queries[:, :, -1:], self.n_tokens)
+            self.pool(self.prompt_queries[:, :, -self.config.queries(self.interval) :])
             self.choose(self.scores(start, self.cache.capacity))
             self.history.predicted_end = 0
 
 
 class CapturedStep:
-    """A step as a CUDA graph. The first call runs it, which compiles the kernels; the second captures it; the rest replay.
+    """A step as a CUDA graph: the first call runs it, which compiles the kernels; the second captures and replays it.
 
     A replay uses the memory of the capture and the numbers that the host had then, so what changes from token to token
     must be in tensors that keep their addresses.
@@ -493,14 +528,16 @@ def has_streams(device) -> bool:
     return device.type == "cuda"
 
 
-def pool_rows(q, keys, n_tokens, row_distance, backend):
-    """Pool rows of attention of all layers, as the history has them.
+def pool_rows(q, keys, n_tokens, distance, per_row, backend):
+    """Pool rows of attention, as the history has them, from `per_row` queries each.
 
-    q (L, Hq, rows, D), keys (L, Hk, capacity, b, D) -> rows (L, Hk, rows, N), and log-sum-exps (L, Hq, rows)
+    q (L', Hq, n, D): the last queries, `distance` tokens apart; keys (L', Hk, capacity, b, D). Returns rows (L', Hk,
+    rows, N), where queries before the text count as zeros, and log-sum-exps (L', Hq, n).
     """
-    pooled, lse = kernels.pool_history(q.flatten(0, 1), keys.flatten(0, 1), n_tokens, row_distance, backend)
-    rows = pooled.unflatten(0, (*keys.shape[:2], -1)).square().mean(2).sqrt()  # over the G queries of a KV head
-    return rows, lse.unflatten(0, q.shape[:2])
+    pooled, lse = kernels.pool_history(q.flatten(0, 1), keys.flatten(0, 1), n_tokens, distance, backend)
+    pooled = F.pad(pooled, (0, 0, -q.shape[2] % per_row, 0))  # (L' * Hq, rows * Q, N)
+    pooled = pooled.view(*keys.shape[:2], -1, pooled.shape[1] // per_row, per_row, pooled.shape[2])
+    return pooled.square().mean((2, 4)).sqrt(), lse.unflatten(0, q.shape[:2])  # mean over G and Q
 
 
 class KVCache:
@@ -511,8 +548,11 @@ class KVCache:
         self.device, self.heads = torch.device(device), (m.n_layers, m.n_kv_heads)  # (L, Hk)
         address = torch.arange(math.prod(self.heads) * capacity, dtype=torch.int32, device=device)
         self.address = address.view(*self.heads, capacity)  # (L, Hk, capacity): where each block of the text is stored
-        self.table = self.address.clone()  # (L, Hk, capacity): addresses of the blocks that a head attends to, in order
+        # (L, Hk, E + capacity): addresses of the blocks that a head attends to: echoes or -1, then the others in order
+        self.table = F.pad(self.address, (c.echo_blocks, 0), value=-1)
         self.lengths = torch.zeros(self.heads, dtype=torch.int32, device=device)  # (L, Hk): tokens in these blocks
+        self.attended = torch.ones_like(self.address, dtype=torch.bool)  # (L, Hk, capacity): blocks, echoes apart
+        self.echoes = torch.zeros((), dtype=torch.int64, device=device)  # echo blocks attended so far, of all heads
         self.whole = True  # all blocks are attended
         self.left_out = 0  # blocks that are not attended, of all heads
         self.allocate((c.block_size, m.head_dim), dtype)
@@ -529,7 +569,7 @@ class KVCache:
         return tokens
 
     def end_prompt(self, n_tokens):
-        self.lengths.fill_(n_tokens)
+        self.lengths.fill_(n_tokens + self.config.echo_blocks * self.config.block_size)
 
     def begin_token(self):
         """What the host does before a token."""
@@ -554,9 +594,19 @@ class KVCache:
             return F.scaled_dot_product_attention(groups, k, v)[0].flatten(0, 1), None
         return kernels.sparse_decode(q, *self.blocks, self.table[layer], self.lengths[layer], self.backend)
 
-    def pool(self, q, n_tokens, row_distance=1):
-        """See pool_rows."""
-        return pool_rows(q, self.kv[0], n_tokens, row_distance, self.backend)
+    def attend_also(self, block):
+        """The current token attends to the echoes `block` (E,) int64, too; -1 for none. No block is read twice."""
+        new = (block >= 0) & ~self.attended[..., block]  # (L, Hk, E)
+        self.table[..., : len(block)] = torch.where(new, self.echo_address(block, new), -1)
+        self.echoes += new.sum()
+
+    def echo_address(self, block, new):
+        """Where the blocks (E,) are, for heads to which they are new: (L, Hk, E)."""
+        return self.address[..., block]
+
+    def pool(self, layers, q, *args):
+        """See pool_rows; q (L', Hq, n, D) of the slice `layers`."""
+        return pool_rows(q, self.kv[0, layers], *args, self.backend)
 
     def select(self, chosen, start, end, n_tokens):
         """From the next token on, attend to the `chosen` blocks of the middle [start, end), and to all others.
@@ -567,22 +617,24 @@ class KVCache:
             self.attend_to(*self.lists(self.address, chosen, start, end, n_tokens))
 
     def lists(self, address, chosen, start, end, n_tokens):
-        """Table and lengths of the attended blocks, and how many are left out; `address` says where blocks are."""
+        """Attended blocks, their addresses, tokens in them, and how many blocks are left out."""
         block = torch.arange(self.capacity, device=self.device)
-        attended = torch.ones_like(address, dtype=torch.bool)  # (L, Hk, capacity)
+        attended = torch.ones_like(self.attended)
         attended[..., start:end] = chosen
         order = torch.where(attended, block, self.capacity).sort(-1).values.clamp(max=self.capacity - 1)
-        left_out = (~chosen).sum(-1)  # (L, Hk)
-        n_left_out = math.prod(self.heads) * (end - start - self.n_chosen(start, end))
-        return address.gather(-1, order), n_tokens - left_out * self.config.block_size, n_left_out
+        extra = self.config.echo_blocks - (~chosen).sum(-1)  # (L, Hk) blocks
+        left_out = math.prod(self.heads) * (end - start - self.n_chosen(start, end))
+        return attended, address.gather(-1, order), n_tokens + extra * self.config.block_size, left_out
 
     def n_chosen(self, start, end):
         """Blocks chosen from the middle [start, end) per head, in the mean."""
-        return min(self.config.topk_blocks, end - start)
+        fits = end - start <= self.config.topk_blocks + self.config.echo_blocks
+        return end - start if fits else self.config.topk_blocks
 
-    def attend_to(self, table, lengths, left_out):
+    def attend_to(self, attended, table, lengths, left_out):
         """Attend to these lists from now on. The tensors keep their addresses, which a CUDA graph has captured."""
-        self.table.copy_(table)
+        self.attended.copy_(attended)
+        self.table[..., self.config.echo_blocks :] = table
         self.lengths.copy_(lengths)
         self.whole, self.left_out = False, left_out
 
@@ -604,16 +656,22 @@ class OffloadedCache(KVCache):
         self.whole, self.written, self.age, self.next = False, 0, 0, None  # tokens that the host has; see `select`
         self.sink = min(c.sink_tokens // c.block_size, self.capacity)
         self.ring = min(c.tail_blocks(self.capacity * c.block_size), self.capacity)
-        self.n_free = 2 * n_heads * min(c.topk_blocks, self.capacity)  # slots of selected blocks
-        n_fixed = n_heads * (self.sink + self.ring)
+        self.n_free = 2 * n_heads * min(c.topk_blocks + c.echo_blocks, self.capacity)  # slots of selected blocks
+        n_fixed, n_echo = n_heads * (self.sink + self.ring), n_heads * c.echo_blocks
         self.host = host_memory((*self.heads, self.capacity, 2, *block), dtype, self.device, self)
-        self.slots = torch.zeros(self.n_free + n_fixed, 2, *block, dtype=dtype, device=self.device)  # (slots, 2, b, D)
+        n_slots = self.n_free + n_fixed + n_echo
+        self.slots = torch.zeros(n_slots, 2, *block, dtype=dtype, device=self.device)  # (slots, 2, b, D)
         self.blocks = self.slots.unbind(1)  # (slots, b, D): K's, V's
-        self.fixed = self.slots[self.n_free :].view(*self.heads, -1, 2, *block)  # (L, Hk, sink + ring, 2, b, D)
+        self.fixed = self.slots[self.n_free : self.n_free + n_fixed].view(
+            *self.heads, -1, 2, *block
+        )  # (L, Hk, sink + ring, 2, b, D)
         head = torch.arange(n_heads, device=self.device).view(*self.heads, 1)  # (L, Hk, 1)
         all_blocks = torch.arange(self.capacity, device=self.device)
         self.address = (self.n_free + head * (self.sink + self.ring) + self.fixed_slot(all_blocks)).int()
-        self.table.copy_(self.address)
+        self.table[..., c.echo_blocks :] = self.address
+        self.first_echo = self.n_free + n_fixed + torch.arange(n_heads, device=self.device)[:, None] * c.echo_blocks
+        held = torch.full((n_heads, c.echo_blocks), -1, dtype=torch.int32, device=self.device)
+        self.echo_held = held  # (L * Hk, E): the blocks in each head's slots for echoes, which begin at first_echo
         self.held = torch.full((1, self.n_free), -1, dtype=torch.int32, device=self.device)  # blocks in the free slots
         self.fetched = torch.zeros((), dtype=torch.int64, device=self.device)  # blocks copied into slots, of all heads
         self.selected = self.written_back = 0  # blocks selected, and blocks copied to the host, of all heads
@@ -653,11 +711,29 @@ class OffloadedCache(KVCache):
     def write(self, layer, k, v):
         self.fixed[layer].flatten(1, 3).index_copy_(1, self.cells, torch.cat((k, v), 1))
 
-    def pool(self, q, n_tokens, row_distance=1):
+    def pool(self, layers, q, n_tokens, *args):
         """As KVCache.pool, on the host, which waits: the queries go there, the rows come back."""
         self.write_back(n_tokens)
-        rows = pool_rows(q.cpu(), self.host[..., 0, :, :], n_tokens, row_distance, "torch")
+        rows = pool_rows(q.cpu(), self.host[layers, ..., 0, :, :], n_tokens, *args, "torch")
         return [x.to(self.device) for x in rows]
+
+    def echo_address(self, block, new):
+        """Copy the echoes that no slot holds yet into slots, before the token's attention."""
+        wanted = torch.where(new, block.int(), -1).flatten(0, 1)  # (L * Hk, E)
+        still_wanted = (self.echo_held[..., None] == wanted[:, None]).any(-1)  # (L * Hk, E)
+        held = torch.where(still_wanted, self.echo_held, -1)  # earlier tokens have been attended: slots may be reused
+        slots, fetch, held = kernels.assign_slots(wanted, held)
+        self.echo_held.copy_(held)
+        head = torch.arange(len(wanted), dtype=torch.int32, device=self.device)[:, None]  # (L * Hk, 1)
+        slots = (self.first_echo + slots).int()
+        self.copy(torch.where(fetch < 0, -1, head * self.capacity + fetch), slots)
+        return slots.view(new.shape)
+
+    def copy(self, source, target):
+        """Copy blocks of the host, by id or -1 for none, into slots; both (..., n) int32. Counts them."""
+        host, slots = self.host.flatten(0, 2).flatten(1), self.slots.flatten(1)
+        kernels.copy_blocks(host, slots, source.flatten(), target.flatten(), self.backend)
+        self.fetched += (source >= 0).sum()
 
     def write_back(self, n_tokens):
         """Copy from the slots to the host what it does not have of the first n_tokens yet, in whole blocks."""
@@ -690,10 +766,7 @@ class OffloadedCache(KVCache):
         wanted = wanted.scatter_(0, rank, block_ids[..., start:end].flatten())[None, :n_wanted]  # (1, n_wanted)
         slots, fetch, held = kernels.assign_slots(wanted, self.held)
         self.held.copy_(held)
-        kernels.copy_blocks(
-            self.host.flatten(0, 2).flatten(1), self.slots.flatten(1), fetch.flatten(), slots.flatten(), self.backend
-        )
-        self.fetched += (fetch >= 0).sum()
+        self.copy(fetch, slots)
         self.selected += n_wanted
         return self.address.flatten().scatter(0, wanted[0].long(), slots[0]).view(self.address.shape)
 

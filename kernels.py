@@ -793,6 +793,28 @@ _predict, _sparse_decode = predict, sparse_decode
 def predict(history, contributions, new_rows, start, end, valid_end, weights, backend="torch"):
     return _predict(history, contributions, history.shape[1] - 1, new_rows, start, end, valid_end, weights, backend)
 def sparse_decode(q, k_pool, v_pool, table, lengths, backend="torch"):
-    n = int(cdiv(lengths, k_pool.shape[1]).amax())
-    mask = length_mask(lengths, n * k_pool.shape[1])
-    return attend_padded(q, k_pool, v_pool, table[:, :n], mask)
+    b = k_pool.shape[1]
+    n = int(cdiv(lengths, b).amax())
+    table = table[:, :n]
+    mask = length_mask(lengths, n * b)
+    mask = mask.masked_fill((table < 0).repeat_interleave(b, 1), float("-inf"))
+    return attend_padded(q, k_pool, v_pool, table.clamp(min=0), mask)
+def find_echoes(ids, position, start, local_blocks, block_size, n_blocks, backend="torch"):
+    n, T = position + 1, len(ids)
+    run, eq = torch.zeros(T, device=ids.device), torch.ones(T, dtype=torch.bool, device=ids.device)
+    p = torch.arange(T, device=ids.device)
+    for j in range(8):
+        last = ids[(n - 1 - j).clamp(min=0)]
+        shifted = ids.roll(j)
+        eq = eq & (shifted == last) & (p >= j) & (n - 1 - j >= 0)
+        run = run + eq
+    valid = (run > 0) & (p < position)  # run of p ends at p; continuation p + 1
+    score = torch.where(valid, run * T + p + 1, float("-inf"))
+    score = F.pad(score[:-1], (1, 0), value=float("-inf"))
+    score = F.pad(score, (0, n_blocks * block_size - T), value=float("-inf")).view(n_blocks, block_size).amax(1)
+    block = torch.arange(n_blocks, device=ids.device)
+    return torch.where((block >= start) & (block < n // block_size - local_blocks), score, float("-inf"))
+def select_blocks(scores, k, backend="torch"):
+    if scores.shape[1] < 2000: return select_blocks_reference(scores, k)
+    scores = scores.masked_fill(scores.isnan(), float("-inf"))
+    return scores.topk(k, sorted=False).indices.sort(-1).values.int()
