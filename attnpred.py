@@ -391,7 +391,7 @@ class SparseDecoder:
         self.history.push(rows)
         self.queries = []
         self.stats.calibration_bytes += self.key_bytes * self.n_tokens
-        if self.selecting:  # recovery: the attended keys' share of the sum of all exponentials
+        if self.selecting and not self.cache.whole:  # recovery: the attended keys' share of the sum of all exponentials
             self.stats.recovery.append(torch.exp(torch.stack(self.lse) - true_lse[..., -1]))  # (L, Hq)
 
     def pool(self, queries, layers=slice(None)):
@@ -774,8 +774,8 @@ class OffloadedCache(KVCache):
         """Attend to the newest selection, once its copies have ended."""
         if self.next:
             self.join()
-            _, table, lengths, left_out = self.next
-            self.attend_to(table, lengths + self.age, left_out)
+            _, attended, table, lengths, left_out = self.next
+            self.attend_to(attended, table, lengths + self.age, left_out)
             self.next = None
 
     @contextmanager
