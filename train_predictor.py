@@ -3,12 +3,12 @@
     python train_predictor.py collect --data data
     python train_predictor.py train --data data --out predictor.safetensors
 
-The predictor ranks all blocks of a layer's heads by the attention that they get from the next M tokens. Its input is
-the history of true attention rows, M tokens apart, as decoding produces it with history_rows="true" and P = M.
+The predictor ranks all blocks of the model by the attention that they will get. Its input is the history: rows of
+attention, each of which belongs to M consecutive tokens. It is trained to predict the next row.
 
-Reading order: the corpus, `record` (one dense pass -> windows of history rows and of what to predict for them),
-`Window` (a file that training reads), `scores_of_rows` (many predictions in one pass), the losses, `train`. Both
-commands may be interrupted: the same command continues. The method is in attnpred.py; experiments/evaluate.py measures
+Reading order: the corpus, `record` (one dense pass -> windows of rows), `Window` (a file that training reads),
+`scores_of_rows` (many predictions in one pass), the losses, `train`. Both commands may be interrupted: the same command
+continues. The method is in attnpred.py; experiments/evaluate.py measures
 what a predictor is worth.
 """
 
@@ -149,8 +149,7 @@ def chat_tokens(tokenizer, ids, length, rng):
 # Recording
 # --------------------------------------------------------------------------------------------------------------------
 
-ROWS = 192  # rows of a window
-MAX_LOGITS = 1 << 20  # `record` computes at most so many at a time: 4 MB, about the size of a core's cache
+ROWS = 128  # rows of a window
 
 
 def attention(q, k, n_tokens):
@@ -173,43 +172,35 @@ def block_mass(q, k, n_tokens, block_size):
 
 
 @torch.inference_mode()
-def record(model, config: Config, tokens, ends, n_rows, stride):
-    """One dense pass over tokens -> for each end a window: pooled and target, both (layers, heads, rows, N) float16.
+def record(model, config: Config, tokens, ends):
+    """One dense pass over tokens -> a window for each end: rows (layers, Hk, ROWS, N) float16, as decoding makes them.
 
-    Row r belongs to position p = end - 1 - (n_rows - 1 - r) * stride. `pooled` has the true history row at p. `target`
-    has, per block, the root mean square of the block's attention over the positions p - stride + 1 ... p and over the
-    queries that select together. Each layer is pooled as soon as its q and k are known, so no attention matrix is kept.
+    Row r belongs to the M tokens up to position end - 1 - (ROWS - 1 - r) * M. Each layer is pooled as soon as its q and
+    k are known, so no attention matrix is kept.
     """
-    m, device = model.config, model.device
-    heads = config.selection_heads(m)
-    shape = 2, m.n_layers, heads, n_rows
+    m, interval = model.config, config.calibration_interval
+    per_row = config.queries(interval)
+    distance = interval // per_row  # tokens from one query of a row to the next
+    shape = m.n_layers, m.n_kv_heads, ROWS
     windows = [torch.zeros(*shape, config.n_blocks(end), dtype=attnpred.HISTORY_DTYPE) for end in ends]
 
     def attend(layer, q, k, v):
         padded = F.pad(k, (0, 0, 0, -k.shape[1] % config.block_size))
-        k_cache = padded.unflatten(1, (-1, config.block_size))  # (Hk, N, b, D)
-        for end, (pooled, target) in zip(ends, windows):
-            last = q[:, end - 1 - (n_rows - 1) * stride : end : stride]  # (Hq, rows, D)
-            maxima, _ = kernels.pool_history(last, k_cache, end, stride)  # (Hq, rows, N)
-            pooled[layer] = attnpred.group_rms(maxima[None], heads)[0]
-            chunk = max(1, MAX_LOGITS // (len(q) * end * stride))  # rows computed at a time
-            for first in range(0, n_rows, chunk):
-                stop = min(first + chunk, n_rows)
-                length = end - (n_rows - stop) * stride  # tokens up to the chunk's last row
-                sums = block_mass(q[:, length - (stop - first) * stride : length], k, length, config.block_size)
-                squares = sums.square().view(heads, -1, stop - first, stride, sums.shape[-1]).mean((1, 3))
-                target[layer, :, first:stop, : sums.shape[-1]] = squares.sqrt()
+        keys = padded.unflatten(1, (-1, config.block_size))[None]  # (1, Hk, N, b, D)
+        for end, rows in zip(ends, windows):
+            last = q[None, :, end - 1 - (ROWS * per_row - 1) * distance : end : distance]  # (1, Hq, ROWS * Q, D)
+            rows[layer] = attnpred.pool_rows(last, keys, end, distance, per_row, "torch")[0][0]
         return causal_attention(layer, q, k, v)
 
-    model(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device), attend)
+    model(torch.tensor(tokens, device=model.device), torch.arange(len(tokens), device=model.device), attend)
     return windows
 
 
 def collect(args):
     """Record windows of training and validation contexts in --data; existing windows are kept."""
-    config = Config(select_heads=args.select_heads, block_size=args.block_size)
-    if min(args.lengths) < ROWS * args.stride:
-        needed = f"{ROWS} rows at a stride of {args.stride} need {ROWS * args.stride}"
+    config = config_of_rows(vars(args))
+    if min(args.lengths) < ROWS * args.interval:
+        needed = f"{ROWS} rows of {args.interval} tokens need {ROWS * args.interval}"
         raise InputError(f"a context of {min(args.lengths)} tokens is too short: {needed}")
     documents = text_documents(args.text) if args.text else installed_documents()
     device, dtype, _ = attnpred.choose_device(args)
@@ -225,27 +216,31 @@ def collect(args):
         check_settings(Window(path).metadata, settings, f"{data} was collected", "give another --data")
     work = []
     for split, count in (("train", args.contexts), ("validation", args.validation_contexts)):
-        amounts = args.lengths, count, args.windows, ROWS * args.stride
+        amounts = args.lengths, count, args.windows, ROWS * args.interval
         for index, (origin, tokens, ends) in enumerate(draw_contexts(documents, split, *amounts, tokenizer, args.seed)):
             paths = [data / f"{split}-{index:03d}-{end:05d}.safetensors" for end in ends]
             if not all(path.exists() for path in paths):
                 work.append((origin, tokens, ends, paths))
     for origin, tokens, ends, paths in tqdm(work, "collecting", unit="context", disable=None):
-        windows = record(model, config, tokens, ends, ROWS, args.stride)
-        for path, end, (pooled, target) in zip(paths, ends, windows):
-            if not (pooled.isfinite().all() and target.isfinite().all()):
+        for path, end, rows in zip(paths, ends, record(model, config, tokens, ends)):
+            if not rows.isfinite().all():
                 raise InputError(f"the attention over {origin[:60]!r} is not finite: use --dtype float32")
-            write_tensors(path, {"pooled": pooled, "target": target}, settings | {"origin": origin, "n_tokens": end})
+            write_tensors(path, {"rows": rows}, settings | {"origin": origin, "n_tokens": end})
+
+
+def config_of_rows(settings) -> Config:
+    """The Config of a decoder that makes rows with these settings, by name."""
+    block_size, interval, queries = (int(settings[name]) for name in ("block_size", "interval", "queries"))
+    return Config(block_size=block_size, calibration_interval=interval, calibration_queries=queries)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Files: each notes the settings that it was made with, and a run that continues it must have the same
 # --------------------------------------------------------------------------------------------------------------------
 
-WINDOW_SETTINGS = "seed", "lengths", "windows", "text", "dtype", "block_size", "select_heads", "stride"
-METHOD_SETTINGS = "block_size", "select_heads", "history_len", "calibration_interval", "selection_interval"
-METHOD_SETTINGS += "history_rows", "share_budget"
-TRAIN_SETTINGS = "data", "seed", "dtype", "init_from", "loss", "share_budget", "steps", "lr", "validate_every"
+WINDOW_SETTINGS = "seed", "lengths", "windows", "text", "dtype", "block_size", "interval", "queries"
+METHOD_SETTINGS = "block_size", "history_len", "calibration_interval", "calibration_queries"
+TRAIN_SETTINGS = "data", "seed", "dtype", "init_from", "loss", "steps", "lr", "validate_every"
 
 
 def make_folder(path) -> pathlib.Path:
@@ -284,33 +279,31 @@ def check_settings(noted, settings, what, remedy):
 
 
 class Window:
-    """One file of `collect`: the rows of `record` for all layers and heads. `load` reads one layer.
+    """One file of `collect`: the rows of `record` for all layers and heads.
 
     config: the Config of a decoder with such a history; middle: per row, the (start, end) of the middle blocks when the
-    selection before that row is made; in_middle (rows, N) bool: the same as a mask. Raises InputError.
+    selection before that row is made; in_middle (ROWS, N) bool: the same as a mask. Raises InputError.
     """
 
     def __init__(self, path):
         try:
             file = safetensors.safe_open(path, "pt")
             metadata = self.metadata = file.metadata()
-            n_tokens, stride, block_size = (int(metadata[name]) for name in ("n_tokens", "stride", "block_size"))
-            select_heads = metadata["select_heads"]
-            self.pooled, self.target = map(file.get_slice, ("pooled", "target"))  # (layers, heads, rows, N) each
+            self.config, n_tokens = config_of_rows(metadata), int(metadata["n_tokens"])
+            self.rows = file.get_slice("rows")  # (layers, Hk, ROWS, N)
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} is not a window of `collect` ({error}): remove it, and collect again") from None
-        method = dict(calibration_interval=stride, selection_interval=stride, select_heads=select_heads)
-        self.config = Config(block_size=block_size, history_rows="true" if stride > 1 else "every", **method)
-        self.n_layers, _, self.n_rows, n_blocks = self.pooled.get_shape()
-        lengths = range(n_tokens - self.n_rows * stride + 1, n_tokens + 1, stride)  # at each row's first token
+        self.n_layers, _, self.n_rows, n_blocks = self.rows.get_shape()
+        interval = self.config.calibration_interval
+        lengths = range(n_tokens - self.n_rows * interval + 1, n_tokens + 1, interval)  # at each row's first token
         self.middle = [self.config.middle(length) for length in lengths]
-        start, end = torch.tensor(self.middle).T[..., None]  # (rows, 1) each
+        start, end = torch.tensor(self.middle).T[..., None]  # (ROWS, 1) each
         block = torch.arange(n_blocks)
-        self.in_middle = (block >= start) & (block < end)  # (rows, N)
+        self.in_middle = (block >= start) & (block < end)  # (ROWS, N)
 
-    def load(self, layer):
-        """pooled and target of a layer: (heads, rows, N) float32 each."""
-        return self.pooled[layer].float(), self.target[layer].float()
+    def load(self, layers):
+        """Rows of a layer, or of a slice of layers: (..., Hk, ROWS, N) float32."""
+        return self.rows[layers].float()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -344,19 +337,19 @@ def starting_point(seed, last_rows=1.5, noise=0.3) -> Predictor:
     return predictor
 
 
-def scores_of_rows(rows, selection_rows, weights, history_len):
-    """The predictor's scores for many selections at once. The selection before row t has the history t - H ... t - 1.
+def scores_of_rows(rows, predicted, weights, history_len):
+    """The predictor's scores for many rows at once. Row t is predicted from the history t - H ... t - 1.
 
-    rows (B, R, n), selection_rows (T,) int64 -> (B, T, n) float32. A row in the interior of a history contributes the
+    rows (B, R, n), predicted (T,) int64 -> (B, T, n) float32. A row in the interior of a history contributes the
     same to the scores of every history that has it in its interior (kernels.py, section 2). So all rows are convolved
     once, and each selection adds the contributions of the two rows at each edge of its own history.
     """
     inner = torch.arange(2, rows.shape[1] - 2, device=rows.device)  # (R - 4,), rows with two rows on both sides
-    last = selection_rows[:, None] - 1  # (T, 1), the last row of each history
+    last = predicted[:, None] - 1  # (T, 1), the last row of each history
     in_interior = (inner > last - history_len + 2) & (inner < last - 1)  # (T, R - 4)
     p = kernels.contributions_reference(rows, (2, rows.shape[1] - 2, 0), weights).float()  # (B, R - 4, n)
     total = torch.einsum("tr,brn->btn", in_interior.float(), p)  # (B, T, n)
-    for first, strip in ((selection_rows - history_len, (0, 2, 0)), (selection_rows - 4, (2, 4, 0))):
+    for first, strip in ((predicted - history_len, (0, 2, 0)), (predicted - 4, (2, 4, 0))):
         edge = rows[:, first[:, None] + torch.arange(4, device=rows.device)]  # (B, T, 4, n)
         outer = kernels.contributions_reference(edge.flatten(0, 1), strip, weights).float()  # (B * T, 2, n)
         total = total + outer.sum(1).view_as(total)
@@ -402,58 +395,56 @@ MIN_MIDDLE_BLOCKS = 32  # windows with fewer blocks in the middle are not used
 
 
 def draw_batch(windows, rng, history_len):
-    """Consecutive history rows of one layer of one window, and selections before some of them.
+    """Consecutive rows of one layer of one window, and predictions of some of them from the rows before.
 
-    Returns rows (heads, H + span, n), selection_rows (T,), their indices in rows, target (heads, T, n), and valid
-    (T, n) bool, which blocks are in the middle at each selection. The n columns are a random range of the blocks.
+    Returns rows (Hk, H + span, n), predicted (T,), the indices in rows of the predicted ones, target (Hk, T, n), which
+    are these rows, and valid (T, n) bool, which blocks are in the middle at each selection. The n columns are a random
+    range of the blocks.
     """
     window = rng.choice(windows)
-    pooled, target = window.load(rng.randrange(window.n_layers))  # (heads, window.n_rows, N) each
+    rows = window.load(rng.randrange(window.n_layers))  # (Hk, window.n_rows, N)
     first = rng.randrange(max(1, window.n_rows - history_len - SPAN + 1))
     stop = min(first + history_len + SPAN, window.n_rows)
     candidates = range(first + history_len, stop)
-    selection_rows = torch.tensor(sorted(rng.sample(candidates, min(SELECTIONS, len(candidates)))))  # (T,)
-    start, end = window.middle[selection_rows[-1]]
+    predicted = torch.tensor(sorted(rng.sample(candidates, min(SELECTIONS, len(candidates)))))  # (T,)
+    start, end = window.middle[predicted[-1]]
     left = rng.randrange(start, max(start, end - COLUMNS) + 1)
     columns = slice(left, min(end, left + COLUMNS))
-    valid = window.in_middle[selection_rows, columns]  # (T, n)
-    return pooled[:, first:stop, columns], selection_rows - first, target[:, selection_rows, columns], valid
-
-
-def select(scores, config):
-    """The blocks that SparseDecoder.choose selects by scores (T, heads, n), as a mask (T, heads, n) bool."""
-    shared = scores.flatten(1) if config.share_budget == "layer" else scores.flatten(0, 1)  # (groups, columns)
-    k = config.topk_blocks * (scores.shape[1] if config.share_budget == "layer" else 1)
-    best = kernels.select_blocks(shared, min(k, shared.shape[1])).long()  # (groups, k)
-    return torch.zeros_like(shared, dtype=torch.bool).scatter_(1, best, True).view_as(scores)
+    valid = window.in_middle[predicted, columns]  # (T, n)
+    return rows[:, first:stop, columns], predicted - first, rows[:, predicted, columns], valid
 
 
 @torch.no_grad()
-def left_out(window, weights, config, selection_rows, device="cpu"):
-    """The squared target of the blocks that selections before selection_rows (T,) leave out, summed over the blocks.
+def left_out(window, weights, config, predicted, device="cpu"):
+    """The squared attention of the blocks that selections before the rows `predicted` (T,) leave out: {budget: (T,)}.
 
-    Returns {budget: (layers, heads, T)}. All images have the columns of the middle at the last selection.
+    It is summed over the blocks, and the mean over heads and layers. All images have the columns of the middle at the
+    last selection. A selection takes the best scores of all layers and heads, as SparseDecoder.choose does.
     """
-    found = {budget: [] for budget in BUDGETS}
-    middle = slice(*window.middle[selection_rows[-1]])
-    valid = window.in_middle[selection_rows, middle]  # (T, n)
+    middle = slice(*window.middle[predicted[-1]])
+    valid = window.in_middle[predicted, middle]  # (T, n)
+    scores, target = [], []
     for layer in range(window.n_layers):
-        pooled, target = window.load(layer)  # (heads, window.n_rows, N) each
-        image = pooled[..., middle].to(device)
-        scores = scores_of_rows(image, selection_rows.to(device), weights, config.history_len).cpu()  # (heads, T, n)
-        scores = scores.masked_fill(~valid, -torch.inf).transpose(0, 1)  # (T, heads, n)
-        for budget, sums in found.items():
-            selected = select(scores, replace(config, budget=budget)).transpose(0, 1)  # (heads, T, n)
-            sums.append((target[:, selection_rows, middle].square() * (valid & ~selected)).sum(-1))
-    return {budget: torch.stack(sums) for budget, sums in found.items()}
+        rows = window.load(layer)[..., middle]  # (Hk, ROWS, n)
+        scores.append(scores_of_rows(rows.to(device), predicted.to(device), weights, config.history_len).cpu())
+        target.append(rows[:, predicted])  # (Hk, T, n)
+    scores, target = (torch.cat(x).transpose(0, 1) for x in (scores, target))  # (T, L * Hk, n)
+    scores = scores.masked_fill(~valid[:, None], -torch.inf).flatten(1)  # (T, L * Hk * n)
+    squares, heads = (target.square() * valid[:, None]).flatten(1), target.shape[1]
+    found = {}
+    for budget in BUDGETS:
+        k = min(heads * replace(config, budget=budget).topk_blocks, scores.shape[1])
+        best = kernels.select_blocks(scores, k).long()  # (T, k)
+        found[budget] = (squares.sum(1) - squares.gather(1, best).sum(1)) / heads  # (T,)
+    return found
 
 
 def validate(windows, weights, config, device="cpu"):
     """{name: root mean square of the attention that selections leave out} for each of BUDGETS."""
     weights, found = kernels.prepare_weights(weights, device), {budget: [] for budget in BUDGETS}
     for window in windows:
-        selection_rows = torch.arange(config.history_len, window.n_rows, 4)
-        for budget, sums in left_out(window, weights, config, selection_rows, device).items():
+        predicted = torch.arange(config.history_len, window.n_rows, 4)
+        for budget, sums in left_out(window, weights, config, predicted, device).items():
             found[budget].append(sums.mean().item())
     return {f"left out, {budget}": math.sqrt(statistics.fmean(means)) for budget, means in found.items()}
 
@@ -475,7 +466,7 @@ def train(args):
     make_folder(out.parent)
     device, dtype, _ = attnpred.choose_device(args)
     training, validation = open_windows(args.data, "train"), open_windows(args.data, "validation")
-    config = replace(training[0].config, share_budget=args.share_budget)
+    config = training[0].config
     predictor = load_predictor(args.init_from) if args.init_from else starting_point(args.seed)
     predictor.load_state_dict(scaled(predictor.state_dict(), INPUT_SCALE))
     parameters = dict(predictor.to(device).requires_grad_(True).named_parameters())
@@ -512,9 +503,9 @@ def train(args):
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=None)
     for step in bar:
         rng = random.Random(f"{args.seed} {step}")  # depends on nothing else: a resumed run draws the same batches
-        rows, selection_rows, target, valid = (x.to(device) for x in draw_batch(training, rng, config.history_len))
+        rows, predicted, target, valid = (x.to(device) for x in draw_batch(training, rng, config.history_len))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            scores = scores_of_rows(rows * INPUT_SCALE, selection_rows, parameters, config.history_len) / INPUT_SCALE
+            scores = scores_of_rows(rows * INPUT_SCALE, predicted, parameters, config.history_len) / INPUT_SCALE
         loss = LOSSES[args.loss](scores, target, valid)
         if not loss.isfinite():
             raise InputError(f"the loss is {loss.item()} at step {step}: lower --lr; {out} keeps the best weights")
@@ -582,14 +573,13 @@ def parse_args(argv):
     add("--contexts", type=positive, default=24, help="number of training contexts")
     add("--validation-contexts", type=positive, default=6, help="number of validation contexts")
     add("--windows", type=positive, default=2, help=f"windows of {ROWS} rows per context")
-    add("--stride", type=positive, default=8, help="M = P, tokens from one row to the next; 1: history_rows=every")
-    add("--select-heads", default=Config.select_heads, choices=["kv", "q"], help="a row per KV head or per query head")
+    add("--interval", type=positive, default=16, help="M, the tokens that a row belongs to")
+    add("--queries", type=positive, default=Config.calibration_queries, help="Q, queries that make a row")
     add("--block-size", type=int, default=Config.block_size, help="tokens per block")
     add = add_command(train)
     add("--out", default="predictor.safetensors", help="the best weights; next to it go a checkpoint and a curve")
     add("--init-from", metavar="FILE", help="start from this predictor, such as one that the authors published")
     add("--loss", default="relative", choices=LOSSES, help="relative: (target - s)^2 / s for score s; mse: the paper's")
-    add("--share-budget", default=Config.share_budget, choices=["layer", "head"], help="how heads share the budget")
     add("--steps", type=positive, default=12000, help="training steps")
     add("--lr", type=float, default=1e-3, help="highest learning rate; it rises over 50 steps and falls as a cosine")
     add("--validate-every", type=positive, default=2000, help="steps from one validation and checkpoint to the next")
