@@ -283,7 +283,7 @@ class SparseDecoder:
 
     def begin_prompt(self, n_tokens):
         """The prompt has n_tokens; the history gets a row for every M-th of its last H * M queries."""
-        self.interval = self.config.interval(n_tokens)
+        self.interval, self.stats.prefill_tokens = self.config.interval(n_tokens), n_tokens
         rows = min(self.config.history_len, kernels.cdiv(n_tokens, self.interval))
         self.first_query = n_tokens - 1 - (rows - 1) * self.interval  # position of the oldest row's query
         m, model = self.model.config, self.model
@@ -452,7 +452,7 @@ def generate(
     """Yield up to max_new_tokens tokens that continue `tokens`, ending before an end-of-sequence token."""
     stats, device = decoder.stats, decoder.model.device
     generator = torch.Generator(device).manual_seed(seed)
-    began, stats.prefill_tokens = time.perf_counter(), len(tokens)
+    began = time.perf_counter()
     token = sample(decoder.prefill(torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
     token.item()  # waits for a GPU
     stats.prefill_seconds = time.perf_counter() - began
