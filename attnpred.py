@@ -259,8 +259,9 @@ class SparseDecoder:
         self.config, self.model, self.backend = c, model, backend
         cache = OffloadedCache if offload else KVCache
         self.cache = cache(c, m, c.n_blocks(capacity_tokens), model.kv_dtype, device, backend)
-        self.history = None  # a text that always fits its budget needs none
-        if not c.fits(capacity_tokens):
+        self.history = None
+        self.sparse = not c.fits(capacity_tokens)  # a text that always fits its budget needs neither history nor echoes
+        if self.sparse:
             self.history = History(c, m, self.cache.capacity, predictor, device, backend)
         self.n_tokens = 0  # of the text, on the host; the device has the position of the newest one
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -305,6 +306,7 @@ class SparseDecoder:
         """The history gets rows of the prompt's last H * M tokens, or fewer: Q queries for each M of them."""
         c, m, n_tokens = self.config, self.model.config, len(tokens)
         self.ids[:n_tokens] = tokens
+        self.stats.prefill_tokens = n_tokens
         self.set_interval(n_tokens)
         n_queries = min(c.history_len * c.queries(self.interval), kernels.cdiv(n_tokens, self.distance))
         self.first_query = n_tokens - 1 - (n_queries - 1) * self.distance  # the position of the oldest one
@@ -359,11 +361,12 @@ class SparseDecoder:
         self.position += 1
         self.ids.index_copy_(0, self.position, token)
         self.cache.advance(self.position)
-        if self.history and c.echo_blocks:
+        if self.sparse and c.echo_blocks:
             shape = c.sink_tokens // c.block_size, c.local_tokens // c.block_size, c.block_size, self.cache.capacity
             scores = kernels.find_echoes(self.ids, self.position, *shape, self.backend)  # (capacity,)
             block = kernels.select_blocks(scores[None], c.echo_blocks, self.backend)[0].long()  # (E,)
-            self.cache.attend_also(torch.where(scores[block] > -torch.inf, block, -1))
+            self.echo_block = torch.where(scores[block] > -torch.inf, block, -1)
+            self.cache.attend_also(self.echo_block)
 
     def attend(self, layer, q, k, v):
         """Attention of one token to its head's blocks: q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)."""
@@ -487,7 +490,7 @@ def generate(
     """Yield up to max_new_tokens tokens that continue `tokens`, ending before an end-of-sequence token."""
     stats, device = decoder.stats, decoder.model.device
     generator = torch.Generator(device).manual_seed(seed)
-    began, stats.prefill_tokens = time.perf_counter(), len(tokens)
+    began = time.perf_counter()
     token = sample(decoder.prefill(torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
     token.item()  # waits for a GPU
     stats.prefill_seconds = time.perf_counter() - began

@@ -2,7 +2,7 @@
 
     python -m experiments.evaluate texts
     python -m experiments.evaluate texts --grid "ours,paper,quest bytes=1/16,1/8,1/4"
-    python -m experiments.evaluate texts --grid "ours M=5,8,16 P=1,8 share=head,layer budget=256,512"
+    python -m experiments.evaluate texts --grid "ours M=5,8,16 budget=256,512"
     python -m experiments.evaluate lm-eval --lm-tasks my_task --include-path FOLDER
     python -m experiments.evaluate table
 
@@ -11,10 +11,10 @@ texts     The prompt is read densely, once for all settings. Then each setting d
 lm-eval   Runs tasks of the `lm-eval` package that generate text, with their own metrics (lm_eval_adapter.py).
 table     Prints the tables of earlier results and computes nothing.
 
-A grid is a method, or several with commas, and values for Config's fields: `M`, `P`, `dense`, `share`, `rows`, `heads`,
-`delay`, `swap`, `budget` or a field's whole name. All combinations of comma-separated values are compared. `bytes=1/8`
-finds the budget with which the setting reads an eighth of the bytes that dense attention reads. The methods are ours,
-paper (`Config.paper`), full, and the rivals by name; `decayed-mean:0.6` has a decay of .6.
+A grid is a method, or several with commas, and values for Config's fields by name, or `M` for `calibration_interval`.
+All combinations of comma-separated values are compared. `bytes=1/8` finds the budget with which the setting reads an
+eighth of the bytes that dense attention reads. The methods are ours, paper (`PaperDecoder`), full, and the rivals by
+name; `decayed-mean:0.6` has a decay of .6.
 
 Results are lines of JSON, one per text and setting. Each is appended when it is measured, so a run that was stopped can
 be continued by the same command, and several runs may share a file. A row of `texts` has
@@ -40,6 +40,7 @@ import pathlib
 import sys
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,20 +49,19 @@ from tqdm import tqdm
 import attnpred
 from attnpred import Config, InputError, OneLineParser, require
 from experiments import tables
-from experiments.rivals import RIVALS, RivalDecoder
+from experiments.rivals import RIVALS, PaperDecoder, RivalDecoder
 from model import causal_attention, load_model
 from weights.fetch_llm import fetch_default_llm
 
 GRIDS = {  # the default of --grid for each task
     "texts": [
-        "ours,decayed-mean:0.6,decayed-rms:0.8,mean-std,quest,ada-snapkv,snapkv,h2o,streaming-llm,oracle,paper "
+        "ours,decayed-rms:0.8,mean-std,mean-std+echo,quest,quest+echo,ada-snapkv,snapkv,streaming-llm,future,oracle,paper "
         "bytes=1/16,1/8,1/4,1/3"
     ],
     "lm-eval": ["full,ours"],
 }
-METHODS = {"ours": Config(), "paper": Config.paper(), "full": Config(dense_layers=1 << 20)}  # methods without a rival
-SHORT = dict(M="calibration_interval", P="selection_interval", dense="dense_layers", share="share_budget")
-SHORT |= dict(rows="history_rows", heads="select_heads", delay="selection_delay", swap="swap_share")
+METHODS = {"ours": Config(), "paper": PaperDecoder.config, "full": Config(budget=1 << 24)}  # methods without a rival
+SHORT = {"M": "calibration_interval", "Q": "calibration_queries", "E": "echo_blocks"}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Settings, and the bytes that they read
@@ -76,7 +76,7 @@ class Setting:
 
     @property
     def name(self):
-        """The method and its changed fields, except the budget: "ours M=5 share=head"."""
+        """The method and its changed fields, except the budget: "ours M=5 block_size=8"."""
         base, short = base_config(self.method), {field: short for short, field in SHORT.items()}
         changed = {f: value for f, value in vars(self.config).items() if f != "budget" and value != getattr(base, f)}
         return " ".join([self.method, *(f"{short.get(f, f)}={value}" for f, value in changed.items())])
@@ -84,7 +84,7 @@ class Setting:
 
 def make_rival(method):
     """The Rival of a method such as "quest" or "decayed-mean:0.6"; None for those in METHODS. Raises InputError."""
-    name, _, parameter = method.partition(":")
+    name, _, parameter = method.removesuffix("+echo").partition(":")
     if method in METHODS:
         return None
     try:
@@ -95,7 +95,8 @@ def make_rival(method):
 
 def base_config(method) -> Config:
     """The Config of a method without further changes. Raises InputError."""
-    return METHODS[method] if method in METHODS else Config(**make_rival(method).changes)
+    config = METHODS[method] if method in METHODS else make_rival(method).config
+    return replace(config, echo_blocks=Config.echo_blocks) if method.endswith("+echo") else config
 
 
 def parse_grid(text):
@@ -113,7 +114,7 @@ def parse_grid(text):
             methods += name.split(",")
     for method, *options in itertools.product(methods or ["ours"], *axes):
         changes = vars(parser.parse_args(options))
-        share, _ = changes.pop("bytes", ""), changes.pop("paper")
+        share = changes.pop("bytes", "")
         require(not share or "budget" not in changes, f"the grid {text!r} has both bytes and budget: leave one out")
         yield Setting(method, replace(base_config(method), **changes), share)
 
@@ -133,34 +134,34 @@ def counted_bytes(setting, llm, itemsize, n_prompt, n_new):
 
     llm: the model's LlamaConfig; itemsize: bytes of an element of K and V.
     """
-    c, rival = setting.config, make_rival(setting.method)
-    dense = min(c.dense_layers, llm.n_layers)
-    sparse, vector = llm.n_layers - dense, llm.head_dim * itemsize
-    heads = c.selection_heads(llm)
-    every_token = rival is not None and rival.needs_query and c.topk_blocks > 0
-    read = new_rows = 0
-    start = end = None  # the middle at the last selection
-    for n in range(n_prompt, n_prompt + n_new + 1):
-        step, (calibration_interval, selection_interval) = n - n_prompt, c.intervals(n)
-        attended = llm.n_kv_heads * n  # tokens that a layer's heads attend to
-        if step and end is not None:
-            start, end = c.middle(n) if every_token else (start, end)
-            attended = heads * (c.topk_blocks * c.block_size + n - (end - start) * c.block_size)
-            if every_token:
-                read += sparse * heads * (end - start) * rival.bytes_per_block(0, vector)
-            calibrated = step % calibration_interval == 0
-            read += calibrated * sparse * llm.n_kv_heads * n * vector
-            new_rows += calibrated or c.history_rows == "every"
+    c, rival, vector = setting.config, make_rival(setting.method), llm.head_dim * itemsize
+    dense, heads, true_row_interval = 0, llm.n_kv_heads, 1  # selections from one true row to the next
+    if setting.method == "paper":
+        dense, heads = min(PaperDecoder.dense_layers, llm.n_layers), llm.n_heads
+        true_row_interval = PaperDecoder.true_row_interval
+    sparse = llm.n_layers - dense
+    block = rival.bytes_per_block(vector) if rival else 2 * (c.history_len + 4)
+    calibrates = not c.fits(n_prompt + n_new) and (rival is None or rival.has_history)
+    read, due, selections, middle = 0, 0, 0, None  # middle: how many blocks the last selection was made from
+    for step, n in enumerate(range(n_prompt, n_prompt + n_new + 1)):
         if step:
-            read += 2 * vector * (dense * llm.n_kv_heads * n + sparse * attended)
-        if step % selection_interval == 0:
-            due = step + (c.delay(n) if step else 0)
-        if step == due and sparse and not c.fits(n + 1):
-            start, end = c.middle(n + 1)
-            if step and c.topk_blocks and not every_token:
-                block = rival.bytes_per_block(new_rows, vector) if rival else 2 * (c.history_len + 4)
-                read += sparse * heads * (end - start) * block
-            new_rows = 0
+            attended = llm.n_kv_heads * n  # tokens that a layer's heads attend to
+            read += 2 * vector * dense * attended
+            if middle and rival and rival.needs_query:  # a selection for this token
+                middle = len(range(*c.middle(n)))
+                read += sparse * heads * middle * block
+            if middle:
+                attended = heads * (n - (middle - c.topk_blocks) * c.block_size)
+                attended += heads * c.echo_blocks * c.block_size  # at most
+            read += 2 * vector * sparse * attended
+        if step == due:
+            if step and calibrates and selections % true_row_interval == 0:
+                read += sparse * llm.n_kv_heads * n * vector
+            due, selections = step + c.interval(n), selections + 1
+            if not c.fits(n + 1):
+                middle = len(range(*c.middle(n + 1)))
+                if step and not (rival and rival.needs_query):
+                    read += sparse * heads * middle * block
     return read / n_new
 
 
@@ -173,7 +174,7 @@ def budget_for(setting, llm, itemsize, n_prompt, n_new) -> Setting | None:
     target = float(Fraction(setting.bytes_share)) * counted_bytes(Setting("full", METHODS["full"]), *shape)
 
     def with_topk(topk):
-        budget = c.sink_tokens + c.local_tokens + topk * c.block_size
+        budget = c.sink_tokens + c.local_tokens + (topk + c.echo_blocks) * c.block_size
         return replace(setting, config=replace(c, budget=budget))
 
     def error(topk):
@@ -211,35 +212,39 @@ def prefill_together(model, predictor, settings, tokens, n_prompt, n_new, measur
     decoders = []
     for setting in settings:
         options = dict(rival=make_rival(setting.method), measure_every=measure_every)
-        decoders.append(RivalDecoder(setting.config, model, predictor, n_prompt + n_new, **options))
-        decoders[-1].begin_prompt(n_prompt)
+        make_decoder = PaperDecoder if setting.method == "paper" else RivalDecoder
+        decoders.append(make_decoder(setting.config, model, predictor, n_prompt + n_new, **options))
+        decoders[-1].begin_prompt(tokens[:n_prompt])
 
     def attend(layer, q, k, v):  # (Hq, T, D), (Hk, T, D), (Hk, T, D)
         for decoder in decoders:
+            if decoder.rival and decoder.rival.needs_future:
+                decoder.rival.foresee(layer, q, k, n_prompt)
             decoder.take_prompt(layer, *(x[:, :n_prompt] for x in (q, k, v)))
         return causal_attention(layer, q, k, v)
 
     hidden = model.hidden(tokens, torch.arange(len(tokens)), attend)  # (T, C)
     for decoder in decoders:
-        decoder.finish_token()
+        decoder.n_tokens = n_prompt
+        decoder.end_prompt()
     return decoders, model.logits(hidden[n_prompt - 1 :])
 
 
 @torch.inference_mode()
 def decode_together(model, decoders, tokens):
     """Decode tokens (M,), one for each of M decoders of the same length -> logits (M, V). The weights are read once."""
-    for decoder in decoders:
+    for decoder, token in zip(decoders, tokens.split(1)):
         decoder.begin_token()
-        decoder.advance()
+        decoder.advance(token)
 
     def attend(layer, q, k, v):  # (Hq, M, D), (Hk, M, D), (Hk, M, D)
         columns = zip(decoders, *(x.split(1, 1) for x in (q, k, v)))
-        return torch.cat([decoder.decode_attention(layer, *qkv) for decoder, *qkv in columns], 1)  # (Hq, M, D)
+        return torch.cat([decoder.attend(layer, *qkv) for decoder, *qkv in columns], 1)  # (Hq, M, D)
 
     positions = torch.tensor([decoder.n_tokens - 1 for decoder in decoders])
     logits = model.logits(model.hidden(tokens, positions, attend))  # (M, V)
     for decoder in decoders:
-        decoder.finish_token()
+        decoder.end_token()
     return logits
 
 
@@ -247,7 +252,7 @@ def read_on(model, predictor, settings, tokens, n_prompt, measure_every=16):
     """Decode tokens[n_prompt:-1] one by one; the last token is only a prediction target.
 
     Yields one dict per setting: kl, nll and same, lists of a value per decoded token; recovery, a list of a value per
-    `measure_every` tokens, if the setting has sparse layers; the counters of attnpred.Stats, in bytes per token.
+    `measure_every` tokens; the counters of attnpred.Stats, in bytes per token.
     """
     n_new = len(tokens) - 1 - n_prompt
     decoders, dense = prefill_together(model, predictor, settings, tokens[:-1], n_prompt, n_new, measure_every)
@@ -261,8 +266,8 @@ def read_on(model, predictor, settings, tokens, n_prompt, measure_every=16):
     for i, decoder in enumerate(decoders):
         row = {name: rounded(torch.stack(x)[:, i]) for name, x in (("kl", kl), ("nll", nll), ("same", same))}
         if decoder.recovery:
-            row["recovery"] = rounded(torch.stack(decoder.recovery).mean((1, 2)))  # (steps,)
-        counters = ("attention_bytes", "calibration_bytes", "choosing_bytes", "dense_bytes", "read_bytes")
+            row["recovery"] = rounded(torch.stack([torch.stack(step).mean() for step in decoder.recovery]))
+        counters = ("attention_bytes", "echo_bytes", "calibration_bytes", "choosing_bytes", "dense_bytes", "read_bytes")
         yield row | {name: getattr(decoder.stats, name) / n_new for name in counters}
 
 
@@ -370,12 +375,26 @@ def run_texts(args, store, model, tokenizer, predictor):
                 store.add(setting, values, measured)
 
 
-def run_lm_eval(*args):
+def prefill_alone(model, predictor, setting, tokens, n_new):
+    """Read the prompt, tokens (T,). Returns a decoder with room for n_new tokens, and the next token's logits (V,)."""
+    (decoder,), logits = prefill_together(model, predictor, [setting], tokens, len(tokens), n_new)
+    return decoder, logits[0]
+
+
+def run_lm_eval(args, store, model, tokenizer, predictor):
+    """Add a row of `scores` per task and setting. RULER's tasks make texts of `--lengths` tokens of the tokenizer."""
     try:
-        from experiments.lm_eval_adapter import run_tasks
+        from experiments import lm_eval_adapter
     except ImportError as error:
         raise InputError(f"lm-eval needs {error.name}: pip install lm-eval") from None
-    run_tasks(*args)
+    metadata = {"tokenizer": args.model or str(fetch_default_llm()), "max_seq_lengths": args.lengths}
+    manager, length = lm_eval_adapter.find_tasks(args.lm_tasks, args.include_path, metadata), model.config.context_len
+    for task in args.lm_tasks:
+        values = dict(task=args.task, text=task, sha256=digest([args.limit, args.lengths]), n_prompt=length, n_new=0)
+        for setting in store.missing(with_budgets(args.settings, model, length - 1, 1), values):
+            read_prompt = partial(prefill_alone, model, predictor, setting)
+            scores = lm_eval_adapter.scores(task, manager, args.limit, model, tokenizer, read_prompt)
+            store.add(setting, values, dict(scores=scores))
 
 
 TASKS = {"texts": run_texts, "lm-eval": run_lm_eval}

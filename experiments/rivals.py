@@ -1,21 +1,20 @@
 """Other methods to select blocks. Each is a small class with one `score`; all decode through the same sparse path.
 
 Reading order: `Rival`, the rivals, `RIVALS` (all by name), `RivalDecoder` (decodes with a rival's scores and measures
-recovery).
+recovery), `PaperDecoder` (the setting of AttentionPredictor's paper).
 
 All rivals select whole blocks and always attend to sink and local window; the budget counts all three. A rival only
 ranks the middle blocks. If this makes a rival differ from its paper, its docstring says so.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
 import kernels
-from attnpred import SparseDecoder
+from attnpred import Config, History, KVCache, SparseDecoder
 from train_predictor import attention, block_mass
-
-# Methods without a history: they never calibrate, write no row and select every 16 tokens.
-NO_HISTORY = dict(calibration_interval=1 << 30, selection_interval=16, history_rows="true")
 
 # --------------------------------------------------------------------------------------------------------------------
 # The rivals
@@ -23,29 +22,37 @@ NO_HISTORY = dict(calibration_interval=1 << 30, selection_interval=16, history_r
 
 
 class Rival:
-    """Ranks the middle blocks of a sparse layer with `score`."""
+    """Ranks the middle blocks of a layer with `score`."""
 
+    # Its defaults, without echoes. Without a history, M is only the interval of selections.
+    config = Config(calibration_interval=16, echo_blocks=0)
+    has_history = False  # True: every M-th token, a true row enters the history
     needs_query = False  # True: it selects with the query of each token, so nothing can be prefetched
-    changes = {}  # the Config fields that its paper fixes
+    needs_future = False  # True: `foresee` gets the whole text
+    needs_rows = False  # True: `observe` gets what each token attends to
+    share = "head"  # what shares a budget: "head" (every head has its own K blocks), "layer", or "ours"
 
     def __init__(self):
-        self.notes = []  # what `prefill` returned for each sparse layer; `score` may update it
+        self.notes = []  # what `prefill` returned for each layer; `score` may update it
 
     def prefill(self, q, k_cache, n_tokens):
         """Returns what `score` needs to know of a layer's prompt: q (Hq, n_tokens, D), k_cache (Hk, N, b, D)."""
 
-    def score(self, decoder, layer, middle, q) -> torch.Tensor:
-        """Scores of the blocks in the slice `middle`, of a shape that broadcasts to (heads, n).
+    def foresee(self, layer, q, k, n_prompt):
+        """Takes a layer's q (Hq, T, D) and k (Hk, T, D) of the whole text, of which n_prompt tokens are the prompt."""
 
-        decoder: a RivalDecoder; layer: an index of the sparse layers; q (Hq, D): this step's, if `needs_query`.
+    def observe(self, layer, row):
+        """Takes the largest probability of each block, of one token's attention to the selected blocks: (Hk, N)."""
+
+    def score(self, decoder, layer, middle, q) -> torch.Tensor:
+        """Scores of the blocks in the slice `middle`, of a shape that broadcasts to (Hk, n).
+
+        decoder: a RivalDecoder; q (Hq, D): this step's, if `needs_query`.
         """
         raise NotImplementedError
 
-    def bytes_per_block(self, new_rows, vector_bytes):
-        """Bytes that a selection reads per middle block and selection head.
-
-        new_rows: history rows since the last selection; vector_bytes: bytes of one key.
-        """
+    def bytes_per_block(self, vector_bytes):
+        """Bytes that a selection reads per middle block and KV head; vector_bytes: bytes of one key."""
         return 0
 
 
@@ -55,20 +62,20 @@ class DecayedMean(Rival):
     With a decay of 0 that is the last row, with 1 the plain mean.
     """
 
-    power = 1
+    config, has_history, share, power = Config(), True, "ours", 1
 
     def __init__(self, decay=0.9):
         super().__init__()
         self.decay = decay
 
     def score(self, decoder, layer, middle, q):
-        rows = decoder.rows(layer, decoder.config.history_len)[..., middle]  # (heads, H, n)
+        rows = decoder.rows(layer)[..., middle]  # (Hk, H, n)
         age = torch.arange(rows.shape[1] - 1, -1, -1, device=rows.device)  # (H,)
         return torch.einsum("hrn,r->hn", rows**self.power, self.decay**age)
 
-    def bytes_per_block(self, new_rows, vector_bytes):
-        """The rows since the last selection, and a running sum of the earlier ones, in 16 bits."""
-        return 2 * (1 + new_rows)
+    def bytes_per_block(self, vector_bytes):
+        """The newest row, and a running sum of the earlier ones, in 16 bits."""
+        return 2 * 2
 
 
 class DecayedRMS(DecayedMean):
@@ -80,10 +87,40 @@ class DecayedRMS(DecayedMean):
 class Oracle(Rival):
     """Scores a block by its true attention in the same step, as an upper bound. Its reads are not counted."""
 
-    needs_query, changes = True, NO_HISTORY
+    needs_query, share = True, "layer"
 
     def score(self, decoder, layer, middle, q):
         return decoder.group_mean(decoder.mass(layer, q)[:, middle])
+
+
+class Future(Rival):
+    """Scores a block by its true attention from the next M tokens, which bounds what any prediction for M tokens can do.
+
+    Its scores are the root mean square of the rows of these tokens in a dense run of the whole text, which has the same
+    tokens. It calibrates as the method does, so that it reads as much.
+    """
+
+    config, has_history, needs_future, share = Config(), True, True, "ours"
+
+    def foresee(self, layer, q, k, n_prompt):
+        group, total = len(q) // len(k), q.shape[1]
+        rows = []  # (Hk, N) each: of one token
+        keys = F.pad(k, (0, 0, 0, -total % self.config.block_size)).unflatten(1, (-1, self.config.block_size))
+        for first in range(n_prompt, total, 64):
+            last = min(first + 64, total)
+            pooled, _ = kernels.pool_history(q[:, first:last], keys, last)  # (Hq, rows, N)
+            squares = pooled.unflatten(0, (-1, group)).square().mean(1)  # (Hk, rows, N)
+            rows.append(F.pad(squares, (0, keys.shape[1] - squares.shape[2])))
+        self.notes.append(torch.cat(rows, 1).sqrt().half() if rows else None)  # (Hk, T - n_prompt, N)
+
+    def score(self, decoder, layer, middle, q):
+        first = decoder.n_tokens - decoder.stats.prefill_tokens
+        rows = self.notes[layer][:, first : first + decoder.interval, middle].float()  # (Hk, M or fewer, n)
+        return rows.square().mean(1).sqrt() if rows.shape[1] else rows.sum(1)
+
+    def bytes_per_block(self, vector_bytes):
+        """As the method's own prediction."""
+        return 2 * (self.config.history_len + 4)
 
 
 class Quest(Rival):
@@ -92,7 +129,7 @@ class Quest(Rival):
     Tang et al. 2024, arXiv 2406.10774.
     """
 
-    needs_query, changes = True, NO_HISTORY | dict(share_budget="head")
+    needs_query = True
 
     def summarise(self, k):  # (Hk, n, b, D) -> (Hk, n, 2D)
         return torch.cat([k.amin(2), k.amax(2)], -1)
@@ -112,12 +149,12 @@ class Quest(Rival):
         logits = self.logits(q, *known[:, middle].chunk(2, -1)) * q.shape[-1] ** -0.5  # (Hk, G, n)
         return decoder.group_mean(logits.flatten(0, 1).softmax(-1))
 
-    def bytes_per_block(self, new_rows, vector_bytes):
+    def bytes_per_block(self, vector_bytes):
         return 2 * vector_bytes
 
 
 class MeanStd(Quest):
-    """Scores a block by a likely bound of its logits, from the mean and standard deviation of each key channel.
+    """A baseline: a likely bound of a block's logits, from the mean and standard deviation of each key channel.
 
     If each channel of a key differs from its mean by at most one standard deviation, the key's logit differs from the
     mean key's by at most |q| * std, summed over the channels.
@@ -133,10 +170,8 @@ class MeanStd(Quest):
 class StreamingLLM(Rival):
     """Selects the most recent blocks. Xiao et al. 2024, arXiv 2309.17453."""
 
-    changes = NO_HISTORY | dict(share_budget="head")
-
     def score(self, decoder, layer, middle, q):
-        return torch.arange(middle.start, middle.stop, dtype=torch.float32, device=decoder.history.device)
+        return torch.arange(middle.start, middle.stop, dtype=torch.float32, device=decoder.model.device)
 
 
 class H2O(Rival):
@@ -147,31 +182,32 @@ class H2O(Rival):
     in the history, and the prompt is dense, as for all rivals.
     """
 
-    changes = StreamingLLM.changes | dict(history_rows="every")
-    bytes_per_block = DecayedMean.bytes_per_block
+    needs_rows = True
     chunk_rows = 256  # a prompt's query rows are pooled in pieces of this size
 
     def prefill(self, q, k_cache, n_tokens):
-        """Returns each block's attention so far (Hq, N), and the step of the last selection."""
+        """Returns each block's attention so far (Hk, N)."""
         total = torch.zeros(len(q), k_cache.shape[1], device=q.device)  # (Hq, N)
         for end in range(n_tokens, 0, -self.chunk_rows):
             pooled, _ = kernels.pool_history(q[:, max(0, end - self.chunk_rows) : end], k_cache, end)  # (Hq, rows, N)
             total[:, : pooled.shape[-1]] += pooled.sum(1)
-        return total, 0
+        return total.unflatten(0, (len(k_cache), -1)).mean(1)
+
+    def observe(self, layer, row):
+        total = self.notes[layer]  # (Hk, N of the token before)
+        self.notes[layer] = F.pad(total, (0, row.shape[1] - total.shape[1])) + row
 
     def score(self, decoder, layer, middle, q):
-        total, chosen_at = self.notes[layer]
-        total = decoder.group_mean(total)  # (heads, N of the last selection)
-        n_blocks = decoder.config.n_blocks(decoder.n_tokens)
-        rows = decoder.rows(layer, min(decoder.step - chosen_at, decoder.config.history_len))  # (heads, rows, capacity)
-        total = F.pad(total, (0, n_blocks - total.shape[1])) + rows.sum(1)[:, :n_blocks]  # (heads, N)
-        if decoder.step:
-            dropped = ~decoder.attended(layer, n_blocks)  # (heads, N)
-            total[:, middle] = total[:, middle].masked_fill(dropped[:, middle], 0.0)
-        self.notes[layer] = total, decoder.step
-        heavy = total[:, middle].argsort(descending=True, stable=True).argsort()  # (heads, n): rank, 0 the heaviest
+        total = self.notes[layer]  # (Hk, N)
+        dropped = ~decoder.attended(layer, total.shape[1])  # (Hk, N)
+        total[:, middle] = total[:, middle].masked_fill(dropped[:, middle], 0.0)
+        heavy = total[:, middle].argsort(descending=True, stable=True).argsort()  # (Hk, n): rank, 0 the heaviest
         recent = torch.arange(heavy.shape[1] - 1, -1, -1, device=total.device)  # (n,): rank, 0 the most recent
         return -torch.minimum(heavy, recent).float()  # for every K, the first K alternate between both kinds
+
+    def bytes_per_block(self, vector_bytes):
+        """The rows of 16 tokens, and a running sum of the earlier ones, in 16 bits."""
+        return 2 * (1 + 16)
 
 
 class SnapKV(Rival):
@@ -182,7 +218,6 @@ class SnapKV(Rival):
     the blocks of the answer.
     """
 
-    changes = StreamingLLM.changes
     voters, pooled_tokens = 64, 7
 
     def prefill(self, q, k_cache, n_tokens):
@@ -192,7 +227,7 @@ class SnapKV(Rival):
         return votes.unflatten(-1, (-1, k_cache.shape[2])).amax(-1)  # (Hq, N)
 
     def score(self, decoder, layer, middle, q):
-        votes = decoder.group_mean(self.notes[layer])  # (heads, N of the prompt)
+        votes = decoder.group_mean(self.notes[layer])  # (Hk, N of the prompt)
         answer = max(0, middle.stop - votes.shape[1])
         return F.pad(votes, (0, answer), value=torch.inf)[:, middle]
 
@@ -203,18 +238,18 @@ class AdaKV(SnapKV):
     Feng et al. 2024, arXiv 2407.11550.
     """
 
-    floor = 0.2
-    changes = SnapKV.changes | dict(share_budget="layer")
+    floor, share = 0.2, "layer"
 
     def score(self, decoder, layer, middle, q):
-        scores = super().score(decoder, layer, middle, q)  # (heads, n)
+        scores = super().score(decoder, layer, middle, q)  # (Hk, n)
         # Adding 1 puts a head's first blocks above the others, because the scores of the prompt's blocks are at most 1.
-        safe = scores.topk(int(self.floor * decoder.config.topk_blocks), -1).indices  # (heads, floor * K)
+        safe = scores.topk(int(self.floor * decoder.config.topk_blocks), -1).indices  # (Hk, floor * K)
         return scores.scatter_add(1, safe, torch.ones_like(safe, dtype=scores.dtype))
 
 
 RIVALS = {
     "oracle": Oracle,
+    "future": Future,
     "decayed-mean": DecayedMean,
     "decayed-rms": DecayedRMS,
     "quest": Quest,
@@ -234,78 +269,204 @@ RIVALS = {
 class RivalDecoder(SparseDecoder):
     """A SparseDecoder that selects blocks by a rival's scores (None: the predictor's) and measures recovery.
 
-    `recovery` has a tensor (L', Hq) for every `measure_every`-th decoded token (0: for none): the share of the true
-    attention that the attended blocks get, where q and k are those of this decoding.
+    `recovery` has a list of tensors (Hq,), one per sparse layer, for every `measure_every`-th decoded token (0: for
+    none): the share of the true attention that the attended blocks get, where q and k are those of this decoding.
     """
+
+    dense_layers = 0
 
     def __init__(self, *args, rival=None, measure_every=0):
         super().__init__(*args)
-        self.rival, self.measure_every = rival, measure_every
-        self.recovery = []
+        self.rival, self.measure_every, self.recovery = rival, measure_every, []
+        self.share = rival.share if rival else "ours"
+        if rival and not rival.has_history:
+            self.history = None  # so it never calibrates
 
     def take_prompt(self, layer, q, k, v):
         k, v = super().take_prompt(layer, q, k, v)  # (Hk, T, D) each
-        if self.rival and layer >= self.dense_layers:  # a rival's prompt is read in one piece
-            blocks = self.keys(layer - self.dense_layers)[:, : self.config.n_blocks(self.n_tokens)]  # (Hk, N, b, D)
-            self.rival.notes.append(self.rival.prefill(q, blocks, self.n_tokens))
+        if self.rival and not self.rival.needs_future:  # a rival's prompt is read in one piece
+            blocks = self.keys(layer)[:, : self.config.n_blocks(k.shape[1])]  # (Hk, N, b, D)
+            self.rival.notes.append(self.rival.prefill(q, blocks, k.shape[1]))
         return k, v
 
     # What a rival may read
 
     def keys(self, layer):
-        return self.cache.k[layer + self.dense_layers]  # (Hk, capacity, b, D)
+        return self.cache.kv[0, layer]  # (Hk, capacity, b, D)
 
-    def rows(self, layer, count):
-        """The last `count` rows of a layer's history, oldest first: (heads, count, capacity) float32."""
-        history = self.history[layer]  # (heads, H, capacity)
-        slots = kernels.window_slots(self.newest, history.shape[1], history.device)  # (H,)
-        return history[:, slots[len(slots) - count :]].float()
+    def rows(self, layer):
+        """A layer's history, oldest row first: (Hk, H, capacity) float32."""
+        return self.history.rows.unflatten(0, self.cache.heads)[layer].float()
 
     def mass(self, layer, q):
         """The share of this step's true attention in each block of a layer: q (Hq, D) -> (Hq, N)."""
         return block_mass(q[:, None], self.keys(layer).flatten(1, 2), self.n_tokens, self.config.block_size)[:, 0]
 
     def group_mean(self, per_query):
-        """(Hq, n) -> (heads, n): queries that select together share their mean. (heads, n) stays as it is."""
-        return per_query.unflatten(0, (self.heads, -1)).mean(1)
+        """(Hq, n) -> (Hk, n): queries that select together share their mean. (Hk, n) stays as it is."""
+        return per_query.unflatten(0, (self.cache.heads[1], -1)).mean(1)
+
+    def attended(self, layer, n_blocks):
+        """Which blocks (Hk, n_blocks) bool a layer attends to: in this step or, after it, in the next."""
+        cache, n_echoes = self.cache, self.config.echo_blocks
+        echoes = cache.table[layer, :, :n_echoes] - cache.address[layer, :, :1]  # (Hk, E): blocks, below 0 for none
+        mask = F.pad(cache.attended[layer], (0, 1))  # (Hk, capacity + 1)
+        return mask.scatter_(1, torch.where(echoes < 0, cache.capacity, echoes).long(), True)[:, :n_blocks]
 
     # What it selects
 
     def scores(self, start, end):
         if self.rival is None:
             return super().scores(start, end)
-        if self.rival.needs_query:  # `decode_attention` replaces this selection
-            return torch.zeros(self.sparse_layers, self.heads, end - start, device=self.history.device)
-        return torch.stack([self.rank(layer, start, end) for layer in range(self.sparse_layers)])  # (L', heads, n)
+        if self.rival.needs_query:  # `attend` replaces this selection
+            return torch.zeros(*self.cache.heads, end - start, device=self.model.device)
+        return torch.stack([self.rank(layer, start, end) for layer in range(self.cache.heads[0])])  # (L, Hk, n)
 
     def rank(self, layer, start, end, q=None):
-        """The rival's scores of a layer's blocks [start, end): (heads, n). Counts the bytes that it reads for them."""
-        if self.step:  # the reads of the first selection belong to the prompt
-            vector_bytes = self.model_config.head_dim * self.queries.element_size()
-            block_bytes = self.rival.bytes_per_block(self.new_rows, vector_bytes)
-            self.stats.choosing_bytes += self.heads * (end - start) * block_bytes
-        return self.rival.score(self, layer, slice(start, end), q).expand(self.heads, -1)
+        """The rival's scores of a layer's blocks [start, end): (Hk, n). Counts the bytes that it reads for them."""
+        heads = self.cache.heads[1]
+        if self.n_tokens > self.stats.prefill_tokens:  # the reads of the first selection belong to the prompt
+            vector_bytes = self.model.config.head_dim * self.model.kv_dtype.itemsize
+            self.stats.choosing_bytes += heads * (end - start) * self.rival.bytes_per_block(vector_bytes)
+        return self.rival.score(self, layer, slice(start, end), q).expand(heads, -1)
 
-    def decode_attention(self, layer, q, k, v):
-        index = layer - self.dense_layers
-        if index >= 0 and self.rival and self.rival.needs_query and self.selecting and self.config.topk_blocks:
-            start, end = self.config.middle(self.n_tokens)
-            chosen = self.make_lists(self.rank(index, start, end, q[:, 0])[None], start, end)
-            self.attended_tokens -= self.heads  # `count_reads` adds this token
-            self.cache.select(chosen, index)
-            chosen.table_starts += index * len(chosen.table)
-            for all_layers, one in zip(self.lists.tensors(), chosen.tensors()):  # this layer's part of the lists
-                all_layers.view(self.sparse_layers, -1)[index] = one.flatten()
-            self.cache.advance(self.position)
-        out = super().decode_attention(layer, q, k, v)  # (Hq, 1, D)
-        if index >= 0 and self.measure_every and self.step % self.measure_every == 0:
-            self.measure(index, q)
+    def choose(self, scores):
+        """The best blocks by scores (L, heads, n), as bool: those of a layer, or of each head, share a budget."""
+        if self.share == "ours":
+            return super().choose(scores)
+        rows = scores.flatten(0, 1) if self.share == "head" else scores.flatten(1)  # a row shares a budget
+        k = self.config.topk_blocks * scores.numel() // (len(rows) * scores.shape[-1])
+        best = kernels.select_blocks(rows, k, self.backend).long() if k else rows[:, :0].long()  # (rows, k)
+        return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, best, True).view(scores.shape)
+
+    def attend(self, layer, q, k, v):
+        if self.rival and self.rival.needs_query and self.selecting:
+            self.cache.write(layer, k, v)
+            self.select_now(layer, q[:, 0])
+        out = super().attend(layer, q, k, v)  # (Hq, 1, D)
+        n_blocks = self.config.n_blocks(self.n_tokens)
+        if self.rival and self.rival.needs_rows:
+            mask = self.attended(layer, n_blocks).repeat_interleave(len(q) // len(k), 0)  # (Hq, N)
+            _, rows = attend_masked(q[:, 0], *self.cache.kv[:, layer], mask, self.n_tokens)  # (Hq, N)
+            rows = rows.unflatten(0, (len(k), -1)).square().mean(1).sqrt()  # (Hk, N)
+            self.rival.observe(layer, rows)
+        if self.measure_every and (self.n_tokens - self.stats.prefill_tokens) % self.measure_every == 0:
+            if layer == 0:
+                self.recovery.append([])
+            if layer >= self.dense_layers:
+                mass, attended = self.mass(layer, q[:, 0]), self.attended(layer, n_blocks)  # (Hq, N), (heads, N)
+                self.recovery[-1].append((mass * attended.repeat_interleave(len(q) // len(attended), 0)).sum(1))
         return out
 
-    def measure(self, index, q):
-        """Record the recovery of the sparse layer `index` in this step: q (Hq, 1, D)."""
-        mass = self.mass(index, q[:, 0])  # (Hq, N)
-        attended = self.attended(index, mass.shape[1]).repeat_interleave(len(mass) // self.heads, 0)  # (Hq, N)
-        if index == 0:
-            self.recovery.append(mass.new_zeros(self.sparse_layers, len(mass)))
-        self.recovery[-1][index] = (mass * attended).sum(1)
+    def select_now(self, layer, q):
+        """Select a layer's blocks for this token, by its query q (Hq, D)."""
+        cache, one = self.cache, slice(layer, layer + 1)
+        start, end = self.config.middle(self.n_tokens)
+        chosen = self.choose(self.rank(layer, start, end, q)[None])  # (1, Hk, n)
+        lists = cache.lists(cache.address[one], chosen, start, end, self.n_tokens)
+        cache.attended[one], table, cache.lengths[one], cache.left_out = lists
+        cache.table[one, :, self.config.echo_blocks :] = table
+        if self.config.echo_blocks:
+            block, old = self.echo_block, cache.table[one, :, : self.config.echo_blocks]  # (E,), (1, Hk, E)
+            new = (block >= 0) & ~cache.attended[one][..., block]  # (1, Hk, E)
+            cache.echoes += new.sum() - (old >= 0).sum()
+            old.copy_(torch.where(new, cache.address[one][..., block], -1))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The setting of the paper
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def attend_masked(q, k, v, mask, n_tokens):
+    """Attention of q (Hq, D) to the first n_tokens of k and v (Hk, capacity, b, D), in the blocks of mask (Hq, N).
+
+    Returns the output (Hq, D), and the largest probability of each block (Hq, N).
+    """
+    block_size, group = k.shape[2], len(q) // len(k)
+    k, v = (x[:, : mask.shape[1]].flatten(1, 2).float() for x in (k, v))  # (Hk, N * b, D)
+    tokens = mask.repeat_interleave(block_size, 1) & (torch.arange(k.shape[1], device=q.device) < n_tokens)
+    logits = q.unflatten(0, (-1, group)).float() @ k.mT * q.shape[1] ** -0.5  # (Hk, G, N * b)
+    p = logits.flatten(0, 1).masked_fill(~tokens, -torch.inf).softmax(-1)  # (Hq, N * b)
+    out = (p.unflatten(0, (-1, group)) @ v).flatten(0, 1)  # (Hq, D)
+    return out.to(q.dtype), p.unflatten(1, (-1, block_size)).amax(-1)
+
+
+class PaperCache(KVCache):
+    """Each query head attends to blocks of its own, by a mask; the first layers attend to all."""
+
+    def __init__(self, c, m, *args):
+        super().__init__(c, m, *args)
+        self.dense_layers = min(PaperDecoder.dense_layers, m.n_layers)
+        shape = m.n_layers - self.dense_layers, m.n_heads, self.capacity
+        self.mask = torch.ones(shape, dtype=torch.bool, device=self.device)  # (L', Hq, capacity): attended blocks
+        self.rows = [None] * len(self.mask)  # (Hq, N) each: what the newest token attended to
+
+    def attend(self, layer, q, n_tokens):
+        if layer < self.dense_layers:
+            return super().attend(layer, q, n_tokens)
+        layer -= self.dense_layers
+        mask = self.mask[layer, :, : self.config.n_blocks(n_tokens)]  # (Hq, N)
+        out, self.rows[layer] = attend_masked(q, *self.kv[:, layer + self.dense_layers], mask, n_tokens)
+        return out, None
+
+    def pool(self, layers, q, n_tokens, distance, per_row):
+        """Rows of each query head in the sparse ones of the layers: q (layers, Hq, r, D) -> (L', Hq, r, N)."""
+        skipped = max(0, self.dense_layers - (layers.start or 0))  # dense layers among them
+        q, keys = q[skipped:], self.kv[0, layers][skipped:]
+        if not len(q):
+            return q.new_zeros(0, q.shape[1], q.shape[2], self.config.n_blocks(n_tokens), dtype=torch.float32), None
+        pooled, lse = kernels.pool_history(q.flatten(0, 1), keys.flatten(0, 1), n_tokens, distance, self.backend)
+        return pooled.unflatten(0, q.shape[:2]), lse
+
+    def select(self, chosen, start, end, n_tokens):
+        self.mask[..., :end] = True
+        if chosen is not None:
+            self.mask[..., start:end] = chosen
+            self.left_out = end - start - self.n_chosen(start, end)  # of each query head
+
+
+class PaperDecoder(RivalDecoder):
+    """The setting of AttentionPredictor's paper (arXiv 2502.04077), by masks: for its quality, not for speed.
+
+    Every token leaves a row in the history, a true one every fifth token, else that of its sparse attention. Every
+    query head has its own rows, and selects K blocks for every token. The first two layers are dense.
+    """
+
+    # its defaults; M = 1: a row and a selection for every token
+    config = Config(sink_tokens=64, calibration_interval=1, calibration_queries=1, echo_blocks=0)
+    dense_layers, true_row_interval = 2, 5
+
+    def __init__(self, config, model, predictor, capacity_tokens, backend="torch", **options):
+        super().__init__(config, model, predictor, capacity_tokens, backend, **options)
+        m, place = model.config, (model.device, backend)
+        self.share = "head"
+        self.cache = PaperCache(config, m, self.cache.capacity, model.kv_dtype, *place)
+        if self.history:
+            heads = replace(m, n_layers=len(self.cache.mask), n_kv_heads=m.n_heads)  # those that have a history
+            self.history = History(config, heads, self.cache.capacity, predictor, *place)
+
+    def attended(self, layer, n_blocks):
+        return self.cache.mask[layer - self.dense_layers, :, :n_blocks]
+
+    def calibrate(self):
+        rows = torch.stack(self.cache.rows)[:, :, None]  # (L', Hq, 1, N)
+        if (self.n_tokens - self.stats.prefill_tokens) % self.true_row_interval == 0:
+            rows, _ = self.pool(torch.stack(self.q))
+            self.stats.calibration_bytes += self.key_bytes * self.n_tokens * len(rows) // self.model.config.n_layers
+        self.history.push(rows)
+        self.queries = []
+
+    def scores(self, start, end):
+        if self.n_tokens > self.stats.prefill_tokens:  # the first prediction belongs to prefill
+            read = self.history.rows.itemsize * (self.config.history_len + 4) * (end - start)
+            self.stats.choosing_bytes += len(self.history.rows) * read
+        return self.history.scores(start, end).unflatten(0, self.cache.mask.shape[:2])  # (L', Hq, n)
+
+    def count_reads(self):
+        m, n = self.model.config, self.n_tokens
+        heads = m.n_heads if self.selecting else m.n_kv_heads  # a query head that selects for itself reads for itself
+        tokens = self.cache.dense_layers * m.n_kv_heads * n
+        tokens += len(self.cache.mask) * heads * (n - self.cache.left_out * self.config.block_size)
+        self.stats.dense_bytes += 2 * self.key_bytes * n
+        self.stats.attention_bytes += 2 * self.key_bytes * tokens // (m.n_layers * m.n_kv_heads)
