@@ -622,7 +622,7 @@ class KVCache:
     def lists(self, address, chosen, start, end, n_tokens):
         """Attended blocks, their addresses, tokens in them, and how many blocks are left out."""
         block = torch.arange(self.capacity, device=self.device)
-        attended = torch.ones_like(self.attended)
+        attended = torch.ones_like(address, dtype=torch.bool)
         attended[..., start:end] = chosen
         order = torch.where(attended, block, self.capacity).sort(-1).values.clamp(max=self.capacity - 1)
         extra = self.config.echo_blocks - (~chosen).sum(-1)  # (L, Hk) blocks

@@ -55,8 +55,8 @@ from weights.fetch_llm import fetch_default_llm
 
 GRIDS = {  # the default of --grid for each task
     "texts": [
-        "ours,decayed-rms:0.8,mean-std,mean-std+echo,quest,quest+echo,ada-snapkv,snapkv,streaming-llm,future,oracle,paper "
-        "bytes=1/16,1/8,1/4,1/3"
+        "ours,decayed-rms:0.8,mean-std,mean-std+echo,quest,quest+echo,ada-snapkv,snapkv,streaming-llm,future,oracle,"
+        "paper bytes=1/16,1/8,1/4,1/3"
     ],
     "lm-eval": ["full,ours"],
 }

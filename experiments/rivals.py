@@ -94,7 +94,7 @@ class Oracle(Rival):
 
 
 class Future(Rival):
-    """Scores a block by its true attention from the next M tokens, which bounds what any prediction for M tokens can do.
+    """Scores a block by its true attention from the next M tokens: the bound of all predictions for M tokens.
 
     Its scores are the root mean square of the rows of these tokens in a dense run of the whole text, which has the same
     tokens. It calibrates as the method does, so that it reads as much.
