@@ -665,9 +665,8 @@ class OffloadedCache(KVCache):
         n_slots = self.n_free + n_fixed + n_echo
         self.slots = torch.zeros(n_slots, 2, *block, dtype=dtype, device=self.device)  # (slots, 2, b, D)
         self.blocks = self.slots.unbind(1)  # (slots, b, D): K's, V's
-        self.fixed = self.slots[self.n_free : self.n_free + n_fixed].view(
-            *self.heads, -1, 2, *block
-        )  # (L, Hk, sink + ring, 2, b, D)
+        fixed = self.slots[self.n_free : self.n_free + n_fixed]
+        self.fixed = fixed.view(*self.heads, -1, 2, *block)  # (L, Hk, sink + ring, 2, b, D)
         head = torch.arange(n_heads, device=self.device).view(*self.heads, 1)  # (L, Hk, 1)
         all_blocks = torch.arange(self.capacity, device=self.device)
         self.address = (self.n_free + head * (self.sink + self.ring) + self.fixed_slot(all_blocks)).int()
@@ -676,7 +675,8 @@ class OffloadedCache(KVCache):
         held = torch.full((n_heads, c.echo_blocks), -1, dtype=torch.int32, device=self.device)
         self.echo_held = held  # (L * Hk, E): the blocks in each head's slots for echoes, which begin at first_echo
         self.held = torch.full((1, self.n_free), -1, dtype=torch.int32, device=self.device)  # blocks in the free slots
-        self.fetched = torch.zeros((), dtype=torch.int64, device=self.device)  # blocks copied into slots, of all heads
+        # Blocks copied into slots, of all heads: two counters, because selections and echoes are copied on two streams.
+        self.fetched, self.echoes_fetched = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.selected = self.written_back = 0  # blocks selected, and blocks copied to the host, of all heads
         self.stream = torch.cuda.Stream(self.device) if has_streams(self.device) else None
         self.copied = None  # event: the copies of the last selection have ended
@@ -729,14 +729,14 @@ class OffloadedCache(KVCache):
         self.echo_held.copy_(held)
         head = torch.arange(len(wanted), dtype=torch.int32, device=self.device)[:, None]  # (L * Hk, 1)
         slots = (self.first_echo + slots).int()
-        self.copy(torch.where(fetch < 0, -1, head * self.capacity + fetch), slots)
+        self.echoes_fetched += self.copy(torch.where(fetch < 0, -1, head * self.capacity + fetch), slots)
         return slots.view(new.shape)
 
     def copy(self, source, target):
-        """Copy blocks of the host, by id or -1 for none, into slots; both (..., n) int32. Counts them."""
+        """Copy blocks of the host, by id or -1 for none, into slots, both (..., n) int32. Returns how many, () int64."""
         host, slots = self.host.flatten(0, 2).flatten(1), self.slots.flatten(1)
         kernels.copy_blocks(host, slots, source.flatten(), target.flatten(), self.backend)
-        self.fetched += (source >= 0).sum()
+        return (source >= 0).sum()
 
     def write_back(self, n_tokens):
         """Copy from the slots to the host what it does not have of the first n_tokens yet, in whole blocks."""
@@ -769,7 +769,7 @@ class OffloadedCache(KVCache):
         wanted = wanted.scatter_(0, rank, block_ids[..., start:end].flatten())[None, :n_wanted]  # (1, n_wanted)
         slots, fetch, held = kernels.assign_slots(wanted, self.held)
         self.held.copy_(held)
-        self.copy(fetch, slots)
+        self.fetched += self.copy(fetch, slots)
         self.selected += n_wanted
         return self.address.flatten().scatter(0, wanted[0].long(), slots[0]).view(self.address.shape)
 
@@ -808,11 +808,11 @@ class OffloadedCache(KVCache):
         self.join()
         block_bytes = self.slots[0].nbytes
         whole = self.host.nbytes // (self.capacity * self.config.block_size) * n_tokens
-        counts = int(self.fetched), self.selected, self.written_back
-        fetched, selected, written = (f"{count * block_bytes / steps / 1e6:,.3f} MB" for count in counts)
+        counts = int(self.fetched), self.selected, int(self.echoes_fetched), self.written_back
+        fetched, selected, echoes, written = (f"{count * block_bytes / steps / 1e6:,.3f} MB" for count in counts)
         return [
             f"device     {self.slots.nbytes / 1e6:,.2f} MB of KV slots; the whole cache is {whole / 1e6:,.2f} MB",
-            f"link       {fetched} a token fetched, of {selected} selected; {written} a token written back",
+            f"link       {fetched} a token fetched, of {selected} selected; {echoes} for echoes; {written} written back",
         ]
 
 
@@ -837,13 +837,12 @@ def format_stats(decoder: SparseDecoder) -> str:
     """The counters as a few lines for people."""
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
     prefill_speed = stats.prefill_tokens / max(stats.prefill_seconds, 1e-9)
-    attention, calibration, choosing = (
-        getattr(stats, f"{name}_bytes") / steps / 1e6 for name in ("attention", "calibration", "choosing")
-    )
+    kinds = ("attention", "echo", "calibration", "choosing")
+    read = {kind: f"{getattr(stats, f'{kind}_bytes') / steps / 1e6:,.2f}" for kind in kinds}
     lines = [
         f"prefill    {stats.prefill_tokens:,} tokens, {prefill_speed:,.0f} tokens/s",
-        f"KV read    {attention:,.2f} MB a token by attention + {calibration:,.2f} by calibration + "
-        f"{choosing:,.2f} to choose",
+        "KV read    {attention} MB a token by attention + {echo} for echoes + {calibration} by calibration + {choosing} "
+        "to choose".format(**read),
     ]
     if stats.recovery:
         recovery = torch.stack(stats.recovery).mean().item()
