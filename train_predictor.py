@@ -4,7 +4,7 @@
     python train_predictor.py train --data data --out predictor.safetensors
 
 The predictor ranks all blocks of a layer's heads by the attention that they get from the next M tokens. Its input is
-the history of true attention rows, M tokens apart, as decoding produces it with history_rows="true" and P = M.
+the history of true attention rows, M tokens apart, as decoding produces it.
 
 Reading order: the corpus, `record` (one dense pass -> windows of history rows and of what to predict for them),
 `Window` (a file that training reads), `scores_of_rows` (many predictions in one pass), the losses, `train`. Both
@@ -178,11 +178,10 @@ def record(model, config: Config, tokens, ends, n_rows, stride):
 
     Row r belongs to position p = end - 1 - (n_rows - 1 - r) * stride. `pooled` has the true history row at p. `target`
     has, per block, the root mean square of the block's attention over the positions p - stride + 1 ... p and over the
-    queries that select together. Each layer is pooled as soon as its q and k are known, so no attention matrix is kept.
+    G queries of a KV head. Each layer is pooled as soon as its q and k are known, so no attention matrix is kept.
     """
     m, device = model.config, model.device
-    heads = config.selection_heads(m)
-    shape = 2, m.n_layers, heads, n_rows
+    shape = 2, m.n_layers, m.n_kv_heads, n_rows
     windows = [torch.zeros(*shape, config.n_blocks(end), dtype=attnpred.HISTORY_DTYPE) for end in ends]
 
     def attend(layer, q, k, v):
@@ -190,14 +189,13 @@ def record(model, config: Config, tokens, ends, n_rows, stride):
         k_cache = padded.unflatten(1, (-1, config.block_size))  # (Hk, N, b, D)
         for end, (pooled, target) in zip(ends, windows):
             last = q[:, end - 1 - (n_rows - 1) * stride : end : stride]  # (Hq, rows, D)
-            maxima, _ = kernels.pool_history(last, k_cache, end, stride)  # (Hq, rows, N)
-            pooled[layer] = attnpred.group_rms(maxima[None], heads)[0]
+            pooled[layer] = attnpred.pool_rows(last[None], k_cache[None], end, stride, "torch")[0][0]
             chunk = max(1, MAX_LOGITS // (len(q) * end * stride))  # rows computed at a time
             for first in range(0, n_rows, chunk):
                 stop = min(first + chunk, n_rows)
                 length = end - (n_rows - stop) * stride  # tokens up to the chunk's last row
                 sums = block_mass(q[:, length - (stop - first) * stride : length], k, length, config.block_size)
-                squares = sums.square().view(heads, -1, stop - first, stride, sums.shape[-1]).mean((1, 3))
+                squares = sums.square().view(len(k), -1, stop - first, stride, sums.shape[-1]).mean((1, 3))
                 target[layer, :, first:stop, : sums.shape[-1]] = squares.sqrt()
         return causal_attention(layer, q, k, v)
 
@@ -207,7 +205,7 @@ def record(model, config: Config, tokens, ends, n_rows, stride):
 
 def collect(args):
     """Record windows of training and validation contexts in --data; existing windows are kept."""
-    config = Config(select_heads=args.select_heads, block_size=args.block_size)
+    config = Config(block_size=args.block_size)
     if min(args.lengths) < ROWS * args.stride:
         needed = f"{ROWS} rows at a stride of {args.stride} need {ROWS * args.stride}"
         raise InputError(f"a context of {min(args.lengths)} tokens is too short: {needed}")
@@ -242,10 +240,9 @@ def collect(args):
 # Files: each notes the settings that it was made with, and a run that continues it must have the same
 # --------------------------------------------------------------------------------------------------------------------
 
-WINDOW_SETTINGS = "seed", "lengths", "windows", "text", "dtype", "block_size", "select_heads", "stride"
-METHOD_SETTINGS = "block_size", "select_heads", "history_len", "calibration_interval", "selection_interval"
-METHOD_SETTINGS += "history_rows", "share_budget"
-TRAIN_SETTINGS = "data", "seed", "dtype", "init_from", "loss", "share_budget", "steps", "lr", "validate_every"
+WINDOW_SETTINGS = "seed", "lengths", "windows", "text", "dtype", "block_size", "stride"
+METHOD_SETTINGS = "block_size", "history_len", "calibration_interval"
+TRAIN_SETTINGS = "data", "seed", "dtype", "init_from", "loss", "steps", "lr", "validate_every"
 
 
 def make_folder(path) -> pathlib.Path:
@@ -295,12 +292,10 @@ class Window:
             file = safetensors.safe_open(path, "pt")
             metadata = self.metadata = file.metadata()
             n_tokens, stride, block_size = (int(metadata[name]) for name in ("n_tokens", "stride", "block_size"))
-            select_heads = metadata["select_heads"]
             self.pooled, self.target = map(file.get_slice, ("pooled", "target"))  # (layers, heads, rows, N) each
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} is not a window of `collect` ({error}): remove it, and collect again") from None
-        method = dict(calibration_interval=stride, selection_interval=stride, select_heads=select_heads)
-        self.config = Config(block_size=block_size, history_rows="true" if stride > 1 else "every", **method)
+        self.config = Config(block_size=block_size, calibration_interval=stride)
         self.n_layers, _, self.n_rows, n_blocks = self.pooled.get_shape()
         lengths = range(n_tokens - self.n_rows * stride + 1, n_tokens + 1, stride)  # at each row's first token
         self.middle = [self.config.middle(length) for length in lengths]
@@ -422,10 +417,9 @@ def draw_batch(windows, rng, history_len):
 
 def select(scores, config):
     """The blocks that SparseDecoder.choose selects by scores (T, heads, n), as a mask (T, heads, n) bool."""
-    shared = scores.flatten(1) if config.share_budget == "layer" else scores.flatten(0, 1)  # (groups, columns)
-    k = config.topk_blocks * (scores.shape[1] if config.share_budget == "layer" else 1)
-    best = kernels.select_blocks(shared, min(k, shared.shape[1])).long()  # (groups, k)
-    return torch.zeros_like(shared, dtype=torch.bool).scatter_(1, best, True).view_as(scores)
+    rows = scores.flatten(1)  # (T, heads * n)
+    best = kernels.select_blocks(rows, min(scores.shape[1] * config.topk_blocks, rows.shape[1])).long()  # (T, k)
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, best, True).view_as(scores)
 
 
 @torch.no_grad()
@@ -475,7 +469,7 @@ def train(args):
     make_folder(out.parent)
     device, dtype, _ = attnpred.choose_device(args)
     training, validation = open_windows(args.data, "train"), open_windows(args.data, "validation")
-    config = replace(training[0].config, share_budget=args.share_budget)
+    config = training[0].config
     predictor = load_predictor(args.init_from) if args.init_from else starting_point(args.seed)
     predictor.load_state_dict(scaled(predictor.state_dict(), INPUT_SCALE))
     parameters = dict(predictor.to(device).requires_grad_(True).named_parameters())
@@ -582,14 +576,12 @@ def parse_args(argv):
     add("--contexts", type=positive, default=24, help="number of training contexts")
     add("--validation-contexts", type=positive, default=6, help="number of validation contexts")
     add("--windows", type=positive, default=2, help=f"windows of {ROWS} rows per context")
-    add("--stride", type=positive, default=8, help="M = P, tokens from one row to the next; 1: history_rows=every")
-    add("--select-heads", default=Config.select_heads, choices=["kv", "q"], help="a row per KV head or per query head")
+    add("--stride", type=positive, default=8, help="M, tokens from one row to the next")
     add("--block-size", type=int, default=Config.block_size, help="tokens per block")
     add = add_command(train)
     add("--out", default="predictor.safetensors", help="the best weights; next to it go a checkpoint and a curve")
     add("--init-from", metavar="FILE", help="start from this predictor, such as one that the authors published")
     add("--loss", default="relative", choices=LOSSES, help="relative: (target - s)^2 / s for score s; mse: the paper's")
-    add("--share-budget", default=Config.share_budget, choices=["layer", "head"], help="how heads share the budget")
     add("--steps", type=positive, default=12000, help="training steps")
     add("--lr", type=float, default=1e-3, help="highest learning rate; it rises over 50 steps and falls as a cosine")
     add("--validate-every", type=positive, default=2000, help="steps from one validation and checkpoint to the next")
