@@ -235,8 +235,8 @@ class Transformers:
     @torch.inference_mode()
     def step(self):
         logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits  # (1, 1, V)
-        self.token = logits[:, -1].argmax(-1, keepdim=True)
-        return self.token.item()
+        value, self.token = self.token.item(), logits[:, -1].argmax(-1, keepdim=True)
+        return value
 
     def round(self):
         return [self.step() for _ in range(self.n_round)]
