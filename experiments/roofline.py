@@ -127,9 +127,10 @@ def decode(model, c: Config, n_tokens: int, steps: int, offload=False) -> tuple[
     """Decode up to n_tokens on tensors without memory.
 
     Returns the decoder and a `Counting` for the prompt and for each token. The decoder's Stats cover the last `steps`
-    tokens. With an offloaded cache, one token is decoded before them, because a selection takes effect one token late.
+    tokens. With an offloaded cache, two tokens are decoded before them: then the last ones include a whole selection,
+    whose blocks are copied beside the token after it and attended to from the next one on.
     """
-    late, counts, token = int(offload), [], torch.zeros(1, dtype=torch.int64, device=META)
+    late, counts, token = 2 * offload, [], torch.zeros(1, dtype=torch.int64, device=META)
     n_prompt = n_tokens - late - steps
     with counting() as making:
         decoder = SparseDecoder(c, model, Predictor(), n_tokens, "triton", offload)

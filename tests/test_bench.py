@@ -93,7 +93,7 @@ def test_launches_by_hand():
 @pytest.mark.parametrize("offload", [False, True])
 def test_tensors_without_memory_are_counted_like_real_ones(offload):
     """The decoder's counters agree over two intervals, and every layer launches its attention for every token."""
-    config, model, steps, late = Config(**SHAPE), tiny_llama(), 16, int(offload)
+    config, model, steps, late = Config(**SHAPE), tiny_llama(), 16, 2 * offload
     real = SparseDecoder(config, model, random_predictor(), 150 + steps, offload=offload)
     real.prefill(torch.arange(150 - late) % 61)
     for step in range(late + steps):
