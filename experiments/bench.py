@@ -5,7 +5,7 @@
 `--help` lists the commands, in the order of this file. `speed`, `prefill` and `kernels` measure times; --out writes all
 numbers. A context's keys, values and history are random, because a step's time does not depend on their values.
 `speed` and `kernels` also measure ceilings: a copy on the device, a matrix product, a copy from pinned host memory.
-`offload`, `bytes` and `launches` count. Where values do not matter, they run on tensors without memory (roofline.py).
+`offload`, `bytes` and `launches` count; the last two run on tensors without memory (roofline.py).
 """
 
 import argparse
@@ -30,7 +30,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import attnpred
-from attnpred import Config, InputError, OneLineParser, SparseDecoder, decode_one_token, prefill
+from attnpred import InputError, OneLineParser, SparseDecoder
 from experiments import roofline
 from experiments.hot_paths import PATHS
 from experiments.tables import markdown
@@ -40,7 +40,6 @@ from weights.fetch_llm import fetch_default_llm
 
 TEXT = pathlib.Path(torch.__file__).parent / "_tensor_docs.py"  # `offload` counts on this text
 TEXT_TOKENS, TEXT_STEPS = 4096, 64  # tokens of its prompt, and tokens that are decoded after it
-RATES = dict(memory=3350e9, link=55e9, host=200e9)  # bytes/s: an H100's memory, PCIe 5 x16, the host's memory
 SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B}  # None: the default model, with its weights
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -154,59 +153,46 @@ def with_peak_memory(call, device):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-dense = partial(replace, dense_layers=10**6)
+dense = partial(replace, budget=1 << 24)  # a budget that covers every text
 
-
-def paper(config):
-    """The paper's setting with config's block size, history length, sink, local window and budget."""
-    same = ("block_size", "history_len", "sink_tokens", "local_tokens", "budget")
-    return Config.paper(**{name: getattr(config, name) for name in same})
-
-
-CONTENDERS = {  # name: (a function that returns its Config, options of its SparseDecoder)
-    "dense": (dense, {}),
-    "sparse": (replace, {}),
-    "sparse --paper": (paper, {}),
-    "transformers": (dense, {}),
-    "sparse, no graph": (replace, dict(graph=False)),
-    "sparse, late": (roofline.offloaded, {}),  # a resident cache with an offloaded one's selections
-    "sparse, offloaded": (roofline.offloaded, dict(offload=True)),
-    "sparse, offloaded, no graph": (roofline.offloaded, dict(offload=True, graph=False)),
+CONTENDERS = {  # name: (a function that returns its Config, whether its cache is offloaded)
+    "dense": (dense, False),
+    "sparse": (replace, False),
+    "sparse, offloaded": (replace, True),
+    "transformers": (dense, False),
 }
-ON_CPU = ["dense", "sparse", "sparse --paper", "transformers"]
-ON_GPU = [name for name in CONTENDERS if name not in ("sparse --paper", "transformers")]
+ON_CPU, ON_GPU = ["dense", "sparse", "transformers"], ["dense", "sparse", "sparse, offloaded"]
 
 
 class Ours:
-    """A SparseDecoder with random K, V and history; each block's attention is similar in all history rows."""
+    """A SparseDecoder with random K and V; each block's attention is similar in all rows of the prompt's history."""
 
     @torch.inference_mode()
-    def __init__(self, model, config, n_tokens, context, n_round, backend, **options):
+    def __init__(self, model, config, n_tokens, context, n_round, backend, offload):
         self.model, self.n_round, m = model, n_round, model.config
         self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self.decoder = decoder = SparseDecoder(config, model, predictor(), context, backend, **options)
+        self.decoder = decoder = SparseDecoder(config, model, predictor(), context, backend, offload)
         torch.manual_seed(0)
         decoder.begin_prompt(n_tokens)
         kv = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.kv_dtype)
         for layer in range(m.n_layers):
-            decoder.cache.write_prompt(layer, *kv)  # (Hk, T, D) each
-        rows = decoder.history[..., : config.n_blocks(n_tokens)]  # (L', heads, H, N)
-        rows.uniform_(0.5, 1).mul_(torch.rand_like(rows[:, :, :1]) ** 8)
-        decoder.queries.normal_()
-        decoder.selecting = decoder.sparse_layers > 0 and not config.fits(n_tokens + 1)  # True: the history is kept
-        decoder.finish_token()
+            decoder.cache.write_prompt(layer, 0, *kv)  # (Hk, T, D) each
+        queries = decoder.prompt_queries  # (L, Hq, rows, D)
+        queries.copy_(torch.randn_like(queries[:, :, :1]))  # one query makes all rows
+        decoder.n_tokens = n_tokens
+        decoder.end_prompt()
 
     def step(self):
         """Decode a token and return the one before, which the host reads after the launch, as in `generate`."""
         value = attnpred.read_later(self.token)
-        self.token = attnpred.sample(decode_one_token(self.model, self.decoder, self.token))
+        self.token = attnpred.sample(self.decoder.decode(self.token))
         return value()
 
     def round(self):
         return [self.step() for _ in range(self.n_round)]
 
     def kv_bytes(self):
-        return self.decoder.stats.read_bytes / self.decoder.step
+        return self.decoder.stats.read_bytes / (self.decoder.n_tokens - self.decoder.stats.prefill_tokens)
 
 
 def as_transformers(model):
@@ -240,6 +226,7 @@ class Transformers:
 
         self.model, self.n_round, m = as_transformers(model), n_round, model.config
         self.cache = DynamicCache(config=self.model.config)
+        torch.manual_seed(0)  # the same K and V as in `Ours`
         kv = torch.randn(2, 1, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.dtype)
         for layer in range(m.n_layers):
             self.cache.update(*kv, layer)  # (1, Hk, T, D) each
@@ -248,8 +235,8 @@ class Transformers:
     @torch.inference_mode()
     def step(self):
         logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits  # (1, 1, V)
-        self.token = logits[:, -1].argmax(-1, keepdim=True)
-        return self.token.item()
+        value, self.token = self.token.item(), logits[:, -1].argmax(-1, keepdim=True)
+        return value
 
     def round(self):
         return [self.step() for _ in range(self.n_round)]
@@ -261,19 +248,18 @@ class Transformers:
 def contender_of(name, model, config, context, args):
     """Returns a function that makes the contender of that name. Raises InputError if the context is too short.
 
-    A round of sparse decoding consists of whole intervals of selection and calibration, so that its mean includes both.
-    The last round ends at the context's last token.
+    A round of sparse decoding is an interval, so that its mean includes a calibration and a selection. The last round
+    ends at the context's last token.
     """
-    setting, options = CONTENDERS[name]
+    setting, offload = CONTENDERS[name]
     c = setting(config)
-    n_round = roofline.intervals(c, context)
-    n_round = n_round if c.dense_layers < model.config.n_layers else min(8, n_round)
+    n_round = min(8, c.interval(context)) if c.fits(context) else c.interval(context)
     n_steps = (args.rounds + 2) * n_round  # a round to warm up, the rounds, and one for the stages or a trace
     if context <= n_steps:
         raise InputError(f"{n_steps} tokens are decoded at {context}: use longer --contexts or fewer --rounds")
     if name == "transformers":
         return partial(Transformers, model, context - n_steps, n_round)
-    return partial(Ours, model, c, context - n_steps, context, n_round, args.backend, **options)
+    return partial(Ours, model, c, context - n_steps, context, n_round, args.backend, offload)
 
 
 def race(makers, rounds, device):
@@ -303,13 +289,18 @@ def race(makers, rounds, device):
     return [row | dict(ms=statistics.median(row["rounds"])) for row in rows]
 
 
-STAGES = dict(attend="attention", attend_all="attention", select="block addresses", write_rows="history rows")
-STAGES |= dict(pool="calibration", scores="prediction", make_lists="selection")
+STAGES = {  # name: a method of the decoder, or of its cache
+    "attention": "cache.attend",
+    "calibration": "calibrate",
+    "prediction": "scores",
+    "selection": "choose",
+    "block table": "cache.select",
+}
 
 
 def stage_ms(contender):
     """{stage: ms per token} of a round of an `Ours` on a CPU. The stages are disjoint: none calls another."""
-    spent = dict.fromkeys(STAGES.values(), 0.0)
+    spent = dict.fromkeys(STAGES, 0.0)
 
     def timed(original, stage):
         def call(*args, **kwargs):
@@ -321,9 +312,10 @@ def stage_ms(contender):
         return call
 
     with ExitStack() as patches:
-        for owner in (contender.decoder, contender.decoder.cache):
-            for name in STAGES.keys() & set(dir(owner)):
-                patches.enter_context(patch.object(owner, name, timed(getattr(owner, name), STAGES[name])))
+        for stage, method in STAGES.items():
+            owner = contender.decoder.cache if method.startswith("cache.") else contender.decoder
+            name = method.removeprefix("cache.")
+            patches.enter_context(patch.object(owner, name, timed(getattr(owner, name), stage)))
         begun = time.perf_counter()
         tokens = contender.round()
         spent["rest of the model"] = time.perf_counter() - begun - sum(spent.values())
@@ -407,7 +399,7 @@ def bench_prefill(args, config, device):
 
     def ours(model, tokens):
         decoder = SparseDecoder(config, model, predictor(), len(tokens), args.backend)
-        return [prefill(model, decoder, tokens).argmax().item()]
+        return [decoder.prefill(tokens).argmax().item()]
 
     @torch.inference_mode()
     def theirs(model, tokens):
@@ -485,46 +477,23 @@ def bench_kernels(args, config, device):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def count_link(model, tokenizer, config):
-    """Decode TEXT with an offloaded cache and print the bytes over the link.
-
-    Returns the share of the selected blocks that were fetched.
-    """
+def bench_offload(args, config, device):
+    """count bytes over the link on a text"""
+    if config.fits(TEXT_TOKENS):
+        raise InputError(f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens counted: use a smaller one")
+    model, tokenizer = load_model(str(fetch_default_llm()), torch.bfloat16, device)
     n_tokens = TEXT_TOKENS + TEXT_STEPS
     tokens = torch.tensor(tokenizer.encode(TEXT.read_text())[:n_tokens], device=model.device)
     assert len(tokens) == n_tokens, f"{TEXT.name} is too short"
-    decoder = SparseDecoder(roofline.offloaded(config), model, predictor(), n_tokens, "torch", offload=True)
-    prefill(model, decoder, tokens[:TEXT_TOKENS])
+    decoder = SparseDecoder(config, model, predictor(), n_tokens, "torch", offload=True)
+    decoder.prefill(tokens[:TEXT_TOKENS])
     cache = decoder.cache
     cache.fetched.zero_()
     cache.selected = 0
     for token in tokens[TEXT_TOKENS:].split(1):
-        decode_one_token(model, decoder, token)
-    print(*cache.format_stats(n_tokens, TEXT_STEPS), "", sep="\n")
-    return cache.fetched.item() / max(1, cache.selected)
-
-
-def bench_offload(args, config, device):
-    """count bytes over the link on a text, and estimate times with a model"""
-    if config.fits(TEXT_TOKENS):
-        raise InputError(f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens counted: use a smaller one")
-    model, tokenizer = load_model(str(fetch_default_llm()), torch.bfloat16, device)
-    print(f"Counted: SmolLM2-135M-Instruct on {TEXT.name}, {TEXT_TOKENS:,} tokens, then {TEXT_STEPS} decoded")
-    fraction = count_link(model, tokenizer, config)
-    print(
-        f"A model, not a measurement: {args.model_shape} in 16 bits, budget {config.budget}, {fraction:.1%} of a "
-        f"selection fetched; GB/s: {', '.join(f'{name} {rate / 1e9:g}' for name, rate in RATES.items())}\n"
-    )
-    rows = []
-    for context in args.contexts:
-        ways = roofline.strategies(shape_of(args.model_shape), config, context, fraction, **RATES)
-        slowest, resident = (ways[name][0] for name in ("dense, everything streamed", "sparse, resident"))
-        for name, (took, link_bytes) in ways.items():
-            row = {"context": f"{context:,}", "cache": name, "ms per token": f"{1e3 * took:,.2f}"}
-            row |= {"MB over the link per token": f"{1e-6 * link_bytes:,.1f}"}
-            row |= {"against everything streamed": f"{slowest / took:.1f}x"}
-            rows.append(row | {"time of sparse, resident": f"{took / resident:.2f}"})
-    show(rows)
+        decoder.decode(token)
+    print(f"SmolLM2-135M-Instruct on {TEXT.name}, {TEXT_TOKENS:,} tokens, then {TEXT_STEPS} decoded")
+    print(*cache.format_stats(n_tokens, TEXT_STEPS), sep="\n")
 
 
 def bench_bytes(args, config, device):
@@ -532,12 +501,9 @@ def bench_bytes(args, config, device):
     print(f"Bytes read per token, {args.model_shape} in 16 bits, budget {config.budget}\n")
     rows = []
     for context in args.contexts:
-        for name, c in {"default": config, "--paper": paper(config)}.items():
-            reads = roofline.bytes_per_token(shape_of(args.model_shape), c, context)
-            row = {"context": f"{context:,}", "setting": name}
-            kinds = ("attention", "calibration", "choosing", "total", "dense")
-            row |= {f"{kind}, MB": f"{1e-6 * reads[kind]:,.1f}" for kind in kinds}
-            rows.append(row | {"dense / total": f"{reads['dense'] / reads['total']:.1f}x"})
+        reads = roofline.bytes_per_token(shape_of(args.model_shape), config, context)
+        row = {f"{kind}, MB": f"{1e-6 * amount:,.1f}" for kind, amount in reads.items()}
+        rows.append({"context": f"{context:,}"} | row | {"dense / total": f"{reads['dense'] / reads['total']:.1f}x"})
     show(rows)
 
 
@@ -546,15 +512,15 @@ def bench_launches(args, config, device):
     print(f"Launches per token, sampling included, without a CUDA graph: {args.model_shape}, budget {config.budget}\n")
     model, rows = Llama(shape_of(args.model_shape), torch.bfloat16, "meta"), []
     for context, name in ((context, name) for context in args.contexts for name in ("resident", "offloaded")):
-        steps, offload = roofline.intervals(config, context), name == "offloaded"
-        c = roofline.offloaded(config) if offload else config
-        decoder, counts = roofline.decode(model, c, context, steps, offload)
+        steps = config.interval(context)
+        decoder, counts = roofline.decode(model, config, context, steps, name == "offloaded")
         tokens = Counter((len(one.launches), one.operations.total(), one.link_bytes) for one in counts[-steps:])
         for (triton, operations, link), count in tokens.most_common():
             row = {"context": f"{context:,}", "cache": name, "tokens": f"{count} of {steps}", "Triton": f"{triton:,}"}
             row |= {"PyTorch": f"{operations:,}", "launches": f"{triton + operations:,}"}
             row |= {"MB over the link, selected blocks apart": f"{1e-6 * link:,.2f}"}
-            rows.append(row | {"KV on the device, MB": f"{1e-6 * decoder.cache.device_bytes:,.0f}"})
+            on_device = sum(part.nbytes for part in decoder.cache.blocks)
+            rows.append(row | {"KV on the device, MB": f"{1e-6 * on_device:,.0f}"})
     show(rows)
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 import kernels
 from attnpred import Config, OneLineParser, exit_status
-from experiments.roofline import LLAMA_31_8B, Stub, decode, offloaded
+from experiments.roofline import LLAMA_31_8B, Stub, decode
 from experiments.tables import markdown
 
 Target = namedtuple("Target", "backend architecture warp_size shared_bytes")
@@ -36,10 +36,6 @@ TARGETS = {
 }
 SMOLLM2 = replace(LLAMA_31_8B, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64)
 MODELS = {f"Llama-3.1-8B {n}K": (LLAMA_31_8B, 1024 * n) for n in (8, 32, 128)} | {"SmolLM2-135M 4K": (SMOLLM2, 4096)}
-SETTINGS = (
-    Config(calibration_interval=2),
-    Config(calibration_interval=2, history_rows="every", share_budget="head", dense_layers=1),
-)
 
 
 def record(model, amd):
@@ -49,11 +45,9 @@ def record(model, amd):
     """
     (m, n_tokens), launches = MODELS[model], []
     with patch.object(kernels, "is_amd", lambda: amd):
-        for config in SETTINGS:
-            for offload in (False, True):
-                c = offloaded(config) if offload else config
-                for counts in decode(Stub(m), c, n_tokens, 4, offload)[1]:
-                    launches += counts.launches
+        for offload in (False, True):
+            for counts in decode(Stub(m), Config(calibration_interval=2), n_tokens, 4, offload)[1]:
+                launches += counts.launches
     return launches
 
 

@@ -115,6 +115,8 @@ def parse_grid(text):
     for method, *options in itertools.product(methods or ["ours"], *axes):
         changes = vars(parser.parse_args(options))
         share = changes.pop("bytes", "")
+        if method == "full":  # reads everything
+            share, _ = "", changes.pop("budget", None)
         require(not share or "budget" not in changes, f"the grid {text!r} has both bytes and budget: leave one out")
         yield Setting(method, replace(base_config(method), **changes), share)
 

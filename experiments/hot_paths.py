@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import attnpred
 import kernels
@@ -52,33 +53,30 @@ def predict_multiply_adds(heads, history_len, new_rows, start, end, valid_end):
 
 
 def prediction_paths(m, c, n_tokens, dtype, device, backend):
-    """Predicts from a whole image, and from the rows since the last selection and kept contributions."""
+    """Predicts from a whole image, and from a new row and kept contributions."""
     weights = kernels.prepare_weights(Predictor().requires_grad_(False).state_dict(), device)
     heads, (start, end) = m.n_layers * m.n_kv_heads, c.middle(n_tokens)
-    new_rows = c.intervals(n_tokens)[1] // c.row_distance(n_tokens)  # since the last selection
     history = torch.rand(heads, c.history_len, c.n_blocks(n_tokens), device=device).to(attnpred.HISTORY_DTYPE)
     contributions = torch.zeros_like(history)  # (L * Hk, H, N)
 
     def convolve(tf32):
         with torch.backends.cudnn.flags(allow_tf32=tf32):
             parts = history.float().split(m.n_kv_heads)
-            return torch.cat([kernels.predict_reference(part, 0, start, end, weights) for part in parts])
+            return torch.cat([kernels.predict_reference(part, start, end, weights) for part in parts])
 
     rivals = {"convolutions, float32": partial(convolve, False)}
     if device.type == "cuda":
         rivals["convolutions, tf32"] = partial(convolve, True)
-    # After P new rows, P + 8 rows of history are read (two around each computed row) and H - 4 - P contributions, and
-    # P + 4 contributions are written.
-    whole_image = 2 * c.history_len
-    update = c.history_len + 8 + new_rows if new_rows < c.history_len - 4 else whole_image
+    # After a new row, 9 rows of history are read (two around each computed row) and H - 5 contributions, and 5
+    # contributions are written.
     for name, new, valid_end, rows in (
-        ("whole image", 0, start, whole_image),
-        (f"{new_rows} new rows", new_rows, end, update),
+        ("whole image", 0, start, 2 * c.history_len),
+        ("a new row", 1, end, c.history_len + 9),
     ):
         moved = heads * (end - start) * (rows * history.element_size() + 4)  # the scores have 4 bytes
         window = new, start, end, valid_end
         multiply_adds = predict_multiply_adds(heads, c.history_len, *window)
-        call = partial(kernels.predict, history, contributions, 0, *window, weights, backend)
+        call = partial(kernels.predict, history, contributions, *window, weights, backend)
         yield f"predict, {name}, all layers", moved, multiply_adds, call, rivals
 
 
@@ -91,17 +89,17 @@ def selection_paths(m, c, n_tokens, dtype, device, backend):
     yield f"select_blocks, {k} per layer, all layers", scores.nbytes + 4 * m.n_layers * k, 0, call, rivals
 
 
-def lists_of(counts, c, n_tokens, device):
-    """Random lists with counts[h] selected blocks for KV head h: addresses (A,), starts and lengths (Hk,), int32.
+def table_of(counts, c, n_tokens, device):
+    """A table of addresses (Hk, width), counts[h] random selected blocks for KV head h, and lengths (Hk,), int32 both.
 
     Lengths are in tokens.
     """
-    start, end = c.middle(n_tokens)
-    outside = torch.tensor([*range(start), *range(end, c.n_blocks(n_tokens))])
+    (start, end), n_blocks = c.middle(n_tokens), c.n_blocks(n_tokens)
+    outside = torch.tensor([*range(start), *range(end, n_blocks)])
     lists = [torch.cat([outside, start + torch.randperm(end - start)[:count]]).sort().values for count in counts]
-    sizes = torch.tensor([len(blocks) for blocks in lists])
-    table = torch.cat([head * c.n_blocks(n_tokens) + blocks for head, blocks in enumerate(lists)])
-    return tuple(x.int().to(device) for x in (table, sizes.cumsum(0) - sizes, sizes * c.block_size))
+    lengths = torch.tensor([len(blocks) * c.block_size for blocks in lists])
+    table = pad_sequence([head * n_blocks + blocks for head, blocks in enumerate(lists)], batch_first=True)
+    return table.int().to(device), lengths.int().to(device)
 
 
 def attention_paths(m, c, n_tokens, dtype, device, backend):
@@ -117,14 +115,13 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
     half = m.n_kv_heads // 2  # half of the heads select K / 2 blocks, the other half 3 K / 2
     uneven = [k - k // 2] * half + [k] * (m.n_kv_heads - 2 * half) + [k + k // 2] * half
     for name, counts in (("heads alike", [k] * m.n_kv_heads), ("uneven heads", uneven)):
-        table, starts, lengths = lists_of(counts, c, n_tokens, device)
-        block_max, address = torch.zeros(group, len(table), device=device), table.long()  # (G, A), (A,)
-        lists = table, starts, lengths, block_max
-        call = partial(lambda lists: kernels.sparse_decode(q, *pool, *lists, backend)[0], lists)
-        rivals = {"SDPA over gathered blocks": partial(lambda address: sdpa(pool[:, address]), address)}
+        table, lengths = table_of(counts, c, n_tokens, device)
+        call = partial(lambda *lists: kernels.sparse_decode(q, *pool, *lists, backend)[0], table, lengths)
+        rivals = {"SDPA over gathered blocks": partial(lambda address: sdpa(pool[:, address]), table.flatten().long())}
         rivals |= {"SDPA over all blocks": lambda: sdpa(pool)}
-        elements = pool[:, :1].numel() * len(table)  # of K and V in the listed blocks
-        moved = elements * pool.element_size() + 2 * q.nbytes + table.nbytes + block_max.nbytes
+        listed = sum(counts) + m.n_kv_heads * (n_blocks - len(range(*c.middle(n_tokens))))  # blocks
+        elements = pool[:, :1].numel() * listed  # of K and V
+        moved = elements * pool.element_size() + 2 * q.nbytes + 4 * listed
         yield f"sparse_decode, {name}, one layer", moved, group * elements, call, rivals if counts is not uneven else {}
 
 

@@ -20,7 +20,6 @@ import torch
 from matplotlib.colors import ListedColormap, PowerNorm
 
 import attnpred
-import kernels
 from attnpred import InputError, OneLineParser, exit_status
 from experiments.bench import output_file
 from experiments.rivals import RivalDecoder
@@ -57,41 +56,49 @@ def thousands(n):
 class Recorder(RivalDecoder):
     """A SparseDecoder that records for each step what it predicts, selects and reads, and the true attention.
 
-    Computing the true attention of all sparse layers takes time but does not change the decoding. In the shapes, L' is
-    the number of sparse layers, heads that of selection heads, capacity that of blocks that fit, N of cached blocks.
+    Computing the true attention takes time but does not change the decoding.
     """
 
     def __init__(self, *args):
         super().__init__(*args, measure_every=1)
-        self.uses_graph = False  # nothing can be recorded while a graph is captured or replayed
-        self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L', heads, capacity) each
-        self.chosen = []  # (L', heads, capacity) bool per step: the blocks attended
+        self.run = self.run_model  # nothing can be recorded while a graph is captured or replayed
+        self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L, Hk, capacity) each
+        self.chosen = []  # (L, Hk, capacity) bool per step: the blocks attended
         self.bytes = []  # (attention, calibration, choosing, dense), totals after the prompt and after each step
-        self.next_prediction = None  # history (L', heads, H, N), start, scores (L', heads, n)
+        self.next_prediction = None  # history (L, Hk, H, N), start, scores (L, Hk, n)
         self.prediction = None  # the same, of the selection in use, and the true row of its first step
 
     def scores(self, start, end):
-        scores = super().scores(start, end)  # (L', heads, n)
-        self.next_prediction = self.window()[..., : self.config.n_blocks(self.n_tokens)].cpu(), start, scores.cpu()
+        scores = super().scores(start, end)  # (L, Hk, n)
+        if self.selecting:
+            rows = self.history.rows[..., : self.config.n_blocks(self.n_tokens)]  # (L * Hk, H, N)
+            self.next_prediction = rows.unflatten(0, self.cache.heads).float().cpu(), start, scores.cpu()
         return scores
 
     def begin_token(self):
         super().begin_token()
-        shape = self.sparse_layers, self.heads, self.capacity
-        self.true_rows.append(torch.zeros(shape))
-        self.chosen.append(torch.zeros(shape, dtype=torch.bool))
+        self.true_rows.append(torch.zeros(self.cache.address.shape))
+        self.chosen.append(torch.zeros(self.cache.address.shape, dtype=torch.bool))
         if self.next_prediction:
             self.prediction, self.next_prediction = (*self.next_prediction, self.true_rows[-1]), None
 
-    def measure(self, index, q):
-        super().measure(index, q)
-        pooled, _ = kernels.pool_history(q, self.cache.k[index + self.dense_layers], self.n_tokens)  # (Hq, 1, N)
-        n = pooled.shape[-1]
-        self.true_rows[-1][index, :, :n] = attnpred.group_rms(pooled[None, :, 0], self.heads)[0].cpu()
-        self.chosen[-1][index, :, :n] = self.attended(index, n).cpu()
+    def attend(self, layer, q, k, v):
+        out = super().attend(layer, q, k, v)  # (Hq, 1, D)
+        rows, _ = attnpred.pool_rows(q[None], self.keys(layer)[None], self.n_tokens, 1, self.backend)  # (1, Hk, 1, N)
+        n = rows.shape[-1]
+        self.true_rows[-1][layer, :, :n] = rows[0, :, 0].cpu()
+        self.chosen[-1][layer, :, :n] = self.attended(layer, n).cpu()
+        return out
 
-    def finish_token(self):
-        super().finish_token()
+    def end_prompt(self):
+        super().end_prompt()
+        self.note_bytes()
+
+    def end_token(self):
+        super().end_token()
+        self.note_bytes()
+
+    def note_bytes(self):
         s = self.stats
         self.bytes.append((s.attention_bytes, s.calibration_bytes, s.choosing_bytes, s.dense_bytes))
 
@@ -138,26 +145,24 @@ def draw_run(recorder, path):
         raise InputError(f"nothing was predicted: {why}")
     start, end = c.middle(r.n_tokens)
     shown_end = end - RECENT_BLOCKS if end - start > 4 * RECENT_BLOCKS else end
-    rows = torch.stack(list(r.true_rows))[..., start:shown_end].flatten(1, 2)  # (R, L' * heads, n)
+    rows = torch.stack(list(r.true_rows))[..., start:shown_end].flatten(1, 2)  # (R, L * Hk, n)
     patterns = find_patterns(rows, c.block_size)
 
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     grid = figure.add_gridspec(5, 6, height_ratios=(4, 0.35, 0.35, 3, 2.6))
     for column, pattern in enumerate(("re-access", "sequential", "seasonal")):
-        layer, head = divmod(patterns[pattern], r.heads)
+        layer, head = divmod(patterns[pattern], r.cache.heads[1])
         columns = slice(2 * column, 2 * column + 2)
         axes = figure.add_subplot(grid[0, columns])
         axes = [axes, *(figure.add_subplot(grid[i, columns], sharex=axes) for i in (1, 2, 3))]
         draw_head(axes, r, layer, head, column == 0)
-        kind = "KV head" if c.select_heads == "kv" else "head"
-        title = f"{pattern}: layer {layer + r.dense_layers}, {kind} {head}"
+        title = f"{pattern}: layer {layer}, KV head {head}"
         sizes = [int(mask[layer, head].sum()) for mask in r.chosen]
         axes[0].set_title(f"{title}, {min(sizes)} to {max(sizes)} blocks", fontsize=11)
     draw_steps(figure.add_subplot(grid[4, :3]), figure.add_subplot(grid[4, 3:]), r)
-    shared = "per head on average, shared in a layer" if c.share_budget == "layer" else "per head"
     figure.suptitle(
         f"{r.n_tokens:,} tokens in {c.n_blocks(r.n_tokens)} blocks of {c.block_size}; budget {c.budget}: "
-        f"{c.topk_blocks} blocks {shared}, selected every {c.intervals(r.n_tokens)[1]} steps; "
+        f"{c.topk_blocks} blocks per head in the mean, selected every {r.interval} steps; "
         f"{c.sink_tokens} + {c.local_tokens} tokens always attended",
         fontsize=11,
     )
@@ -195,7 +200,7 @@ def draw_head(axes, recorder, layer, head, labelled):
 def draw_steps(left, right, recorder):
     """Draw recovery (left) and bytes read (right) for each step."""
     steps = range(1, len(recorder.recovery) + 1)
-    left.plot(steps, [share.mean().item() for share in recorder.recovery], color=OURS)
+    left.plot(steps, [torch.stack(layers).mean().item() for layers in recorder.recovery], color=OURS)
     left.set(title="recovery: share of the true attention attended", xlabel="decode step")
     left.set_ylim(top=1.005)
     *parts, dense = np.diff(recorder.bytes, axis=0).T / 1e6  # (steps,) each

@@ -1,14 +1,11 @@
 """Counts what decoding launches and reads without a GPU, by running the decoder on tensors that have no memory.
 
 Reading order: `Counting` counts launches and copies; `decode` runs a decoder inside of it; `bytes_per_token` reads the
-decoder's own counters; `strategies` estimates the time of several ways to keep the cache from bytes and bandwidths.
-tests/test_bench.py compares the counts with counts by hand.
+decoder's own counters. tests/test_bench.py compares the counts with counts by hand.
 """
 
-import math
 from collections import Counter, namedtuple
 from contextlib import contextmanager
-from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -17,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import attnpred
 import kernels
-from attnpred import Config, Predictor, SparseDecoder, decode_one_token
+from attnpred import Config, Predictor, SparseDecoder
 from model import LlamaConfig
 
 LLAMA_31_8B = LlamaConfig(
@@ -115,37 +112,46 @@ class Stub:
         self.config, self.device, self.kv_dtype = m, META, DTYPE
 
     def __call__(self, tokens, positions, attend):
-        m, n_tokens = self.config, len(tokens)
-        for layer in range(m.n_layers):
-            heads = torch.empty(n_tokens, m.n_heads + 2 * m.n_kv_heads, m.head_dim, dtype=DTYPE, device=META)
-            attend(layer, *heads.transpose(0, 1).split((m.n_heads, m.n_kv_heads, m.n_kv_heads)))  # (heads, T, D) each
-        return torch.empty(m.vocab_size, device=META)
+        for layer in range(self.config.n_layers):
+            attend(layer, *empty_heads(self.config, len(tokens)))
+        return torch.empty(self.config.vocab_size, device=META)
+
+
+def empty_heads(m, n_tokens):
+    """q, k, v of n_tokens, without memory: (heads, T, D) each."""
+    heads = torch.empty(n_tokens, m.n_heads + 2 * m.n_kv_heads, m.head_dim, dtype=DTYPE, device=META)
+    return heads.transpose(0, 1).split((m.n_heads, m.n_kv_heads, m.n_kv_heads))
 
 
 def decode(model, c: Config, n_tokens: int, steps: int, offload=False) -> tuple[SparseDecoder, list[Counting]]:
     """Decode up to n_tokens on tensors without memory.
 
-    Returns the decoder and a `Counting` for the prompt's selection and for each token. The decoder's Stats cover the
-    last `steps` tokens; `c.delay(n_tokens)` tokens are decoded before them.
+    Returns the decoder and a `Counting` for the prompt and for each token. The decoder's Stats cover the last `steps`
+    tokens. With an offloaded cache, two tokens are decoded before them: then the last ones include a whole selection,
+    whose blocks are copied beside the token after it and attended to from the next one on.
     """
-    delay, counts, token = c.delay(n_tokens), [], torch.zeros(1, dtype=torch.int64, device=META)
+    late, counts, token = 2 * offload, [], torch.zeros(1, dtype=torch.int64, device=META)
+    n_prompt = n_tokens - late - steps
     with counting() as making:
         decoder = SparseDecoder(c, model, Predictor(), n_tokens, "triton", offload)
-    for step in range(delay + steps + 1):
+    for step in range(late + steps + 1):
         with counting(making.host) as one:
             if step:
-                attnpred.sample(decode_one_token(model, decoder, token))
+                attnpred.sample(decoder.decode(token))
             else:
-                decoder.begin_prompt(n_tokens - delay - steps)
-                decoder.finish_token()
+                decoder.begin_prompt(n_prompt)
+                for layer in range(model.config.n_layers):
+                    decoder.take_prompt(layer, *empty_heads(model.config, n_prompt))
+                decoder.n_tokens = n_prompt
+                decoder.end_prompt()
         counts.append(one)
-        if step == delay:
-            decoder.stats = attnpred.Stats()
+        if step == late:
+            decoder.stats = attnpred.Stats(prefill_tokens=n_prompt)
     return decoder, counts
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Bytes, and a model of time
+# Bytes
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -155,60 +161,13 @@ def weight_bytes(m: LlamaConfig, itemsize: int = 2) -> int:
     return itemsize * (m.n_layers * (attention + 3 * m.d_model * m.d_ff) + m.vocab_size * m.d_model)
 
 
-def offloaded(c: Config) -> Config:
-    """c with the defaults of an offloaded cache, where c has Config's defaults."""
-    defaults = {name: value for name, value in Config.OFFLOADED.items() if getattr(c, name) == getattr(Config, name)}
-    return replace(c, **defaults)
+def bytes_per_token(m: LlamaConfig, c: Config, n_tokens: int) -> dict[str, float]:
+    """Bytes per token, on average over the interval that ends at n_tokens. K and V have 16 bits.
 
-
-def intervals(c: Config, n_tokens: int) -> int:
-    """The smallest number of tokens that consists of whole intervals of selection and of calibration."""
-    return math.lcm(*c.intervals(n_tokens))
-
-
-def bytes_per_token(m: LlamaConfig, c: Config, n_tokens: int, offload=False) -> dict[str, float]:
-    """Bytes per token, on average over the interval of calibration and selection that ends at n_tokens.
-
-    Returns the counters of attnpred.Stats: attention, calibration, choosing, their sum as total, and dense; and link,
-    the bytes over the link without the selected blocks. K and V have 16 bits.
+    Returns the counters of attnpred.Stats: attention, calibration, choosing, their sum as total, and dense.
     """
-    steps = intervals(c, n_tokens)
-    decoder, counts = decode(Stub(m), c, n_tokens, steps, offload)
-    counted = {name: getattr(decoder.stats, f"{name}_bytes") for name in ("attention", "calibration", "choosing")}
-    counted |= dict(total=decoder.stats.read_bytes, dense=decoder.stats.dense_bytes)
-    counted["link"] = sum(token.link_bytes for token in counts[-steps:])
+    steps = c.interval(n_tokens)
+    stats = decode(Stub(m), c, n_tokens, steps)[0].stats
+    counted = {name: getattr(stats, f"{name}_bytes") for name in ("attention", "calibration", "choosing")}
+    counted |= dict(total=stats.read_bytes, dense=stats.dense_bytes)
     return {name: amount / steps for name, amount in counted.items()}
-
-
-def strategies(m: LlamaConfig, c: Config, n_tokens: int, fetched_fraction: float, memory, link, host) -> dict:
-    """A model of time for several ways to keep the cache: {name: (seconds, bytes over the link) per token}.
-
-    memory, link and host are bandwidths in bytes/s. The share fetched_fraction of a selection crosses the link, during
-    one token; the host pools the keys during `selection_delay` tokens. Decoding waits for what takes longer:
-
-        token   | t | t + 1 | ... | t + delay | the new blocks are attended to
-        host    | pools the keys ------------|                     longer than the delay: the token waits
-        link                                  | copies ------|     longer than one token: the token waits
-    """
-    reads, weights = bytes_per_token(m, c, n_tokens), weight_bytes(m)
-    calibration_interval, selection_interval = c.intervals(n_tokens)
-    blocks = max(0, m.n_layers - c.dense_layers) * c.selection_heads(m) * c.topk_blocks
-    selection = blocks * c.block_size * 2 * m.head_dim * 2  # bytes
-    fetched = fetched_fraction * selection
-    crossing = bytes_per_token(m, offloaded(c), n_tokens, offload=True)["link"] + fetched / selection_interval
-    dense, sparse = (weights + reads["dense"]) / memory, (weights + reads["attention"] + reads["choosing"]) / memory
-    pooling, swap = calibration_interval * reads["calibration"] / host, fetched / link
-    delay = offloaded(c).delay(n_tokens)
-
-    def offloaded_seconds(pooling_tokens, swap_tokens):
-        """Seconds per token, where the host pools during `pooling_tokens` tokens and a swap may take `swap_tokens`."""
-        waited = max(0, pooling - pooling_tokens * sparse) / calibration_interval
-        return sparse + waited + max(0, swap - swap_tokens * sparse) / selection_interval
-
-    return {
-        "dense, resident": (dense, 0),
-        "dense, everything streamed": (max(dense, reads["dense"] / link), reads["dense"]),
-        "sparse, resident": (sparse + reads["calibration"] / memory, 0),
-        "sparse, offloaded, awaited": (offloaded_seconds(0, 0), crossing),
-        f"sparse, offloaded, late by {delay}": (offloaded_seconds(delay, 1), crossing),
-    }

@@ -4,12 +4,13 @@ import json
 import pathlib
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from attnpred import InputError, SparseDecoder, decode_one_token, prefill
+from attnpred import InputError, SparseDecoder
 from experiments import evaluate, tables
 from experiments.evaluate import Setting, Store, counted_bytes, main, parse_grid, read_on
 from model import causal_attention
@@ -18,12 +19,10 @@ from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tin
 SHAPE = "block_size=8 history_len=8 sink_tokens=8 local_tokens=16"
 TOKENS = torch.randint(0, 61, (200,), generator=torch.Generator().manual_seed(3))
 GRIDS = [  # every way to count bytes
-    "ours budget=64 M=1,3,auto P=1,2 share=head,layer",
-    "ours budget=64 rows=true M=4 P=1,4 dense=0,1 heads=q,kv",
+    "ours budget=64 M=1,3,auto",
     "full,paper,quest,snapkv,ada-snapkv,h2o,streaming-llm,oracle budget=64",
-    "decayed-mean:0.5,decayed-mean:0 budget=64 M=3 P=2 dense=1",
-    "ours budget=64 M=4 P=4,8 delay=1,3 swap=0.3",
-    "ours,mean-std budget=24,176",  # nothing selected, and outgrown while decoding
+    "decayed-mean:0.5,decayed-mean:0 budget=64 M=3",
+    "ours,mean-std,paper budget=24,176",  # nothing selected, and outgrown while decoding
 ]
 
 
@@ -41,12 +40,12 @@ def test_lockstep_is_each_setting_alone():
             assert row["dense_bytes"] == row["read_bytes"] and max(map(abs, row["kl"])) < 1e-4
         else:
             assert len(row["recovery"]) == 15
-        if setting.method not in ("ours", "paper"):
+        if setting.method != "ours":
             continue
         alone, log_q = SparseDecoder(setting.config, model, predictor, 192), []
-        prefill(model, alone, TOKENS[:150])
+        alone.prefill(TOKENS[:150])
         for token in TOKENS[150:180]:
-            log_q.append(decode_one_token(model, alone, token[None]).log_softmax(-1))
+            log_q.append(alone.decode(token[None]).log_softmax(-1))
         log_q = torch.stack(log_q)  # (30, V)
         assert row["kl"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum(1).tolist(), abs=1e-3)
         assert row["nll"] == pytest.approx((-log_q[range(30), TOKENS[151:181]]).tolist(), abs=1e-3)
@@ -56,8 +55,8 @@ def test_lockstep_is_each_setting_alone():
 @pytest.mark.parametrize("method, share", [("ours", 0.2), ("paper", 0.9), ("quest", 0.6), ("snapkv", 0.3)])
 def test_budget_for_is_the_nearest_of_all(method, share):
     shape = tiny_llama().config, 4, 400, 50
-    setting, full = settings_of(f"{method} dense=0 bytes={share}", "full")
-    candidates = settings_of(f"{method} dense=0 budget={','.join(map(str, range(24, 440, 8)))}")
+    setting, full = settings_of(f"{method} bytes={share}", "full")
+    candidates = settings_of(f"{method} budget={','.join(map(str, range(24, 440, 8)))}")
     error = {s.config.budget: abs(counted_bytes(s, *shape) - share * counted_bytes(full, *shape)) for s in candidates}
     assert error[evaluate.budget_for(setting, *shape).config.budget] == min(error.values())
     assert evaluate.budget_for(replace(setting, bytes_share="1/1000"), *shape) is None
@@ -95,15 +94,14 @@ def test_texts_table():
 
 
 def test_grids_multiply_out(capsys):
-    found = list(parse_grid("ours,quest M=auto,16 P=2 rows=true swap=.5 bytes=1/8"))
-    changes = dict(selection_interval=2, history_rows="true", swap_share=0.5)
+    found = list(parse_grid("ours,quest M=auto,16 history_len=32 bytes=1/8"))
     assert found == [
-        Setting(method, replace(evaluate.base_config(method), calibration_interval=m, **changes), "1/8")
+        Setting(method, replace(evaluate.base_config(method), calibration_interval=m, history_len=32), "1/8")
         for method in ("ours", "quest")
         for m in ("auto", 16)
     ]
-    names = [setting.name for setting in parse_grid("ours,paper M=5 share=head budget=512 dense=2")]
-    assert names == ["ours M=5 dense=2 share=head", "paper"]
+    names = [setting.name for setting in parse_grid("ours,paper M=1 sink_tokens=64 budget=512")]
+    assert names == ["ours sink_tokens=64 M=1", "paper"]
     wanted = [*parse_grid("ours budget=256,512"), *parse_grid("ours budget=256"), *parse_grid("ours bytes=1/1000")]
     assert [setting.config.budget for setting in evaluate.with_budgets(wanted, tiny_llama(), 400, 50)] == [256, 512]
     assert capsys.readouterr().err == "skipped: no budget of 'ours' reads 1/1000 of dense's bytes\n"
@@ -205,7 +203,8 @@ def test_generated_text_is_the_greedy_one():
     from experiments.lm_eval_adapter import SparseLM
 
     model, tokenizer = tiny_llama(context_len=16), LetterTokenizer()
-    lm = SparseLM(*parse_grid("full"), model, tokenizer, random_predictor())
+    read_prompt = partial(evaluate.prefill_alone, model, random_predictor(), *parse_grid("full"))
+    lm = SparseLM(model, tokenizer, read_prompt)
     tokens = tokenizer.encode("some words")
     for _ in range(6):
         hidden = model.hidden(torch.tensor(tokens), torch.arange(len(tokens)), causal_attention)

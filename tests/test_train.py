@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import train_predictor
-from attnpred import Config, InputError, Predictor, SparseDecoder, decode_one_token, load_predictor, prefill
+from attnpred import Config, InputError, Predictor, load_predictor
+from experiments.rivals import RivalDecoder
 from model import causal_attention
 from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tiny_llama
 
@@ -43,12 +44,11 @@ def by_block(p, how, b=16):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("select", ["kv", "q"])
 @pytest.mark.parametrize("stride", [1, 3])
-def test_recorded_rows_equal_a_full_softmax(select, stride, monkeypatch):
+def test_recorded_rows_equal_a_full_softmax(stride, monkeypatch):
     monkeypatch.setattr(train_predictor, "MAX_LOGITS", 4 * 200 * 9 * 3)  # nine rows at a time
     model, tokens, rows = tiny_llama(n_layers=2), torch.randint(0, 61, (200,)).tolist(), 29
-    windows = train_predictor.record(model, Config(select_heads=select), tokens, [90, 200], rows, stride)
+    windows = train_predictor.record(model, Config(), tokens, [90, 200], rows, stride)
     for end, (pooled, target) in zip([90, 200], windows):
         for layer, p in naive_attention(model, tokens).items():
             for row in range(rows):
@@ -56,7 +56,7 @@ def test_recorded_rows_equal_a_full_softmax(select, stride, monkeypatch):
                 true_row = by_block(p[:, pos, :end], "amax")  # (Hq, N)
                 true_mass = by_block(p[:, pos - stride + 1 : pos + 1, :end], "sum")  # (Hq, stride, N)
                 for found, true in ((pooled, true_row.square()), (target, true_mass.square().mean(1))):
-                    true = (true.unflatten(0, (2, 2)).mean(1) if select == "kv" else true).sqrt()
+                    true = true.unflatten(0, (2, 2)).mean(1).sqrt()  # of the queries of a KV head
                     assert (found[layer, :, row].double() - true).abs().max() < 1e-3  # float16, numbers up to 1
 
 
@@ -141,16 +141,16 @@ def test_losses_by_hand():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share, M", [("layer", 1), ("layer", 4), ("head", 8)])
-def test_validation_leaves_out_what_decoding_does(share, M, tmp_path, monkeypatch):
+@pytest.mark.parametrize("M", [1, 4, 8])
+def test_validation_leaves_out_what_decoding_does(M, tmp_path, monkeypatch):
     """Layer 0's q and k do not depend on earlier attention, so decoding leaves out exactly what `left_out` reports."""
     monkeypatch.setattr(train_predictor, "BUDGETS", (160, 192))
     model, predictor, n_prompt, n_steps = tiny_llama(n_layers=1), random_predictor(), 267, 24
     tokens, rows = torch.randint(0, 61, (n_prompt + n_steps,)), 8 + n_steps // M
     mass = by_block(naive_attention(model, tokens.tolist())[0], "sum").float()  # (Hq, T, N)
-    config = Config(history_len=8, share_budget=share, calibration_interval=M, select_heads="q")
+    config = Config(history_len=8, calibration_interval=M)
     (pooled, target), *_ = train_predictor.record(model, config, tokens.tolist(), [len(tokens)], rows, M)
-    metadata = dict(n_tokens=len(tokens), stride=M, block_size=16, select_heads="q")
+    metadata = dict(n_tokens=len(tokens), stride=M, block_size=16)
     train_predictor.write_tensors(tmp_path / "window", {"pooled": pooled, "target": target}, metadata)
     window = train_predictor.Window(tmp_path / "window")
     text_lengths = [n_prompt + 1 + (row - 8) * M for row in range(rows)]  # at the first of the M tokens of each row
@@ -159,17 +159,19 @@ def test_validation_leaves_out_what_decoding_does(share, M, tmp_path, monkeypatc
         assert window.in_middle[row].nonzero().flatten().tolist() == [*range(start, end)]
     selections = torch.arange(8, rows)
     for budget in train_predictor.BUDGETS:
-        decoder, true = SparseDecoder(replace(config, budget=budget), model, predictor, 300), []
-        prefill(model, decoder, tokens[:n_prompt])
+        decoder, true = RivalDecoder(replace(config, budget=budget), model, predictor, 300), []
+        decoder.prefill(tokens[:n_prompt])
         for pos in range(n_prompt, len(tokens)):
-            attended = decoder.attended(0, mass.shape[2])
-            decode_one_token(model, decoder, tokens[pos : pos + 1])
-            true.append((mass[:, pos].square() * ~attended).sum(-1))  # (Hq,)
-        true = torch.stack(true, 1).unflatten(1, (-1, M)).mean(2)  # (Hq, selections)
+            attended = decoder.attended(0, mass.shape[2])  # (Hk, N)
+            attended[:, pos // 16 :] = True  # the token itself may begin a block
+            decoder.decode(tokens[pos : pos + 1])
+            squares = mass[:, pos].square().unflatten(0, (2, 2)).mean(1)  # (Hk, N)
+            true.append((squares * ~attended).sum(-1))  # (Hk,)
+        true = torch.stack(true, 1).unflatten(1, (-1, M)).mean(2)  # (Hk, selections)
         leave_out = functools.partial(train_predictor.left_out, window, predictor.state_dict(), config)
         found = [leave_out(row[None])[budget][0] for row in selections]  # images end as in decoding
         torch.testing.assert_close(torch.cat(found, 1), true, atol=1e-5, rtol=1e-2)  # float16
-        found = leave_out(selections)[budget][0]  # (Hq, selections)
+        found = leave_out(selections)[budget][0]  # (Hk, selections)
         middle = (target[0, :, selections].float().square() * window.in_middle[selections]).sum(-1)
         assert (found <= middle + 1e-4).all()  # for all selections at once: at most what is in the middle of each row
 
@@ -237,8 +239,8 @@ def content(path):
 @pytest.mark.parametrize(
     "collecting, training, noted",
     [
-        (["--block-size", "8"], ["--share-budget", "head"], ["8", "kv", "64", "8", "8", "true", "head"]),
-        (["--stride", "1", "--select-heads", "q"], ["--loss", "mse"], ["16", "q", "64", "1", "1", "every", "layer"]),
+        (["--block-size", "8"], [], ["8", "64", "8"]),
+        (["--stride", "1"], ["--loss", "mse"], ["16", "64", "1"]),
     ],
 )
 def test_pipeline(tmp_path, folder, collecting, training, noted):
@@ -325,7 +327,6 @@ def test_an_interrupted_training_continues_to_the_same_weights(draws, tmp_path, 
         (b"a text", "--stride 0", "--stride: invalid positive value"),
         (b"a text", "--lengths 9000", "context is 1200"),
         (b"a text", "--data text.txt", "cannot create folder text.txt"),
-        (b"a text", "--data {folder}/data --select-heads q", "select_heads = kv, not q: give another --data"),
         (b"a text", "--data {folder}/data --lengths 1100", "lengths = [1200], not [1100]: give another --data"),
         (b"a text", "--data {folder}/data --windows 3", "windows = 2, not 3: give another --data"),
         (b"a text", "--data {folder}/data --dtype bfloat16", "dtype = float32, not bfloat16: give another --data"),
