@@ -733,7 +733,7 @@ class OffloadedCache(KVCache):
         return slots.view(new.shape)
 
     def copy(self, source, target):
-        """Copy blocks of the host, by id or -1 for none, into slots, both (..., n) int32. Returns how many, () int64."""
+        """Copy blocks of the host, by id or -1 for none, into slots, both (..., n) int32. Returns their number, ()."""
         host, slots = self.host.flatten(0, 2).flatten(1), self.slots.flatten(1)
         kernels.copy_blocks(host, slots, source.flatten(), target.flatten(), self.backend)
         return (source >= 0).sum()
@@ -812,7 +812,7 @@ class OffloadedCache(KVCache):
         fetched, selected, echoes, written = (f"{count * block_bytes / steps / 1e6:,.3f} MB" for count in counts)
         return [
             f"device     {self.slots.nbytes / 1e6:,.2f} MB of KV slots; the whole cache is {whole / 1e6:,.2f} MB",
-            f"link       {fetched} a token fetched, of {selected} selected; {echoes} for echoes; {written} written back",
+            f"link       {fetched} a token fetched of {selected} selected, {echoes} for echoes; {written} written back",
         ]
 
 
@@ -841,8 +841,8 @@ def format_stats(decoder: SparseDecoder) -> str:
     read = {kind: f"{getattr(stats, f'{kind}_bytes') / steps / 1e6:,.2f}" for kind in kinds}
     lines = [
         f"prefill    {stats.prefill_tokens:,} tokens, {prefill_speed:,.0f} tokens/s",
-        "KV read    {attention} MB a token by attention + {echo} for echoes + {calibration} by calibration + {choosing} "
-        "to choose".format(**read),
+        "KV read    {attention} MB a token by attention + {echo} by echoes + {calibration} by calibration + {choosing} to "
+        "choose".format(**read),
     ]
     if stats.recovery:
         recovery = torch.stack(stats.recovery).mean().item()
