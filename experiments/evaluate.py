@@ -334,19 +334,27 @@ class Store:
 # Tasks
 # --------------------------------------------------------------------------------------------------------------------
 
-# Held-out texts: training reads nothing from the torch wheel, whose version requirements.txt pins.
-TEXTS = {"api": "_tensor_docs.py", "python": "_inductor/cudagraph_trees.py", "cpp": "include/pybind11/numpy.h"}
+# Held-out texts, by the ends of their paths in the torch wheel, of which training reads nothing: documentation of an
+# API, Python, C++, a licence in legal prose, and the package's description. requirements.txt pins the version.
+TEXTS = {
+    "api": "torch/_tensor_docs.py",
+    "python": "torch/_inductor/cudagraph_trees.py",
+    "cpp": "torch/include/pybind11/numpy.h",
+    "gpl": "third_party/cpr/test/LICENSE",
+    "readme": ".dist-info/METADATA",
+}
 
 
 def read_text(name):
-    """The held-out text of that name in TEXTS, "readme" for the torch package's, or a file's. Raises InputError."""
+    """The held-out text of that name in TEXTS, or a file's. Raises InputError."""
     try:
-        if name == "readme":
-            return importlib.metadata.metadata("torch").get_payload()
-        path = pathlib.Path(torch.__file__).parent / TEXTS[name] if name in TEXTS else pathlib.Path(name)
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise InputError(f"text {name} cannot be read ({error.strerror}): use {', '.join(TEXTS)}, readme or a file")
+        path = pathlib.Path(name)
+        if name in TEXTS:
+            path = next(file.locate() for file in importlib.metadata.files("torch") if str(file).endswith(TEXTS[name]))
+        text = pathlib.Path(path).read_text("utf-8")
+        return text.partition("\n\n")[2] if name == "readme" else text  # without the headers
+    except (OSError, StopIteration) as error:
+        raise InputError(f"text {name} cannot be read ({error}): use {', '.join(TEXTS)} or a file")
     except UnicodeDecodeError as error:
         raise InputError(f"text {name} is not UTF-8 (byte {error.start}): convert it first")
 
@@ -411,7 +419,7 @@ def parse_args(argv):
     parser.add_argument("task", choices=[*TASKS, "table"])
     parser.add_argument("--grid", action="append", help="settings to compare (see above); may be repeated")
     parser.add_argument("--results", default="results/evaluate.jsonl", metavar="FILE", help="results are added to it")
-    parser.add_argument("--texts", nargs="+", default=[*TEXTS, "readme"], help="held-out texts by name, or files")
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), help="held-out texts by name, or files")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="tokens per text, with the decoded ones")
     parser.add_argument("--n-new", type=int, default=512, help="tokens decoded after the prompt")
     parser.add_argument("--lm-tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval")
