@@ -1,27 +1,37 @@
-"""The five hot paths of a sparse decode step, in the order in which data flows through them.
+"""The hot paths of a sparse decode step, in the order in which data flows through them.
 
-    1. pool_history    queries x keys      ->  block-max attention probabilities, one row per query
-    2. predict         rows of history     ->  one score per block
-    3. select_blocks   scores              ->  the best blocks
-    4. sparse_decode   query, those blocks ->  attention output; `write_rows` makes a row of history of it
-    5. copy_blocks     host memory         ->  device slots, for the blocks that `assign_slots` does not find there
+    1. find_echoes     token ids           ->  one score per block: does it continue an earlier match of the text's end?
+    2. pool_history    queries x keys      ->  block-max attention probabilities, one row per query
+    3. predict         rows of history     ->  one score per block
+    4. select_blocks   scores              ->  the best blocks
+    5. sparse_decode   query, those blocks ->  attention output
+    6. copy_blocks     host memory         ->  device slots, for the blocks that `assign_slots` does not find there
 
 Each section gives the mathematics, a PyTorch reference, the Triton kernel, and the launcher that the rest of the
-project calls. The argument `backend` ("torch" or "triton") says which code runs. A CPU runs the references, too, except
-for attention, where it calls `attend_padded`. What the launchers share is at the end.
+project calls, whose argument `backend` ("torch" or "triton") says which code runs. What launchers share is at the end.
 
-Shapes: Hq query heads, Hk KV heads, D head dimension, T cached tokens, b tokens per block, N = ceil(T / b) blocks.
-`heads` counts selection heads: Hk where the queries of a KV head select together, Hq where each selects for itself;
-G = Hq / heads. The kernels need D and b to be powers of two.
+For readers who know PyTorch and no Triton. A kernel is a function that runs many times side by side, as many
+*programs*. `kernel[grid](...)` launches them; the *grid*, a tuple of numbers, says how many, and `tl.program_id(axis)`
+tells a program which of them it is. A program works on *tiles*: small tensors in registers, with operations like
+PyTorch's. Global memory has no shape: `tl.load(ptr + offsets, mask=..., other=...)` reads a tile from the addresses
+that a tensor of offsets gives, and `tl.store` writes one. Where the *mask* is False nothing is read, and the value is
+`other`; so the last, ragged tile needs no code of its own. Arguments in capitals are `tl.constexpr`: constants when the
+kernel is compiled, because tile shapes must be known then; it is compiled anew for each of their values. Programs do
+not see each other's tiles, and nobody waits for anybody within a launch, so work that needs all results is a second
+launch. `_echo_kernel`, the first one below, has all of this in fifteen lines.
 
-Conventions of the kernels. Arguments in capitals are compile-time constants. Integers that change from token to token
-are marked `do_not_specialize`: Triton would otherwise compile a kernel anew when such a number becomes 1 or a multiple
-of 16. An index that multiplies a large stride is int64, because offsets may exceed 2^31. OPERAND is the dtype in which
-tl.dot multiplies: the inputs' own, but float32 in the interpreter; input_precision="ieee" forbids TF32 for float32
-inputs. Running softmaxes keep a maximum `m`, a sum of exponentials `l` and a weighted sum `acc`; a split that sees no
-key ends with l = 0, so its log-sum-exp is -inf and it weighs nothing.
+Shapes: L layers, Hq query heads, Hk KV heads, G = Hq / Hk, D head dimension, T cached tokens, b tokens per block,
+N = ceil(T / b) blocks. The kernels need D and b to be powers of two.
 
-Source: Yang et al., AttentionPredictor, NeurIPS 2025, arXiv 2502.04077. The incremental prediction is this project's.
+Conventions. Integers that change from token to token are marked `do_not_specialize`: Triton would otherwise compile a
+kernel anew when such a number becomes 1 or a multiple of 16. An index that multiplies a large stride is int64, because
+offsets may exceed 2^31. OPERAND is the dtype in which tl.dot multiplies: the inputs' own, but float32 in the
+interpreter; input_precision="ieee" forbids TF32 for float32 inputs. Running softmaxes keep a maximum `m`, a sum of
+exponentials `l` and a weighted sum `acc`; a split that sees no key ends with l = 0, so its log-sum-exp is -inf and it
+weighs nothing.
+
+Source: Yang et al., AttentionPredictor, NeurIPS 2025, arXiv 2502.04077. The incremental prediction and the echoes are
+this project's.
 """
 
 import os
@@ -30,7 +40,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 # a * b + c rounds once; newer Triton versions turn this off by default
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -47,7 +56,75 @@ TILE_BYTES = 16384  # of K or of V that a program loads at once; several such lo
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 1. History pooling.   pooled[h, r, n] = max over the keys t of block n, t <= position of r, of softmax(q k / sqrt(D))
+# 1. Echoes.   run[p] = how many tokens up to position p equal those up to the text's end, 8 at most
+#
+# Position p + 1 continues the match that ends at p. Its score is run[p] * T + p + 1: the longest match first, then the
+# latest one. A block has the largest score of its positions. A match may begin before the block.
+# --------------------------------------------------------------------------------------------------------------------
+
+MATCH_TOKENS = tl.constexpr(8)  # longer matches count as this long
+ECHO_TILE = 1024  # tokens of a program
+
+
+def find_echoes_reference(ids, position, start, local_blocks, block_size, n_blocks):
+    """See `find_echoes`."""
+    p, run, matches = torch.arange(len(ids), device=ids.device), 0, True
+    for j in range(8):  # matches: the tokens p - j ... p equal the last j + 1 of the text
+        matches = matches & (ids[(p - j).clamp(min=0)] == ids[(position - j).clamp(min=0)]) & (p >= j)
+        run = run + matches.int()  # (T,)
+    score = torch.where((run > 0) & (p < position), run * len(ids) + p + 1.0, float("-inf"))  # of position p + 1
+    score = F.pad(score[:-1], (1, n_blocks * block_size - len(ids)), value=float("-inf"))  # of position p
+    block = torch.arange(n_blocks, device=ids.device)
+    in_middle = (block >= start) & (block < (position + 1) // block_size - local_blocks)
+    return score.view(n_blocks, block_size).amax(1).masked_fill(~in_middle, float("-inf"))  # (n_blocks,)
+
+
+# Grid: (tiles of TILE tokens). Each program compares its tokens, and those up to eight before them, with the text's
+# last eight. Traffic: the ids once (eight times from the cache); one score per block.
+@triton.jit(do_not_specialize=["start", "local_blocks", "n_ids", "n_blocks"])
+def _echo_kernel(
+    ids_ptr, position_ptr, scores_ptr, start, local_blocks, n_ids, n_blocks,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    TILE_BLOCKS: tl.constexpr = TILE // BLOCK_SIZE
+    position = tl.load(position_ptr)  # of the newest token
+    p = tl.program_id(0) * TILE + tl.arange(0, TILE)  # (TILE,) position that may continue a match
+    matches = p <= position  # (TILE,)
+    run = tl.zeros((TILE,), tl.int32)
+    for j in range(1, MATCH_TOKENS + 1):
+        last = tl.load(ids_ptr + position + 1 - j, mask=position + 1 >= j, other=-1)
+        matches = matches & (p >= j) & (tl.load(ids_ptr + p - j, mask=matches & (p >= j), other=-2) == last)
+        run += matches.to(tl.int32)
+    score = tl.where(run > 0, run.to(tl.float32) * n_ids + p, float("-inf"))  # (TILE,)
+    score = tl.max(tl.reshape(score, (TILE_BLOCKS, BLOCK_SIZE)), 1)  # (TILE_BLOCKS,)
+    block = tl.program_id(0) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
+    in_middle = (block >= start) & (block < (position + 1) // BLOCK_SIZE - local_blocks)
+    tl.store(scores_ptr + block, tl.where(in_middle, score, float("-inf")), mask=block < n_blocks)
+
+
+def find_echoes(ids, position, start, local_blocks, block_size, n_blocks, backend="torch"):
+    """Scores of the blocks that continue earlier occurrences of the text's end (README: echo).
+
+    ids           (T,) int64: the text's token ids, and room for later ones
+    position      (1,) int64 on the device: of the newest token. Nothing here waits for its value
+    start         the first middle block; the middle ends `local_blocks` before the newest token's block
+    returns       scores (n_blocks,) float32, -inf for blocks outside of the middle and for those that continue nothing
+    """
+    assert ids.dtype == position.dtype == torch.int64 and len(ids) <= n_blocks * block_size
+    assert 9 * len(ids) + 9 < 2**24, "scores must be exact in float32"
+    if not use_triton(backend, ids.device):
+        return find_echoes_reference(ids, position, start, local_blocks, block_size, n_blocks)
+    assert ids.is_contiguous() and ECHO_TILE % block_size == 0
+    scores = ids.new_empty(n_blocks, dtype=torch.float32)
+    _echo_kernel[(cdiv(n_blocks * block_size, ECHO_TILE),)](
+        ids, position, scores, start, local_blocks, len(ids), n_blocks,
+        BLOCK_SIZE=block_size, TILE=ECHO_TILE, num_warps=4,
+    )  # fmt: skip
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 2. History pooling.   pooled[h, r, n] = max over the keys t of block n, t <= position of r, of softmax(q k / sqrt(D))
 #
 # One pass over K: every block keeps its largest logit, every row its running log-sum-exp, and
 # pooled = exp(block_max - lse). Nothing of size rows x T exists.
@@ -160,7 +237,7 @@ def pool_history(q, k_cache, n_tokens, row_distance=1, backend="torch"):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 2. Prediction.   score[n] = conv3(mean over rows(relu(conv2(relu(conv1(image))))))[n]
+# 3. Prediction.   score[n] = conv3(mean over rows(relu(conv2(relu(conv1(image))))))[n]
 #
 # The last convolution is linear and works on single cells, so it may be applied before the mean. With
 #     p[r, n] = sum over c of w3[c] * relu(conv2)[c, r, n]      the score is      b3 + (1/H) * sum over r of p[r, n].
@@ -175,8 +252,7 @@ def pool_history(q, k_cache, n_tokens, row_distance=1, backend="torch"):
 # When the middle has grown by columns, the two columns before the new ones had padding on their right: from there on
 # the kept rows are recomputed, too.
 #
-# The history is a ring of H rows: row r of the window (0 is the oldest) lies in slot (newest + 1 + r) mod H. The
-# contributions p live in a ring of the same shape, in the same slots.
+# The oldest row comes first. When rows enter, the history and the contributions p both move up.
 # --------------------------------------------------------------------------------------------------------------------
 
 PREDICT_CELLS = 1 << 14  # cells of the image that the reference convolves at once: about what fits in a CPU's cache
@@ -196,16 +272,11 @@ def prepare_weights(state_dict, device="cpu"):
     return weights
 
 
-def window_slots(newest, history_len, device=None):
-    """Ring slots of the window's rows, oldest first: (H,) int64."""
-    return (torch.arange(history_len, device=device) + newest + 1) % history_len
-
-
-def predict_reference(history, newest, start, end, weights):
+def predict_reference(history, start, end, weights):
     """The whole network, as the paper draws it: scores (heads, end - start). It is here to read and to test `predict`
     against; decoding does not call it.
     """
-    image = history[:, window_slots(newest, history.shape[1], history.device), start:end].float()  # (heads, H, n)
+    image = history[:, :, start:end].float()  # (heads, H, n)
     x = F.relu(F.conv2d(image[:, None], weights["conv1.weight"], weights["conv1.bias"], padding=1))  # (heads, 16, H, n)
     x = F.relu(F.conv2d(x, weights["conv2.weight"], weights["conv2.bias"], padding=1))  # (heads, 32, H, n)
     return F.conv1d(x.mean(2), weights["conv3.weight"], weights["conv3.bias"])[:, 0]  # (heads, n)
@@ -239,15 +310,15 @@ def contributions_reference(image, strip, weights):
     return x.permute(0, 2, 3, 1) @ weights["conv3.weight"][0, :, 0]  # (heads, rows, columns)
 
 
-def update_contributions_reference(history, contributions, newest, strips, start, end, weights):
+def update_contributions_reference(history, contributions, strips, start, end, weights):
     """Compute the strips of p anew, a few heads at a time, to bound the memory."""
-    slots = window_slots(newest, history.shape[1], history.device)  # (H,)
     chunk = max(1, PREDICT_CELLS // max((bottom - top + 4) * (end - left) for top, bottom, left in strips))
-    for some_history, some_p in zip(history.split(chunk), contributions.split(chunk)):
-        image = some_history[:, slots, start:end]  # (chunk, H, n), the oldest row first
+    for image, p in zip(history[:, :, start:end].split(chunk), contributions[:, :, start:end].split(chunk)):
         for top, bottom, left in strips:
-            p = contributions_reference(image, (top, bottom, left - start), weights)  # (chunk, rows, columns)
-            some_p[:, slots[top:bottom], left:end] = p.to(some_p.dtype)
+            left -= start
+            p[:, top:bottom, left:] = contributions_reference(
+                image, (top, bottom, left), weights
+            )  # (chunk, rows, columns)
 
 
 # Grid: (heads, tiles of TILE columns, chunks of ROWS rows). A program walks down its columns. Both convolutions are
@@ -256,10 +327,10 @@ def update_contributions_reference(history, contributions, newest, strips, start
 # middle and top row of taps; only history and p touch global memory. Outside the image conv1's output is zero, as
 # conv2's padding demands. Traffic: ROWS + 4 rows of history read (each value 27 times, from the cache all but once),
 # ROWS rows of p written; weights stay cached.
-@triton.jit(do_not_specialize=["newest", "left", "end", "top", "bottom"])
+@triton.jit(do_not_specialize=["left", "end", "top", "bottom"])
 def _contributions_kernel(
     history_ptr, contributions_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, w3_ptr,
-    stride_hh, stride_hr, stride_ph, stride_pr, newest, start, left, end, top, bottom, history_len,
+    stride_hh, stride_hr, stride_ph, stride_pr, start, left, end, top, bottom, history_len,
     ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
@@ -275,13 +346,12 @@ def _contributions_kernel(
     for row in range(first_row - 1, last_row + 1):  # of conv1
         acc_next = bias
         tap_row = row - 1 + tap // 3  # (16,)
-        slot = (newest + 1 + tap_row + history_len) % history_len
         row_mask = (tap < 9) & (tap_row >= 0) & (tap_row < history_len)
         for dx in range(3):  # not unrolled: three sets of conv2 weights would spill registers
             x_column = column + dx - 1  # (TILE,) of conv1, as this tap of conv2 sees it
             tap_column = x_column[:, None] - 1 + tap[None, :] % 3  # (TILE, 16)
             patch_mask = row_mask[None, :] & (tap_column >= start) & (tap_column < end)
-            cell = head * stride_hh + slot[None, :] * stride_hr + tap_column
+            cell = head * stride_hh + tap_row[None, :] * stride_hr + tap_column
             patch = tl.load(history_ptr + cell, mask=patch_mask, other=0.0).to(tl.float32)  # (TILE, 16)
             x = tl.dot(patch, w1, input_precision=PRECISION) + b1[None, :]  # (TILE, 16)
             in_image = (x_column >= start) & (x_column < end) & (row >= 0) & (row < history_len)
@@ -292,24 +362,24 @@ def _contributions_kernel(
             acc_next = tl.dot(x, tl.load(tap_ptr), acc_next, input_precision=PRECISION)
         if row > first_row:  # row - 1 is complete, and the program's own
             p = tl.sum(tl.maximum(acc_previous, 0.0) * w3[None, :], 1)  # (TILE,)
-            out = head * stride_ph + (newest + row) % history_len * stride_pr + column
+            out = head * stride_ph + (row - 1) * stride_pr + column
             tl.store(contributions_ptr + out, p, mask=column < end)
         acc_previous, acc = acc, acc_next
 
 
-def predict(history, contributions, newest, new_rows, start, end, valid_end, weights, backend="torch"):
+def predict(history, contributions, new_rows, start, end, valid_end, weights, backend="torch"):
     """Scores of the middle blocks (README: predict).
 
-    history        (heads, H, capacity) ring, float32 or float16; columns start ... end - 1 are the image
-    contributions  the same shape and dtype, updated in place. It must hold what the previous call left; that call had
-                   the same `start`, and its `end` is now passed as `valid_end`. A first call passes valid_end = start
-    newest         slot of the last row
+    history        (heads, H, capacity), oldest row first, float32 or float16; columns start ... end - 1 are the image
+    contributions  the same shape and dtype, updated in place. It must hold what the previous call left, moved up by the
+                   rows that have entered since; that call had the same `start`, and its `end` is now passed as
+                   `valid_end`. A first call passes valid_end = start
     new_rows       rows that have entered since that call
     weights        from `prepare_weights`
     returns        scores (heads, end - start) float32
     """
     heads, history_len, capacity = history.shape
-    assert contributions.shape == history.shape and history_len >= 5 and 0 <= newest < history_len
+    assert contributions.shape == history.shape and history_len >= 5
     assert 0 <= start < end <= capacity and start <= valid_end <= end and new_rows >= 0
     strips = stale_strips(history_len, new_rows, start, end, valid_end)
     if use_triton(backend, history.device):
@@ -322,73 +392,122 @@ def predict(history, contributions, newest, new_rows, start, end, valid_end, wei
                 history, contributions, weights["conv1.taps"], weights["conv1.bias"],
                 weights["conv2.taps"], weights["conv2.bias"], weights["conv3.weight"],
                 history.stride(0), history.stride(1), contributions.stride(0), contributions.stride(1),
-                newest, start, left, end, top, bottom, history_len,
+                start, left, end, top, bottom, history_len,
                 ROWS=ROWS_PER_PROGRAM, TILE=tile, PRECISION=precision, num_warps=tile // 16,
             )  # fmt: skip
     else:
-        update_contributions_reference(history, contributions, newest, strips, start, end, weights)
+        update_contributions_reference(history, contributions, strips, start, end, weights)
     return contributions[:, :, start:end].mean(1, dtype=torch.float32) + weights["conv3.bias"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 3. Block selection.   The k highest scores of each row; equal scores: the lower index first; NaN counts as -inf.
+# 4. Block selection.   The k highest scores of each row; equal scores: the lower index first; NaN counts as -inf.
+#
+# A row may be long: all scores of a model. Its scores, as integers that sort alike, have four digits of 8 bits. Each of
+# four launches counts, in every program's chunk of the row, how often each value of a digit occurs among the keys that
+# agree with the k-th largest one in all higher digits; from these counts the next launch knows that digit, too. In the
+# end the k-th largest key is known, and how many keys above it and equal to it each chunk has: where a program writes.
 # --------------------------------------------------------------------------------------------------------------------
 
-SELECT_TILE = 4096  # scores that a program holds at once
+SELECT_TILE = 2048  # scores that a program holds at once
+SELECT_PROGRAMS = 32  # of a row, at most; a power of two
 
 
 def select_blocks_reference(scores, k):
-    """See `select_blocks`: a stable sort keeps the lower index first among equals."""
+    """See `select_blocks`: all scores above the k-th largest one, and the first of those that equal it."""
     scores = scores.masked_fill(scores.isnan(), float("-inf"))
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]  # (rows, k)
-    return best.sort(dim=-1).values.int()
+    kth = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)  # (rows, 1)
+    larger, equal = scores > kth, scores == kth  # (rows, n)
+    ties = k - larger.sum(-1, keepdim=True)  # (rows, 1): how many of the equal ones belong to the best k
+    taken = larger | (equal & (equal.cumsum(-1) <= ties))
+    return taken.nonzero()[:, 1].view(-1, k).int()
 
 
 @triton.jit
 def _sortable(scores_ptr, index, n):
-    """Unsigned integers that sort like the scores: NaN as -inf, -0 as +0, and what is not a score below all of them."""
+    """Unsigned integers that sort like the scores: NaN as -inf, -0 as +0."""
     bits = tl.load(scores_ptr + index, mask=index < n, other=0.0).to(tl.int32, bitcast=True)  # (TILE,)
     bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, -0x800000, bits)  # any NaN gets the bits of -inf
     bits = tl.where(bits == -0x80000000, 0, bits)
     key = bits ^ ((bits >> 31) | -0x80000000)  # flip all bits of a negative number, of others the sign bit
-    return tl.where(index < n, key, 0).to(tl.uint32, bitcast=True)  # (TILE,)
+    return key.to(tl.uint32, bitcast=True)  # (TILE,)
 
 
-# The k-th largest key is the largest threshold that at least k keys reach. It is found bit by bit, the highest first; a
-# last pass writes the indices of all larger keys, and of the first few keys that equal the threshold.
-# Grid: (rows,). A tile is TILE scores. Traffic: the scores once from memory and 32 times from the cache; k indices.
-@triton.jit(do_not_specialize=["stride_row", "n"])
-def _select_kernel(scores_ptr, blocks_ptr, stride_row, n, k, TILE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = scores_ptr + row * stride_row
-    threshold = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 0x80000000, tl.uint32)
-    larger = 0  # keys that reach the last refused candidate; after the loop that is threshold + 1: keys above it
-    for _ in range(32):
-        reached = 0  # keys that reach threshold + bit
-        for first in range(0, n, TILE):
-            key = _sortable(row_ptr, first + tl.arange(0, TILE), n)  # (TILE,)
-            reached += tl.sum((key >= (threshold | bit)).to(tl.int32), 0)
-        larger = tl.where(reached >= k, larger, reached)
-        threshold = tl.where(reached >= k, threshold | bit, threshold)
-        bit = bit >> 1
-    ties = k - larger  # how many keys that equal the threshold belong to the best k
-    written = 0
-    for first in range(0, n, TILE):
-        index = first + tl.arange(0, TILE)  # (TILE,)
+@triton.jit
+def _kth_key(counts_ptr, row, rows, programs, k, DIGITS: tl.constexpr, PROGRAMS: tl.constexpr):
+    """The first DIGITS digits of the k-th largest key, from the counts of so many launches.
+
+    Returns these digits; how many of the keys that agree with them belong to the best k; and, of each program, how many
+    keys are above them, and how many agree with them.
+    """
+    program, value = tl.arange(0, PROGRAMS), tl.arange(0, 256)
+    key = tl.full([], 0, tl.uint32)
+    larger, equal = tl.zeros((PROGRAMS,), tl.int32), tl.zeros((PROGRAMS,), tl.int32)
+    for digit in tl.static_range(DIGITS):
+        cell = ((digit * rows + row) * programs + program[:, None]) * 256 + value[None, :]
+        counts = tl.load(counts_ptr + cell, mask=(program < programs)[:, None], other=0)  # (PROGRAMS, 256)
+        total = tl.sum(counts, 0)  # (256,)
+        at_least = tl.sum(total, 0) - tl.cumsum(total, 0) + total  # (256,) keys whose digit is value or larger
+        kth = tl.sum((at_least >= k).to(tl.int32), 0) - 1  # the k-th largest key's digit
+        above = tl.sum(tl.where(value[None, :] > kth, counts, 0), 1)  # (PROGRAMS,)
+        larger += above
+        equal = tl.sum(tl.where(value[None, :] == kth, counts, 0), 1)
+        k -= tl.sum(above, 0)
+        key = key | (kth.to(tl.uint32) << (24 - 8 * digit))
+    return key, k, larger, equal
+
+
+# Grid: (programs, rows). A program counts the values of digit DIGIT in its chunk of a row, in tiles of TILE scores.
+# Traffic: the row's scores, and 256 counts per program.
+@triton.jit(do_not_specialize=["stride_row", "n", "programs"])
+def _count_kernel(
+    scores_ptr, counts_ptr, stride_row, n, k, programs,
+    DIGIT: tl.constexpr, TILE: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    program, row, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    row_ptr = scores_ptr + row.to(tl.int64) * stride_row
+    prefix, _, _, _ = _kth_key(counts_ptr, row, rows, programs, k, DIGIT, PROGRAMS)
+    KNOWN: tl.constexpr = (0xFFFFFFFF << (32 - 8 * DIGIT)) & 0xFFFFFFFF  # the bits of the digits before this one
+    counts = tl.zeros((256,), tl.int32)
+    tiles = tl.cdiv(n, TILE)
+    for tile in range(program * tiles // programs, (program + 1) * tiles // programs):
+        index = tile * TILE + tl.arange(0, TILE)  # (TILE,)
         key = _sortable(row_ptr, index, n)
-        equal = (key == threshold).to(tl.int32)
-        taken = (key > threshold) | ((equal > 0) & (tl.cumsum(equal, 0) <= ties))
+        value = ((key >> (24 - 8 * DIGIT)) & 0xFF).to(tl.int32)
+        counts += tl.histogram(value, 256, mask=(index < n) & ((key & KNOWN) == prefix))
+    cell = ((DIGIT * rows + row) * programs + program) * 256 + tl.arange(0, 256)
+    tl.store(counts_ptr + cell, counts)
+
+
+# Grid: (programs, rows). A program writes the selected indices of its chunk, after those of the chunks before it.
+# Traffic: the row's scores, the counts, and k indices per row.
+@triton.jit(do_not_specialize=["stride_row", "n", "programs"])
+def _select_kernel(
+    scores_ptr, counts_ptr, blocks_ptr, stride_row, n, k, programs, TILE: tl.constexpr, PROGRAMS: tl.constexpr
+):
+    program, row = tl.program_id(0), tl.program_id(1)
+    row_ptr = scores_ptr + row.to(tl.int64) * stride_row
+    kth, ties, larger, equal = _kth_key(counts_ptr, row, tl.num_programs(1), programs, k, 4, PROGRAMS)
+    before = tl.arange(0, PROGRAMS) < program  # (PROGRAMS,)
+    equal_before = tl.sum(tl.where(before, equal, 0), 0)
+    written = tl.sum(tl.where(before, larger, 0), 0) + tl.minimum(equal_before, ties)
+    ties -= equal_before  # how many of the chunk's own keys that equal the k-th largest are selected
+    tiles = tl.cdiv(n, TILE)
+    for tile in range(program * tiles // programs, (program + 1) * tiles // programs):
+        index = tile * TILE + tl.arange(0, TILE)  # (TILE,)
+        key = _sortable(row_ptr, index, n)
+        ties_here = ((key == kth) & (index < n)).to(tl.int32)
+        taken = ((key > kth) & (index < n)) | ((ties_here > 0) & (tl.cumsum(ties_here, 0) <= ties))
         rank = written + tl.cumsum(taken.to(tl.int32), 0) - 1  # (TILE,)
-        tl.store(blocks_ptr + row * k + rank, index, mask=taken)
-        ties -= tl.sum(equal, 0)
+        tl.store(blocks_ptr + row.to(tl.int64) * k + rank, index, mask=taken)
+        ties -= tl.sum(ties_here, 0)
         written += tl.sum(taken.to(tl.int32), 0)
 
 
 def select_blocks(scores, k, backend="torch"):
     """Indices of the k best scores of each row, ascending (README: select).
 
-    scores   (rows, n) float32: a row is a head's, or all of a layer's heads' one after another
+    scores   (rows, n) float32
     returns  (rows, k) int32, in 0 ... n - 1
     """
     rows, n = scores.shape
@@ -396,58 +515,66 @@ def select_blocks(scores, k, backend="torch"):
     if not use_triton(backend, scores.device):
         return select_blocks_reference(scores, k)
     assert scores.dtype == torch.float32 and scores.stride(1) == 1
-    blocks = torch.empty((rows, k), dtype=torch.int32, device=scores.device)
-    tile = max(256, min(triton.next_power_of_2(n), SELECT_TILE))
-    _select_kernel[(rows,)](scores, blocks, scores.stride(0), n, k, TILE=tile, num_warps=max(4, min(8, tile // 256)))
+    programs = min(SELECT_PROGRAMS, cdiv(n, SELECT_TILE))
+    counts = scores.new_empty((4, rows, programs, 256), dtype=torch.int32)
+    blocks = scores.new_empty((rows, k), dtype=torch.int32)
+    options = dict(TILE=SELECT_TILE, PROGRAMS=SELECT_PROGRAMS, num_warps=8)
+    for digit in range(4):
+        _count_kernel[(programs, rows)](
+            scores, counts, scores.stride(0), n, k, programs, DIGIT=digit, **options
+        )  # fmt: skip
+    _select_kernel[(programs, rows)](scores, counts, blocks, scores.stride(0), n, k, programs, **options)
     return blocks
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 4. Sparse flash-decoding.   out[h] = softmax(q k / sqrt(D)) v over the tokens of the blocks in head h's list
+# 5. Sparse flash-decoding.   out[h] = softmax(q k / sqrt(D)) v over the tokens of the blocks in the row of h's KV head
 #
-# A list is a run of entries in a block table. An entry is the number of a block in k_pool and v_pool, which are the
-# whole cache, or the slots of an offloaded one. Lists of different heads may have different lengths. The queries of a
-# group share each block that is read.
+# A row of the table lists blocks: their numbers in k_blocks and v_blocks, which are the whole cache or the slots of an
+# offloaded one. -1 stands for no block. Rows of different heads list different numbers of tokens. The G queries of a KV
+# head share each block that is read.
 # --------------------------------------------------------------------------------------------------------------------
 
 MERGE_TILE = 32  # partial results that the merge holds at once
 
 
-def sparse_decode_reference(q, k_pool, v_pool, table, starts, lengths, block_max):
+def sparse_decode_reference(q, k_blocks, v_blocks, table, lengths):
     """See `sparse_decode`. What follows a list in its last block must be finite."""
-    block_size, head_dim = k_pool.shape[1:]
-    starts, blocks = starts.tolist(), cdiv(lengths, block_size).tolist()
-    pool_block = pad_lists([table[start : start + n] for start, n in zip(starts, blocks)])  # (heads, longest)
-    mask = length_mask(lengths, pool_block.shape[1] * block_size)  # (heads, tokens)
+    k, v, mask = gather_listed(k_blocks, v_blocks, table, lengths)  # (Hk, tokens, D), (Hk, tokens, D), (Hk, tokens)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    k, v = (gather_blocks(pool, pool_block).to(dtype) for pool in (k_pool, v_pool))  # (heads, tokens, D)
-    groups = q.view(len(starts), -1, head_dim).to(dtype) * head_dim**-0.5  # (heads, G, D)
-    logits = groups @ k.mT + mask[:, None]  # (heads, G, tokens)
-    lse = logits.logsumexp(-1)  # (heads, G)
-    p = torch.exp(logits - lse[..., None])  # (heads, G, tokens)
-    if block_max is not None:
-        largest = logits.unflatten(-1, (-1, block_size)).amax(-1)  # (heads, G, longest)
-        for start, n, head_max in zip(starts, blocks, largest):
-            block_max[:, start : start + n] = head_max[:, :n]
-    return (p @ v).to(q.dtype).view(q.shape), lse.view(-1).float()
+    groups = q.view(len(table), -1, q.shape[1]).to(dtype) * q.shape[1] ** -0.5  # (Hk, G, D)
+    logits = groups @ k.to(dtype).mT + mask[:, None]  # (Hk, G, tokens)
+    lse = logits.logsumexp(-1)  # (Hk, G)
+    p = torch.exp(logits - lse[..., None])  # (Hk, G, tokens)
+    return (p @ v.to(dtype)).to(q.dtype).view(q.shape), lse.view(-1).float()
 
 
-def pad_lists(lists):
-    """Lists of pool blocks (n,) int32, padded to a rectangle (lists, longest) with any block that is listed."""
-    return pad_sequence(lists, batch_first=True, padding_value=int(lists[0][0]))
+def sparse_decode_on_cpu(q, k_blocks, v_blocks, table, lengths):
+    """The same in one operation of PyTorch. It approximates the exponentials of 16-bit inputs: the log-sum-exp is then
+    good to 5e-5, while the reference has float32's accuracy.
+    """
+    k, v, mask = gather_listed(k_blocks, v_blocks, table, lengths)  # (Hk, tokens, D), (Hk, tokens, D), (Hk, tokens)
+    groups = q.view(len(table), 1, -1, q.shape[1])  # (Hk, 1, G, D)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike F's, it returns the log-sum-exp
+    out, lse = attend(groups, k[:, None], v[:, None], attn_mask=mask[:, None, None])  # (Hk, 1, G, D), (Hk, 1, G)
+    return out.view(q.shape), lse.view(-1)
 
 
-def length_mask(lengths, n_tokens):
-    """What masks logits when it is added: (..., n_tokens) float32, 0 up to each of lengths (...,), -inf after it."""
-    return torch.where(torch.arange(n_tokens, device=lengths.device) < lengths[..., None], 0.0, float("-inf"))
+def gather_listed(k_blocks, v_blocks, table, lengths):
+    """Copy the listed blocks together: K and V, (Hk, tokens, D) each, and a mask to add to logits, (Hk, tokens): 0 for
+    the tokens of a list, else -inf. All lists get the length of the longest.
+    """
+    block_size = k_blocks.shape[1]
+    last = cdiv(lengths, block_size).long()[:, None] - 1  # (Hk, 1)
+    table = table[:, : int(last.amax()) + 1]  # (Hk, n)
+    token = torch.arange(table.shape[1] * block_size, device=table.device)
+    listed = (token < lengths[:, None]) & (table >= 0).repeat_interleave(block_size, 1)  # (Hk, tokens)
+    block = torch.where(listed[:, ::block_size], table, table.gather(1, last)).flatten()  # a listed one for the others
+    k, v = (blocks.index_select(0, block).view(len(table), -1, blocks.shape[2]) for blocks in (k_blocks, v_blocks))
+    return k, v, torch.where(listed, 0.0, float("-inf"))
 
 
-def gather_blocks(pool, pool_block):
-    """Copy blocks of a pool (blocks, b, D) together: pool_block (lists, n) -> (lists, n * b, D)."""
-    return pool.index_select(0, pool_block.flatten()).view(len(pool_block), -1, pool.shape[-1])
-
-
-# The lengths are known on the device only, so n_programs + heads programs start, and each finds its share itself. All
+# The lengths are known on the device only, so n_programs + Hk programs start, and each finds its share itself. All
 # lists are cut into tiles, and a list's tiles into splits; program p takes the p-th split of all. Example: lists of 5,
 # 1, 2 and 9 tiles and n_programs = 4 give tiles_per_split = ceil(17 / 4) = 5, splits = 1, 1, 1, 2 and
 # first_program = 0, 1, 2, 3. Programs 3 and 4 share the last list; programs 5 to 7 return at once.
@@ -457,34 +584,32 @@ def _divide_work(lengths_ptr, heads, n_programs, TILE: tl.constexpr, MAX_HEADS: 
     length = tl.load(lengths_ptr + head, mask=head < heads, other=0)  # (MAX_HEADS,) tokens
     tiles = tl.cdiv(length, TILE)
     tiles_per_split = tl.cdiv(tl.sum(tiles, 0), n_programs)
-    splits = tl.cdiv(tiles, tiles_per_split)  # (MAX_HEADS,): n_programs + heads in all, at most
+    splits = tl.cdiv(tiles, tiles_per_split)  # (MAX_HEADS,): n_programs + Hk in all, at most
     first_program = tl.cumsum(splits, 0) - splits  # (MAX_HEADS,) the program that takes a head's first split
     return head, first_program, splits, tiles_per_split
 
 
-# Grid: (n_programs + heads,). A program walks its split of one list in tiles of TILE_BLOCKS whole blocks with a running
-# softmax; the GROUP queries that share the list are the rows of one tl.dot, padded to 16. Traffic: it reads K and V of
-# the listed blocks once, and writes its normalised output, its log-sum-exp, and each block's largest logit.
+# Grid: (n_programs + Hk,). A program walks its split of one list in tiles of TILE tokens with a running softmax; the
+# GROUP queries that share the list are the rows of one tl.dot, padded to 16. Traffic: it reads K and V of the listed
+# blocks once, and writes its normalised output and its log-sum-exp.
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, lengths_ptr, partial_out_ptr, partial_lse_ptr, block_max_ptr,
-    heads, n_programs, scale, stride_qh, stride_n, stride_t, stride_mg,
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, partial_out_ptr, partial_lse_ptr,
+    heads, n_programs, scale, stride_qh, stride_table, stride_n, stride_t,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr, MAX_HEADS: tl.constexpr, OPERAND: tl.constexpr,
+    TILE: tl.constexpr, MAX_HEADS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    TILE: tl.constexpr = TILE_BLOCKS * BLOCK_SIZE
     program = tl.program_id(0)
     every_head, every_first_program, every_splits, tiles_per_split = _divide_work(
         lengths_ptr, heads, n_programs, TILE, MAX_HEADS
     )
-    owner = (program >= every_first_program) & (
-        program < every_first_program + every_splits
-    )  # (MAX_HEADS,) true at one head, or none
+    # (MAX_HEADS,): true at one head, or at none
+    owner = (program >= every_first_program) & (program < every_first_program + every_splits)
     if tl.sum(owner.to(tl.int32), 0) == 0:
         return
     head = tl.sum(tl.where(owner, every_head, 0), 0)
     split = program - tl.sum(tl.where(owner, every_first_program, 0), 0)
-    list_start, length = tl.load(starts_ptr + head), tl.load(lengths_ptr + head)
+    row_ptr, length = table_ptr + head * stride_table, tl.load(lengths_ptr + head)
     g = tl.arange(0, GROUP_PAD)  # (GROUP_PAD,) query of the group
     d = tl.arange(0, HEAD_DIM)
     token = tl.arange(0, TILE)  # of a tile
@@ -498,21 +623,17 @@ def _decode_kernel(
     first_tile = split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(length, TILE))
     list_pos = first_tile * TILE + token  # (TILE,) of tokens in the list
-    pool_block = tl.load(table_ptr + list_start + list_pos // BLOCK_SIZE, mask=list_pos < length, other=0)  # (TILE,)
-    for tile in range(first_tile, last_tile):
-        listed = list_pos < length  # (TILE,)
-        kv_offset = pool_block.to(tl.int64) * stride_n + token % BLOCK_SIZE * stride_t  # (TILE,)
-        list_pos += TILE
-        entry_ptr = table_ptr + list_start + list_pos // BLOCK_SIZE
-        pool_block = tl.load(entry_ptr, mask=list_pos < length, other=0)  # of the next tile, to hide the latency
+    # (TILE,): block numbers, -1 for none
+    block = tl.load(row_ptr + list_pos // BLOCK_SIZE, mask=list_pos < length, other=-1)
+    for _ in range(first_tile, last_tile):
+        listed = block >= 0  # (TILE,)
+        kv_offset = block.to(tl.int64) * stride_n + token % BLOCK_SIZE * stride_t  # (TILE,)
+        list_pos += TILE  # load the next tile's block numbers now, to hide their latency
+        block = tl.load(row_ptr + list_pos // BLOCK_SIZE, mask=list_pos < length, other=-1)
         k = tl.load(k_ptr + kv_offset[None, :] + d[:, None], mask=listed[None, :], other=0.0).to(OPERAND)  # (D, TILE)
         logits = tl.dot(q, k, input_precision="ieee") * scale  # (GROUP_PAD, TILE)
         logits = tl.where(listed[None, :], logits, float("-inf"))
-        block_max = tl.max(tl.reshape(logits, (GROUP_PAD, TILE_BLOCKS, BLOCK_SIZE)), 2)  # (GROUP_PAD, TILE_BLOCKS)
-        entry = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)  # (TILE_BLOCKS,) in the list
-        max_mask = in_group[:, None] & (entry * BLOCK_SIZE < length)[None, :]
-        tl.store(block_max_ptr + g[:, None] * stride_mg + list_start + entry[None, :], block_max, mask=max_mask)
-        m_new = tl.maximum(m, tl.max(block_max, 1))  # (GROUP_PAD,)
+        m_new = tl.maximum(m, tl.max(logits, 1))  # (GROUP_PAD,)
         p = tl.exp(logits - m_new[:, None])  # (GROUP_PAD, TILE)
         rescale = tl.exp(m - m_new)
         l = l * rescale + tl.sum(p, 1)
@@ -522,7 +643,8 @@ def _decode_kernel(
         m = m_new
     partial = program * GROUP + g  # (GROUP_PAD,)
     tl.store(partial_lse_ptr + partial, m + tl.log(l), mask=in_group)
-    tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + d[None, :], acc / l[:, None], mask=in_group[:, None])
+    out = acc / tl.where(l > 0.0, l, 1.0)[:, None]  # 0 for a split of entries that are all -1
+    tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + d[None, :], out, mask=in_group[:, None])
 
 
 # Grid: (heads, GROUP). Combines the partial results of one query, each weighted by its share of the exponentials.
@@ -555,82 +677,42 @@ def _merge_kernel(
     tl.store(lse_ptr + query, m + tl.log(l))
 
 
-def sparse_decode(q, k_pool, v_pool, table, starts, lengths, block_max, backend="torch"):
-    """Attention of one token over lists of blocks (README: attend).
+def sparse_decode(q, k_blocks, v_blocks, table, lengths, backend="torch"):
+    """Attention of one token to the blocks of a table (README: attend).
 
-    q          (Hq, D), rotated; query i uses list i // G
-    k_pool     (blocks, b, D), v_pool alike, with the same strides
-    table      (E,) int32: the numbers of blocks in the pools
-    starts     (heads,) int32: where each list starts in the table
-    lengths    (heads,) int32: tokens in each list, at least 1, which are all in full blocks but the last
-    block_max  (G, E) float32, written at the lists' entries: the largest scaled logit of each block; for the torch
-               backend perhaps None
+    q          (Hq, D), rotated
+    k_blocks   (blocks, b, D), v_blocks alike, with the same strides
+    table      (Hk, width) int32: the blocks that each KV head attends to; -1 for none, which is skipped without a read
+    lengths    (Hk,) int32: tokens in each row of the table, all in full blocks but the last; -1 counts as a full block
     returns    out (Hq, D) in q's dtype, and the log-sum-exp of scaled logits (Hq,) float32
     """
-    (n_heads, head_dim), heads = q.shape, len(starts)
-    assert n_heads % heads == 0 and len(lengths) == heads and k_pool.shape == v_pool.shape
-    assert block_max is None or block_max.shape == (n_heads // heads, len(table))
+    (n_heads, head_dim), heads = q.shape, len(table)
+    assert n_heads % heads == 0 and len(lengths) == heads and k_blocks.shape == v_blocks.shape
     if not use_triton(backend, q.device):
-        return sparse_decode_reference(q, k_pool, v_pool, table, starts, lengths, block_max)
-    check_caches(q, k_pool, v_pool)
-    check_lists(table, starts, lengths)
-    assert block_max is not None and block_max.stride(1) == 1
-    group, block_size = n_heads // heads, k_pool.shape[1]
+        return (sparse_decode_on_cpu if q.is_cpu else sparse_decode_reference)(q, k_blocks, v_blocks, table, lengths)
+    check_caches(q, k_blocks, v_blocks)
+    check_numbers(table, lengths)
+    group, block_size = n_heads // heads, k_blocks.shape[1]
     tile_blocks, stages = kv_tile(head_dim, block_size, q.element_size())
     n_programs = PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors(q.device)
     out, lse = q.new_empty((n_heads, head_dim)), q.new_empty(n_heads, dtype=torch.float32)
     partial_out = q.new_empty((n_programs + heads, group, head_dim), dtype=torch.float32)
     partial_lse = q.new_empty((n_programs + heads, group), dtype=torch.float32)
-    shape = dict(GROUP=group, HEAD_DIM=head_dim, MAX_HEADS=triton.next_power_of_2(heads))
+    shape = dict(GROUP=group, HEAD_DIM=head_dim, TILE=tile_blocks * block_size, MAX_HEADS=triton.next_power_of_2(heads))
     _decode_kernel[(n_programs + heads,)](
-        q, k_pool, v_pool, table, starts, lengths, partial_out, partial_lse, block_max,
-        heads, n_programs, head_dim**-0.5,
-        q.stride(0), k_pool.stride(0), k_pool.stride(1), block_max.stride(0),
-        **shape, GROUP_PAD=max(16, triton.next_power_of_2(group)), BLOCK_SIZE=block_size, TILE_BLOCKS=tile_blocks,
+        q, k_blocks, v_blocks, table, lengths, partial_out, partial_lse,
+        heads, n_programs, head_dim**-0.5, q.stride(0), table.stride(0), k_blocks.stride(0), k_blocks.stride(1),
+        **shape, GROUP_PAD=max(16, triton.next_power_of_2(group)), BLOCK_SIZE=block_size,
         OPERAND=dot_operand(q.dtype), num_warps=8, num_stages=stages,
     )  # fmt: skip
     _merge_kernel[(heads, group)](
-        lengths, partial_out, partial_lse, out, lse, heads, n_programs,
-        **shape, TILE=tile_blocks * block_size, SPLITS=MERGE_TILE, num_warps=4,
-    )  # fmt: skip
+        lengths, partial_out, partial_lse, out, lse, heads, n_programs, **shape, SPLITS=MERGE_TILE, num_warps=4
+    )
     return out, lse
 
 
-def attend_padded(q, k_pool, v_pool, pool_block, mask):
-    """What a CPU runs: attention in one operation for all heads, without block maxima.
-
-    q (Hq, D); pool_block (heads, n) from `pad_lists`; mask (heads, n * b) from `length_mask` -> as `sparse_decode`.
-    PyTorch approximates the exponentials of 16-bit inputs: the log-sum-exp is then good to 5e-5, while
-    `sparse_decode_reference` has float32's accuracy.
-    """
-    k, v = (gather_blocks(pool, pool_block)[:, None] for pool in (k_pool, v_pool))  # (heads, 1, n * b, D)
-    groups = q.view(len(pool_block), 1, -1, q.shape[1])  # (heads, 1, G, D)
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike F's, it returns the log-sum-exp
-    out, lse = attend(groups, k, v, attn_mask=mask[:, None, None])  # (heads, 1, G, D), (heads, 1, G)
-    return out.view(q.shape), lse.view(-1)
-
-
-def write_rows(block_max, lse, block, starts, lengths, rows, block_size):
-    """The history rows that sparse attention leaves: the largest probability of each listed block.
-
-    The queries of a group share a row, their root mean square. One call serves all layers, and only the paper's setting
-    makes one for each token, so it needs no kernel of its own.
-
-    block_max, starts, lengths  as in `sparse_decode`, the starts ascending from 0; lse (heads * G,) float32
-    block                       (E,) int64: the block of the text that each entry stands for
-    rows                        (heads, capacity) float32 or float16, overwritten; zero where nothing was attended
-    """
-    entry = torch.arange(len(block), device=block.device, dtype=torch.int32)  # (E,)
-    head = torch.searchsorted(starts, entry, right=True) - 1  # (E,)
-    listed = (entry - starts[head]) * block_size < lengths[head]  # (E,)
-    p = torch.exp(block_max - lse.view(len(starts), -1).T[:, head]).square().mean(0).sqrt()  # (E,)
-    p = torch.where(listed, p, 0.0).to(rows.dtype)
-    block = torch.where(listed, block, 0)  # (E,): what is not listed adds 0 to block 0
-    rows.zero_().index_put_((head, block), p, accumulate=True)
-
-
 # --------------------------------------------------------------------------------------------------------------------
-# 5. Copying.   destination[to[i]] = source[from[i]]   for every i with from[i] >= 0
+# 6. Copying.   destination[to[i]] = source[from[i]]   for every i with from[i] >= 0
 #
 # `assign_slots` decides what to copy, and where: a wanted block that a slot holds stays there, and the others take the
 # empty slots in order. A slot whose block is no longer wanted counts as empty from the next call on, not in this one,
@@ -702,7 +784,7 @@ def copy_blocks(source, destination, source_index, destination_index, backend="t
     assert source.dtype == destination.dtype and source.shape[1] == destination.shape[1]
     if not use_triton(backend, source_index.device):
         return copy_blocks_reference(source, destination, source_index, destination_index)
-    check_lists(source_index, destination_index)
+    check_numbers(source_index, destination_index)
     assert source.stride(1) == destination.stride(1) == 1
     source, destination = source.view(torch.int32), destination.view(torch.int32)
     source_index, order = source_index.sort(descending=True)
@@ -785,36 +867,6 @@ def check_caches(q, *caches):
     assert all(cache.stride() == caches[0].stride() for cache in caches)
 
 
-def check_lists(*lists):
-    """What the kernels assume of lists of blocks, and of indices."""
-    assert all(x.dtype == torch.int32 and x.stride(-1) == 1 for x in lists), "lists must be contiguous int32"
-
-_predict, _sparse_decode = predict, sparse_decode
-def predict(history, contributions, new_rows, start, end, valid_end, weights, backend="torch"):
-    return _predict(history, contributions, history.shape[1] - 1, new_rows, start, end, valid_end, weights, backend)
-def sparse_decode(q, k_pool, v_pool, table, lengths, backend="torch"):
-    b = k_pool.shape[1]
-    n = int(cdiv(lengths, b).amax())
-    table = table[:, :n]
-    mask = length_mask(lengths, n * b)
-    mask = mask.masked_fill((table < 0).repeat_interleave(b, 1), float("-inf"))
-    return attend_padded(q, k_pool, v_pool, table.clamp(min=0), mask)
-def find_echoes(ids, position, start, local_blocks, block_size, n_blocks, backend="torch"):
-    n, T = position + 1, len(ids)
-    run, eq = torch.zeros(T, device=ids.device), torch.ones(T, dtype=torch.bool, device=ids.device)
-    p = torch.arange(T, device=ids.device)
-    for j in range(8):
-        last = ids[(n - 1 - j).clamp(min=0)]
-        shifted = ids.roll(j)
-        eq = eq & (shifted == last) & (p >= j) & (n - 1 - j >= 0)
-        run = run + eq
-    valid = (run > 0) & (p < position)  # run of p ends at p; continuation p + 1
-    score = torch.where(valid, run * T + p + 1, float("-inf"))
-    score = F.pad(score[:-1], (1, 0), value=float("-inf"))
-    score = F.pad(score, (0, n_blocks * block_size - T), value=float("-inf")).view(n_blocks, block_size).amax(1)
-    block = torch.arange(n_blocks, device=ids.device)
-    return torch.where((block >= start) & (block < n // block_size - local_blocks), score, float("-inf"))
-def select_blocks(scores, k, backend="torch"):
-    if scores.shape[1] < 2000: return select_blocks_reference(scores, k)
-    scores = scores.masked_fill(scores.isnan(), float("-inf"))
-    return scores.topk(k, sorted=False).indices.sort(-1).values.int()
+def check_numbers(*tensors):
+    """What the kernels assume of numbers of blocks, and of lengths."""
+    assert all(x.dtype == torch.int32 and x.stride(-1) == 1 for x in tensors), "rows must be contiguous int32"
