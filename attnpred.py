@@ -991,7 +991,8 @@ def check_memory(c: Config, m: LlamaConfig, n_tokens, dtype, device, offload):
     heads, n_blocks = m.n_layers * m.n_kv_heads, c.n_blocks(n_tokens)
     kv, sparse = 2 * heads * n_tokens * m.head_dim * dtype.itemsize, not c.fits(n_tokens)
     history = 2 * heads * c.history_len * n_blocks * HISTORY_DTYPE.itemsize
-    pooled = 2 * 4 * m.n_layers * m.n_heads * c.history_len * n_blocks  # rows of the prompt, in float32, and a copy
+    rows = c.history_len * c.queries(c.interval(n_tokens))
+    pooled = 3 * 4 * m.n_heads * rows * n_blocks  # of a layer of the prompt, in float32, and copies
     activations = min(n_tokens, PREFILL_CHUNK) * (3 * m.d_ff + 4 * m.d_model) * dtype.itemsize
     needed = max(activations, sparse * pooled) + sparse * history
     slots = min(kv, 2 * heads * c.budget * m.head_dim * 2 * dtype.itemsize)

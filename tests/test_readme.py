@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_table_of_parameters_is_the_code():
     for f in dataclasses.fields(Config):
         meta = f.metadata
-        cells = meta["symbol"], f"`--{f.name.replace('_', '-')}`", f.default, meta["paper"], meta["help"]
+        cells = meta["symbol"], f"`--{f.name.replace('_', '-')}`", f.default, meta["help"]
         row = "| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |"
         assert row in README, f"put this row into README.md:\n{row}"
 
