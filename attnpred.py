@@ -841,8 +841,8 @@ def format_stats(decoder: SparseDecoder) -> str:
     read = {kind: f"{getattr(stats, f'{kind}_bytes') / steps / 1e6:,.2f}" for kind in kinds}
     lines = [
         f"prefill    {stats.prefill_tokens:,} tokens, {prefill_speed:,.0f} tokens/s",
-        "KV read    {attention} MB a token by attention + {echo} by echoes + {calibration} by calibration + {choosing} to "
-        "choose".format(**read),
+        "KV read    {attention} MB a token by attention + {echo} by echoes + {calibration} by calibration + {choosing} "
+        "to choose".format(**read),
     ]
     if stats.recovery:
         recovery = torch.stack(stats.recovery).mean().item()
