@@ -285,11 +285,10 @@ def draw_speed(rows, path):
             stages.loc[:, stages.any()].plot.bar(ax=axes, stacked=True, rot=0)
         else:
             part.pivot(index="context", columns="name", values=value).plot(ax=axes, marker="o", ms=4)
-            for line in [
-                line for line in axes.lines if value == "tokens_s" and line.get_label() in ("dense", "sparse")
-            ]:
-                limit = part[part["name"] == line.get_label()].set_index("context")["limit"].sort_index()
-                axes.plot(limit, color=line.get_color(), ls=":", label=f"{line.get_label()}: bandwidth's limit")
+            for line in list(axes.lines) if value == "tokens_s" else ():
+                if (name := line.get_label()) in ("dense", "sparse"):
+                    limit = part[part["name"] == name].set_index("context")["limit"].sort_index()
+                    axes.plot(limit, color=line.get_color(), ls=":", label=f"{name}: bandwidth's limit")
             axes.set_ylim(0)
             axes.set_xscale("log", base=2)
             axes.set_xticks(contexts, [thousands(n) for n in contexts])
