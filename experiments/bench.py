@@ -9,12 +9,10 @@ numbers. A context's keys, values and history are random, because a step's time 
 """
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import os
 import pathlib
-import re
 import statistics
 import sys
 import time
@@ -119,33 +117,6 @@ def ceilings(dtype, device, size=1 << 28, n=4096):
         x = torch.randn(n, n, device=device).to(kind)
         rates[name] = n**3 / seconds(lambda x=x: x @ x, device)
     return rates
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-
-
-def with_peak_memory(call, device):
-    """(result of call(), MB that it allocates at the peak). The MB are NaN if the system does not report them."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return call(), 1e-6 * (torch.cuda.max_memory_allocated() - before)
-
-    def resident_mb(key):
-        return 1024e-6 * int(re.search(rf"{key}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
-
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)  # memory that glibc keeps after a free would distort the peak
-        libc.malloc_trim(0)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = resident_mb("VmRSS")
-    except (OSError, AttributeError):  # not Linux, or not glibc
-        return call(), float("nan")
-    result, peak = call(), resident_mb("VmHWM")
-    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
-    return result, peak - before
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -265,19 +236,23 @@ def contender_of(name, model, config, context, args):
 def race(makers, rounds, device):
     """Time contenders in turn. makers is {(dtype, name): a function that makes one}; `round` returns a list of tokens.
 
-    Returns a row for each contender: {"dtype", "name", "rounds": [ms per token], "ms": their median, "memory_mb": at
-    the peak, "answer": the tokens of the first round, "contender"}. Contenders that run out of memory are left out.
+    Returns a row for each contender: {"dtype", "name", "rounds": [ms per token], "ms": their median, "answer": the
+    tokens of the first round, "contender", and of a GPU "memory_mb": allocated at the peak of the first round}.
+    Contenders that run out of memory are left out.
     """
 
     def warmed_up(make):
+        if on_gpu := device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         contender = make()
-        return dict(contender=contender, answer=contender.round())
+        row = dict(contender=contender, answer=contender.round(), rounds=[])
+        return row | dict(memory_mb=1e-6 * (torch.cuda.max_memory_allocated() - before)) if on_gpu else row
 
     rows = []
     for (dtype, name), make in makers.items():
         try:
-            row, memory_mb = with_peak_memory(partial(warmed_up, make), device)
-            rows.append(row | dict(dtype=dtype, name=name, memory_mb=memory_mb, rounds=[]))
+            rows.append(warmed_up(make) | dict(dtype=dtype, name=name))
             continue
         except torch.OutOfMemoryError:
             print(f"bench: {name}, {dtype}: out of memory, left out", file=sys.stderr)

@@ -268,30 +268,31 @@ def draw_training(rows, path):
 
 
 def draw_speed(rows, path):
-    """draw tokens/s and the bandwidth's limit, memory, and the stages of a sparse token, from `bench speed`"""
+    """draw tokens/s and the bandwidth's limit, a GPU's memory, and a sparse token's stages, from `bench speed`"""
     rows = pd.DataFrame(rows)
     rows["limit"] = rows["tokens_s"] / rows["of_copy"]
     dtypes, contexts = rows["dtype"].unique(), sorted(rows["context"].unique())
-    panels = [f"tokens/s, {dtype}" for dtype in dtypes] + [f"peak memory beside the weights, MB, {dtypes[0]}"]
-    panels += ["a sparse token's time, ms"] if "stages" in rows else []
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels), 4), layout="constrained")
-    for axes, title, dtype in zip(all_axes, panels, [*dtypes, dtypes[0]]):
-        value = "tokens_s" if title.startswith("tokens") else "memory_mb"
-        table = rows[rows["dtype"] == dtype].pivot(index="context", columns="name", values=["limit", value])
-        table[value].plot(ax=axes, marker="o", ms=4, legend=False)
-        if value == "tokens_s":
-            for line in [line for line in axes.lines if line.get_label() in ("dense", "sparse")]:
-                limit = table["limit"][line.get_label()]
-                axes.plot(limit, color=line.get_color(), ls=":", label=f"{line.get_label()}: bandwidth's limit")
-        axes.set_ylim(0)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(contexts, [thousands(n) for n in contexts])
-        axes.minorticks_off()
-    if "stages" in rows:
-        timed = rows[rows["stages"].notna() & (rows["dtype"] == dtypes[-1])]
-        stages = pd.DataFrame(list(timed["stages"]), index=timed["context"].map(thousands))
-        stages.loc[:, stages.any()].plot.bar(ax=all_axes[-1], stacked=True, rot=0, xlabel=f"context, {dtypes[-1]}")
-    for axes, title in zip(all_axes, panels):
+    panels = [(f"tokens/s, {dtype}", "tokens_s", dtype) for dtype in dtypes]
+    panels += [(f"peak memory beside the weights, MB, {dtypes[0]}", "memory_mb", dtypes[0])] * ("memory_mb" in rows)
+    panels += [(f"a sparse token's time, ms, {dtypes[-1]}", "stages", dtypes[-1])] * ("stages" in rows)
+    size = 4.3 * len(panels), 4
+    figure, (all_axes,) = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axes, (title, value, dtype) in zip(all_axes, panels):
+        part = rows[rows["dtype"] == dtype]
+        if value == "stages":
+            timed = part[part["stages"].notna()]
+            stages = pd.DataFrame(list(timed["stages"]), index=timed["context"].map(thousands))
+            stages.loc[:, stages.any()].plot.bar(ax=axes, stacked=True, rot=0)
+        else:
+            part.pivot(index="context", columns="name", values=value).plot(ax=axes, marker="o", ms=4)
+            for line in list(axes.lines) if value == "tokens_s" else ():
+                if (name := line.get_label()) in ("dense", "sparse"):
+                    limit = part[part["name"] == name].set_index("context")["limit"].sort_index()
+                    axes.plot(limit, color=line.get_color(), ls=":", label=f"{name}: bandwidth's limit")
+            axes.set_ylim(0)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(contexts, [thousands(n) for n in contexts])
+            axes.minorticks_off()
         axes.set_title(title, fontsize=10)
         bare(axes)
         axes.legend(fontsize=7)

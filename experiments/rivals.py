@@ -420,7 +420,6 @@ class PaperCache(KVCache):
         return pooled.unflatten(0, q.shape[:2]), lse
 
     def select(self, chosen, start, end, n_tokens):
-        self.mask[..., :end] = True
         if chosen is not None:
             self.mask[..., start:end] = chosen
             self.left_out = end - start - self.n_chosen(start, end)  # of each query head

@@ -17,9 +17,9 @@ N_PROMPT = 150
 TOKENS = torch.randint(0, 61, (200,), generator=torch.Generator().manual_seed(3))
 
 
-def decoded(name, n_new=20, **changes):
+def decoded(name, n_new=20, n_layers=3, **changes):
     """A RivalDecoder that has read a prompt and decoded n_new tokens."""
-    model, setting = tiny_llama(), Setting(name, replace(base_config(name), **SHAPE | changes))
+    model, setting = tiny_llama(n_layers), Setting(name, replace(base_config(name), **SHAPE | changes))
     prompt = TOKENS[:N_PROMPT]
     (decoder,), _ = prefill_together(model, random_predictor(), [setting], prompt, N_PROMPT, 50, measure_every=1)
     for token in TOKENS[N_PROMPT : N_PROMPT + n_new]:
@@ -148,16 +148,16 @@ def test_h2o_keeps_heavy_and_recent_and_never_returns(monkeypatch):
 
 def test_the_papers_rows_and_selections():
     """Every token leaves a row for each query head, a true one every fifth; K blocks of each head are the next ones."""
-    decoder, layer, predictor = decoded("paper", n_new=0, sink_tokens=16), 2, random_predictor()
+    decoder, layer, predictor = decoded("paper", n_new=0, n_layers=4, sink_tokens=16), 3, random_predictor()
     for step in range(1, 12):
         mask = decoder.attended(layer, 25).clone()  # (Hq, 25)
         decoder.decode(TOKENS[step][None])
-        row = decoder.history.rows[:, -1].float()  # (Hq, capacity)
+        history = decoder.history.rows[4:].float()  # (Hq, H, capacity), of the second sparse layer
         for head in range(4):
             expected = attended_row(decoder, layer, head, None if step % 5 == 0 else mask[head])
-            torch.testing.assert_close(row[head, : len(expected)], expected, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(history[head, -1, : len(expected)], expected, atol=1e-3, rtol=1e-3)
         start, end = decoder.config.middle(decoder.n_tokens + 1)
-        scores = predictor(decoder.history.rows[..., start:end].float())  # (Hq, n)
+        scores = predictor(history[..., start:end])  # (Hq, n)
         chosen = decoder.attended(layer, 25)[:, start:end]  # (Hq, n)
         assert chosen.sum(1).tolist() == 4 * [4]
         lowest = scores.masked_fill(~chosen, torch.inf).amin(1)
