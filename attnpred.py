@@ -272,7 +272,7 @@ class SparseDecoder:
         self.selecting = False  # from the first prediction on
         self.key_bytes = m.n_layers * m.n_kv_heads * m.head_dim * model.kv_dtype.itemsize  # of a token, in all layers
         self.q, self.lse = [None] * m.n_layers, [None] * m.n_layers  # (Hq, 1, D) and (Hq,) each: of the newest token
-        self.run = CapturedStep(self.run_model) if has_streams(device) and backend == "triton" else self.run_model
+        self.captured = CapturedStep() if has_streams(device) and backend == "triton" else None
         self.stats = Stats(echoes=self.cache.echoes)
         self.stats.echo_block_bytes = 2 * self.key_bytes * c.block_size // (m.n_layers * m.n_kv_heads)
 
@@ -296,7 +296,7 @@ class SparseDecoder:
     def decode(self, token):
         """Append token (1,): attend to the selected blocks; after every M-th token, calibrate and select."""
         self.begin_token()
-        logits = self.run(token)
+        logits = self.captured.run(self.run_model, token) if self.captured else self.run_model(token)
         self.end_token()
         return logits
 
@@ -449,21 +449,21 @@ class CapturedStep:
     must be in tensors that keep their addresses.
     """
 
-    def __init__(self, step):
-        self.step, self.graph, self.token = step, None, None
+    def __init__(self):
+        self.token = self.capture = None
 
-    def __call__(self, token):
-        """token (1,) -> logits (V,), which the next call may overwrite."""
+    def run(self, step, token):
+        """step(token (1,)) -> logits (V,), which the next call may overwrite."""
         if self.token is None:
             self.graph, self.token = torch.cuda.CUDAGraph(), token.clone()
             self.capture = torch.cuda.graph(self.graph)
             stream = self.capture.capture_stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # AMD's library makes a handle for each stream, which a capture forbids
-                return self.step(token)
+                return step(token)
         if self.capture:
             with self.capture:  # waits for the whole device first; records, and computes nothing
-                self.logits = self.step(self.token)
+                self.logits = step(self.token)
             self.capture = None
         self.token.copy_(token)
         self.graph.replay()

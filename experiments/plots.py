@@ -61,7 +61,7 @@ class Recorder(RivalDecoder):
 
     def __init__(self, *args):
         super().__init__(*args, measure_every=1)
-        self.run = self.run_model  # nothing can be recorded while a graph is captured or replayed
+        self.captured = None  # nothing can be recorded while a graph is captured or replayed
         self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L, Hk, capacity) each
         self.chosen = []  # (L, Hk, capacity) bool per step: the blocks attended
         self.bytes = []  # (attention, calibration, choosing, dense), totals after the prompt and after each step

@@ -1,12 +1,12 @@
-"""A happens-before checker: finds races between streams and threads on a machine without a GPU.
+"""A happens-before checker: finds races between streams and the host on a machine without a GPU.
 
     with Checker() as checker:
-        ...  # code for a GPU: device="cuda", torch.cuda.Stream, events, a ThreadPoolExecutor
+        ...  # code for a GPU: device="cuda", torch.cuda.Stream, events
     assert not checker.races
 
-Host threads and streams are *actors*. An actor runs its operations one after another; actors run side by side. Only a
-launch, an event, a future, or a copy that the host waits for orders the operations of two actors. Two operations on the
-same byte, at least one of them a write, are a race if nothing orders them, even if this run computes the right numbers.
+The host and streams are *actors*. An actor runs its operations one after another; actors run side by side. Only a
+launch, an event, or a copy that the host waits for orders the operations of two actors. Two operations on the same
+byte, at least one of them a write, are a race if nothing orders them, even if this run computes the right numbers.
 
 *Vector clocks* record the order. Each actor numbers its operations, and its clock says up to which number each actor's
 operations are certainly complete. An actor that waits for another takes over the other's clock: the maximum of both,
@@ -22,8 +22,8 @@ runs its PyTorch reference instead and counts as one operation, which touches wh
 *Freed memory*. PyTorch gives memory that Python has freed to the next allocation on the stream that it was allocated
 on. This is a race if another stream may still use it.
 
-Limits: one device; no CUDA graphs; one worker for all executors, which runs a job within `submit` and launches nothing;
-indexing with a tensor touches the whole operand; pinned memory of PyTorch's own is not followed after it is freed.
+Limits: one device; no CUDA graphs; no threads; indexing with a tensor touches the whole operand; pinned memory of
+PyTorch's own is not followed after it is freed.
 """
 
 import contextlib
@@ -32,7 +32,6 @@ import os
 import sys
 import weakref
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -66,7 +65,7 @@ class DeviceTensor(torch.Tensor):
 
 
 class Actor:
-    """A host thread or a stream: `operations` are what it did, `clock` what it knows to be complete."""
+    """The host or a stream: `operations` are what it did, `clock` what it knows to be complete."""
 
     def __init__(self, checker, name):
         self.checker, self.name, self.clock, self.operations = checker, name, Counter(), []
@@ -88,22 +87,6 @@ class Event:
 
     def synchronize(self):
         self.checker.host.learn(self.clock, "synchronize")
-
-
-class Future:
-    """A job of an executor. The worker has run it at once, but keeps its arguments until it is joined."""
-
-    def __init__(self, checker, job):
-        self.checker, self.job, caller, checker.host = checker, job, checker.host, checker.worker
-        checker.worker.clock |= caller.clock
-        self.value = job()
-        self.clock, checker.host = checker.worker.clock.copy(), caller
-        checker.unjoined.add(self)
-
-    def result(self):
-        self.checker.host.learn(self.clock, "result")
-        self.checker.unjoined.discard(self)
-        return self.value
 
 
 class Memory:
@@ -149,12 +132,11 @@ class Checker(TorchDispatchMode):
     def __init__(self, declared=None, removed=None):
         super().__init__()
         self.declared, self.removed, self.sites, self.races = declared or {}, removed, set(), set()
-        self.host, self.worker = Actor(self, "host"), Actor(self, "worker")  # `host` is the thread that runs now
-        self.streams = [Actor(self, "default stream")]
+        self.host, self.streams = Actor(self, "host"), [Actor(self, "default stream")]
         self.stream = self.streams[0]  # the current one
         self.memories = {}  # by address
         self.freed = defaultdict(list)  # a stream -> Memory.last of what was freed there
-        self.unjoined, self.patches = set(), contextlib.ExitStack()
+        self.patches = contextlib.ExitStack()
 
     def __enter__(self):
         cuda = dict(
@@ -165,7 +147,6 @@ class Checker(TorchDispatchMode):
         enter = self.patches.enter_context
         enter(mock.patch.multiple(torch.cuda, **cuda))
         enter(mock.patch.object(torch, "Generator", lambda device, make=torch.Generator: make()))
-        enter(mock.patch.object(ThreadPoolExecutor, "submit", lambda _, job, *args: Future(self, partial(job, *args))))
         for (module, name), touched in self.declared.items():
             enter(mock.patch.object(module, name, partial(self.launch, getattr(module, name), touched)))
         enter(torch.inference_mode())  # so that `to` and others are dispatched whole
@@ -175,8 +156,6 @@ class Checker(TorchDispatchMode):
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self.host.clock |= self.worker.clock
-        self.unjoined.clear()
         self.patches.close()
 
     # Streams
