@@ -221,7 +221,7 @@ def prefill_together(model, predictor, settings, tokens, n_prompt, n_new, measur
     def attend(layer, q, k, v):  # (Hq, T, D), (Hk, T, D), (Hk, T, D)
         for decoder in decoders:
             if decoder.rival and decoder.rival.needs_future:
-                decoder.rival.foresee(layer, q, k, n_prompt)
+                decoder.rival.foresee(q, k, n_prompt, decoder.config.block_size)
             decoder.take_prompt(layer, *(x[:, :n_prompt] for x in (q, k, v)))
         return causal_attention(layer, q, k, v)
 

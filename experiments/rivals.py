@@ -38,8 +38,8 @@ class Rival:
     def prefill(self, q, k_cache, n_tokens):
         """Returns what `score` needs to know of a layer's prompt: q (Hq, n_tokens, D), k_cache (Hk, N, b, D)."""
 
-    def foresee(self, layer, q, k, n_prompt):
-        """Takes a layer's q (Hq, T, D) and k (Hk, T, D) of the whole text, of which n_prompt tokens are the prompt."""
+    def foresee(self, q, k, n_prompt, block_size):
+        """Takes a layer's q (Hq, T, D), k (Hk, T, D) of the whole text, of which n_prompt tokens are the prompt."""
 
     def observe(self, layer, row):
         """Takes the largest probability of each block, of one token's attention to the selected blocks: (Hk, N)."""
@@ -102,21 +102,22 @@ class Future(Rival):
 
     config, has_history, needs_future, share = Config(), True, True, "ours"
 
-    def foresee(self, layer, q, k, n_prompt):
+    def foresee(self, q, k, n_prompt, block_size):
         group, total = len(q) // len(k), q.shape[1]
-        rows = []  # (Hk, N) each: of one token
-        keys = F.pad(k, (0, 0, 0, -total % self.config.block_size)).unflatten(1, (-1, self.config.block_size))
+        keys = F.pad(k, (0, 0, 0, -total % block_size)).unflatten(1, (-1, block_size))  # (Hk, N, b, D)
+        squares = [keys.new_zeros(len(k), 0, keys.shape[1])]  # (Hk, rows, N) each
         for first in range(n_prompt, total, 64):
             last = min(first + 64, total)
             pooled, _ = kernels.pool_history(q[:, first:last], keys, last)  # (Hq, rows, N)
-            squares = pooled.unflatten(0, (-1, group)).square().mean(1)  # (Hk, rows, N)
-            rows.append(F.pad(squares, (0, keys.shape[1] - squares.shape[2])))
-        self.notes.append(torch.cat(rows, 1).sqrt().half() if rows else None)  # (Hk, T - n_prompt, N)
+            some = pooled.unflatten(0, (-1, group)).square().mean(1)  # (Hk, rows, N)
+            squares.append(F.pad(some, (0, keys.shape[1] - some.shape[2])))
+        self.notes.append(torch.cat(squares, 1))  # (Hk, T - n_prompt, N)
 
     def score(self, decoder, layer, middle, q):
         first = decoder.n_tokens - decoder.stats.prefill_tokens
-        rows = self.notes[layer][:, first : first + decoder.interval, middle].float()  # (Hk, M or fewer, n)
-        return rows.square().mean(1).sqrt() if rows.shape[1] else rows.sum(1)
+        squares = self.notes[layer][:, first : first + decoder.interval].float().sum(1)  # (Hk, N)
+        squares = F.pad(squares, (0, max(0, middle.stop - squares.shape[1])))  # after the text's end nothing is known
+        return squares[:, middle].sqrt()  # ranks as the root mean square does
 
     def bytes_per_block(self, vector_bytes):
         """As the method's own prediction."""

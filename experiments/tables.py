@@ -34,7 +34,7 @@ def markdown(frame) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-FORMATS = {"MB": "{:.2f}", "same token": "{:.1%}", "perplexity": "{:.3f}", "recovery": "{:.3f}"}
+FORMATS = {"MB": "{:.2f}", "of the way": "{:.0%}", "recovery": "{:.3f}"}
 
 
 def texts(rows):
@@ -45,6 +45,8 @@ def texts(rows):
         groups = {key: group.set_index("text").sort_index() for key, group in part.groupby(keys)}
         baselines = {share or budget: group for (share, budget, name), group in groups.items() if name == "ours"}
         lines = [summary(key, group, baselines.get(key[0] or key[1])) for key, group in groups.items()]
+        for line in lines:
+            line["of the way"] = of_the_way(line, lines)
         lines.sort(key=lambda line: (Fraction(line["bytes"] or 1), line["KL"]))
         table = pd.DataFrame(lines).dropna(axis=1, how="all")
         for column in table.select_dtypes("floating"):
@@ -58,13 +60,20 @@ def summary(key, group, baseline) -> dict:
     """A line of the table. group: a setting's rows by text; baseline: those of ours at the same bytes, or None."""
     kl = np.stack(group.kl)  # (texts, tokens)
     line = dict(zip(("bytes", "budget", "setting"), key)) | {"MB": group.read_bytes.mean() / 1e6, "KL": kl.mean()}
-    line |= {"95 %": interval(bootstrap(kl)), "KL ratio": None, "ratio 95 %": None}
+    line |= {"KL ratio": None, "ratio 95 %": None, "of the way": None}
     if baseline is not None and list(baseline.index) == list(group.index):
         other = np.stack(baseline.kl)  # (texts, tokens)
         line |= {"KL ratio": kl.mean() / other.mean(), "ratio 95 %": interval(bootstrap(kl) / bootstrap(other))}
-    line |= {"99th percentile": np.percentile(kl, 99), "perplexity": np.exp(np.stack(group.nll).mean())}
     recovery = [value for values in group.get("recovery", []) if isinstance(values, list) for value in values]
-    return line | {"same token": np.stack(group.same).mean(), "recovery": np.mean(recovery) if recovery else None}
+    return line | {"recovery": np.mean(recovery) if recovery else None}
+
+
+def of_the_way(line, lines):
+    """How far a line of `summary` is from streaming-llm (0) to the oracle (1) of the same bytes, in log KL; or None."""
+    ends = {other["setting"]: other["KL"] for other in lines if other["bytes"] and other["bytes"] == line["bytes"]}
+    if not {"streaming-llm", "oracle"} <= ends.keys() or min(*ends.values(), line["KL"]) <= 0:
+        return None
+    return np.log(ends["streaming-llm"] / line["KL"]) / np.log(ends["streaming-llm"] / ends["oracle"])
 
 
 def lm_eval(rows):

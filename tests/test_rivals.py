@@ -83,6 +83,52 @@ def test_scores_with_the_query(name):
     torch.testing.assert_close(found, group_means(rows), atol=1e-4, rtol=1e-3)
 
 
+def test_the_future_is_the_attention_of_the_next_tokens():
+    model, n_new = tiny_llama(), 12
+    setting = Setting("future", replace(base_config("future"), **SHAPE, calibration_interval=5))
+    text, queries, keys = TOKENS[: N_PROMPT + n_new], [], []
+    (decoder,), _ = prefill_together(model, random_predictor(), [setting], text, N_PROMPT, n_new)
+
+    def attend(layer, q, k, v):
+        queries.append(q), keys.append(F.pad(k, (0, 0, 0, -len(text) % 8)).unflatten(1, (-1, 8)))
+        return causal_attention(layer, q, k, v)
+
+    model.hidden(text, torch.arange(len(text)), attend)
+    for n in (N_PROMPT, N_PROMPT + 5, N_PROMPT + 10):
+        start, end, found = scored(decoder, 1)
+        expected = torch.zeros(2, len(text) // 8 + 1)
+        for position in range(n, min(n + 5, len(text))):
+            for head in range(4):
+                p = probabilities(queries[1][head, position], keys[1][head // 2], position + 1)
+                row = F.pad(p, (0, -len(p) % 8)).view(-1, 8).amax(1)
+                expected[head // 2, : len(row)] += row.square() / 2
+        torch.testing.assert_close(found, expected[:, start:end].sqrt(), atol=1e-4, rtol=1e-3)
+        for token in text[n : n + 5].split(1):
+            decoder.decode(token)
+
+
+@pytest.mark.parametrize("name", ["quest+echo", "mean-std+echo"])
+def test_echoes_for_a_rival(name):
+    """Its own blocks, and those of the same echoes as ours; those that it attends to already are not read twice."""
+    model, setting = (
+        tiny_llama(),
+        Setting(name, replace(base_config(name), **SHAPE | dict(budget=96, calibration_interval=64))),
+    )
+    text = TOKENS[:N_PROMPT] % 11
+    (decoder,), _ = prefill_together(model, random_predictor(), [setting], text, N_PROMPT, 20)
+    read = 0
+    for token in text[:20].split(1):
+        decoder.decode(token)
+        blocks = set(decoder.echo_block[decoder.echo_block >= 0].tolist())
+        for layer in range(3):
+            entries = decoder.cache.table[layer, :, :4] - decoder.cache.address[layer, :, :1]  # (Hk, E)
+            for head in range(2):
+                new = {block for block in blocks if not decoder.cache.attended[layer, head, block]}
+                assert {block for block in entries[head].tolist() if block >= 0} == new
+                read += len(new)
+    assert int(decoder.cache.echoes) == read > 0
+
+
 def test_snapkv_votes():
     decoder, queries, rows = decoded("snapkv", n_new=40), prompt_queries(1), []
     start, end, found = scored(decoder, 1)
