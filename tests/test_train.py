@@ -1,12 +1,10 @@
 """Tests windows, targets and histories against naive computations, resuming, and refusals."""
 
 import argparse
-import functools
 import json
 import pathlib
 import random
 import shutil
-from dataclasses import replace
 
 import pytest
 import safetensors
@@ -14,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train_predictor
-from attnpred import Config, InputError, Predictor, load_predictor
-from experiments.rivals import RivalDecoder
+from attnpred import Config, InputError, Predictor, SparseDecoder, load_predictor
 from model import causal_attention
 from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tiny_llama
 
@@ -44,20 +41,30 @@ def by_block(p, how, b=16):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stride", [1, 3])
-def test_recorded_rows_equal_a_full_softmax(stride, monkeypatch):
-    monkeypatch.setattr(train_predictor, "MAX_LOGITS", 6 * 200 * 9 * 3)  # nine rows at a time
-    model, tokens, rows = tiny_llama(n_layers=2, group=3), torch.randint(0, 61, (200,)).tolist(), 29
-    windows = train_predictor.record(model, Config(), tokens, [90, 200], rows, stride)
-    for end, (pooled, target) in zip([90, 200], windows):
+@pytest.mark.parametrize("interval, queries, per_row", [(1, 4, 1), (3, 1, 1), (4, 2, 2), (4, 16, 4)])
+def test_recorded_rows_equal_a_full_softmax(interval, queries, per_row, monkeypatch):
+    monkeypatch.setattr(train_predictor, "ROWS", 20)
+    model, tokens = tiny_llama(n_layers=2, group=3), torch.randint(0, 61, (200,)).tolist()
+    config = Config(calibration_interval=interval, calibration_queries=queries)
+    for end, rows in zip([90, 200], train_predictor.record(model, config, tokens, [90, 200])):
         for layer, p in naive_attention(model, tokens).items():
-            for row in range(rows):
-                pos = end - 1 - (rows - 1 - row) * stride
-                true_row = by_block(p[:, pos, :end], "amax")  # (Hq, N)
-                true_mass = by_block(p[:, pos - stride + 1 : pos + 1, :end], "sum")  # (Hq, stride, N)
-                for found, true in ((pooled, true_row.square()), (target, true_mass.square().mean(1))):
-                    true = true.unflatten(0, (2, 3)).mean(1).sqrt()  # of the queries of a KV head
-                    assert (found[layer, :, row].double() - true).abs().max() < 1e-3  # float16, numbers up to 1
+            for row in range(20):
+                last = end - 1 - (19 - row) * interval
+                positions = [last - i * interval // per_row for i in range(per_row)]
+                true = by_block(p[:, positions, :end], "amax").square().mean(1)  # (Hq, N)
+                true = true.unflatten(0, (2, 3)).mean(1).sqrt()  # of the queries of a KV head
+                assert (rows[layer, :, row].double() - true).abs().max() < 1e-3  # float16, numbers up to 1
+
+
+def test_recorded_rows_equal_a_decoders(monkeypatch):
+    monkeypatch.setattr(train_predictor, "ROWS", 8)
+    model, tokens = tiny_llama(n_layers=2), torch.randint(0, 61, (300,))
+    config = Config(history_len=8, calibration_interval=4, calibration_queries=2, budget=160)
+    (rows,) = train_predictor.record(model, config, tokens.tolist(), [len(tokens)])
+    decoder = SparseDecoder(config, model, random_predictor(), 310)
+    decoder.prefill(tokens)
+    found = decoder.history.rows.view(2, 2, 8, -1)[..., : rows.shape[-1]]
+    torch.testing.assert_close(found, rows, atol=1e-3, rtol=1e-3)
 
 
 def test_installed_documents_are_of_many_kinds_and_none_is_torch():
@@ -103,9 +110,9 @@ def test_contexts():
 
 def test_scores_of_rows_equal_the_network_on_each_window():
     predictor = random_predictor()
-    rows, selection_rows = torch.rand(2, 30, 11), torch.tensor([12, 13, 25, 30])
-    found = train_predictor.scores_of_rows(rows, selection_rows, predictor.state_dict(), 12)
-    for i, t in enumerate(selection_rows):
+    rows, predicted = torch.rand(2, 30, 11), torch.tensor([12, 13, 25, 30])
+    found = train_predictor.scores_of_rows(rows, predicted, predictor.state_dict(), 12)
+    for i, t in enumerate(predicted):
         assert torch.allclose(found[:, i], predictor(rows[:, t - 12 : t]), atol=1e-6)
 
 
@@ -141,39 +148,31 @@ def test_losses_by_hand():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("M", [1, 4, 8])
-def test_validation_leaves_out_what_decoding_does(M, tmp_path, monkeypatch):
-    """Layer 0's q and k do not depend on earlier attention, so decoding leaves out exactly what `left_out` reports."""
-    monkeypatch.setattr(train_predictor, "BUDGETS", (160, 192))
-    model, predictor, n_prompt, n_steps = tiny_llama(n_layers=1), random_predictor(), 267, 24
-    tokens, rows = torch.randint(0, 61, (n_prompt + n_steps,)), 8 + n_steps // M
-    mass = by_block(naive_attention(model, tokens.tolist())[0], "sum").float()  # (Hq, T, N)
-    config = Config(history_len=8, calibration_interval=M)
-    (pooled, target), *_ = train_predictor.record(model, config, tokens.tolist(), [len(tokens)], rows, M)
-    metadata = dict(n_tokens=len(tokens), stride=M, block_size=16)
-    train_predictor.write_tensors(tmp_path / "window", {"pooled": pooled, "target": target}, metadata)
+def test_validation_leaves_out_what_decoding_does(tmp_path, monkeypatch):
+    """`left_out` against plain Python: the budget is shared by all layers and heads."""
+    monkeypatch.setattr(train_predictor, "BUDGETS", (160, 208))
+    monkeypatch.setattr(train_predictor, "ROWS", 12)
+    model, predictor, tokens = tiny_llama(n_layers=2), random_predictor(), torch.randint(0, 61, (290,))
+    config = Config(history_len=8, calibration_interval=4, calibration_queries=2)
+    (rows,) = train_predictor.record(model, config, tokens.tolist(), [len(tokens)])
+    metadata = dict(n_tokens=len(tokens), interval=4, queries=2, block_size=16)
+    train_predictor.write_tensors(tmp_path / "window", {"rows": rows}, metadata)
     window = train_predictor.Window(tmp_path / "window")
-    text_lengths = [n_prompt + 1 + (row - 8) * M for row in range(rows)]  # at the first of the M tokens of each row
-    assert window.middle == [config.middle(length) for length in text_lengths]
+    lengths = [290 - 12 * 4 + row * 4 + 1 for row in range(12)]  # at the first of the M tokens of each row
+    assert window.middle == [config.middle(length) for length in lengths]
     for row, (start, end) in enumerate(window.middle):
         assert window.in_middle[row].nonzero().flatten().tolist() == [*range(start, end)]
-    selections = torch.arange(8, rows)
-    for budget in train_predictor.BUDGETS:
-        decoder, true = RivalDecoder(replace(config, budget=budget), model, predictor, 300), []
-        decoder.prefill(tokens[:n_prompt])
-        for pos in range(n_prompt, len(tokens)):
-            attended = decoder.attended(0, mass.shape[2])  # (Hk, N)
-            attended[:, pos // 16 :] = True  # the token itself may begin a block
-            decoder.decode(tokens[pos : pos + 1])
-            squares = mass[:, pos].square().unflatten(0, (2, 2)).mean(1)  # (Hk, N)
-            true.append((squares * ~attended).sum(-1))  # (Hk,)
-        true = torch.stack(true, 1).unflatten(1, (-1, M)).mean(2)  # (Hk, selections)
-        leave_out = functools.partial(train_predictor.left_out, window, predictor.state_dict(), config)
-        found = [leave_out(row[None])[budget][0] for row in selections]  # images end as in decoding
-        torch.testing.assert_close(torch.cat(found, 1), true, atol=1e-5, rtol=1e-2)  # float16
-        found = leave_out(selections)[budget][0]  # (Hk, selections)
-        middle = (target[0, :, selections].float().square() * window.in_middle[selections]).sum(-1)
-        assert (found <= middle + 1e-4).all()  # for all selections at once: at most what is in the middle of each row
+    rows = rows.float()
+    for t in range(8, 12):
+        found = train_predictor.left_out(window, predictor.state_dict(), config, torch.tensor([t]))
+        start, end = window.middle[t]
+        scores = predictor(rows[:, :, t - 8 : t, start:end].flatten(0, 1)).flatten()  # (L * Hk * n,)
+        squares = rows[:, :, t, start:end].square().flatten()
+        for budget, topk in ((160, 1), (208, 4)):  # blocks besides sink, local window and echoes
+            left = scores.argsort(descending=True)[4 * topk :]
+            assert found[budget].item() == pytest.approx(squares[left].sum().item() / 4, rel=1e-3, abs=1e-6)
+    together = train_predictor.left_out(window, predictor.state_dict(), config, torch.arange(8, 12))
+    assert all(sums.shape == (4,) and (sums >= 0).all() for sums in together.values())
 
 
 def test_a_batch_is_a_crop_of_a_layer(monkeypatch):
@@ -184,17 +183,17 @@ def test_a_batch_is_a_crop_of_a_layer(monkeypatch):
     ends = [21 + row // 4 for row in range(24)]
     in_middle = torch.tensor([[4 <= block < end for block in range(60)] for end in ends])  # (rows, N)
     window = argparse.Namespace(n_layers=3, n_rows=24, middle=[(4, end) for end in ends], in_middle=in_middle)
-    window.load, places = lambda layer: (numbers[layer], numbers[layer] + 0.5), []
+    window.load, places = lambda layer: numbers[layer], []
     for seed in range(300):
-        rows, selection_rows, target, valid = train_predictor.draw_batch([window], random.Random(seed), 8)
+        rows, predicted, target, valid = train_predictor.draw_batch([window], random.Random(seed), 8)
         layer, place = divmod(int(rows[0, 0, 0]), 20000)
         first, left = divmod(place, 100)
-        last = first + int(selection_rows.max())
+        last = first + int(predicted.max())
         columns = slice(left, min(left + 20, ends[last]))
         assert torch.equal(rows, numbers[layer, :, first : first + 20, columns])
-        assert len(set(selection_rows.tolist())) == 3 and selection_rows.min() >= 8
-        assert torch.equal(target, numbers[layer, :, first + selection_rows, columns] + 0.5)
-        assert torch.equal(valid, in_middle[first + selection_rows, columns])
+        assert len(set(predicted.tolist())) == 3 and predicted.min() >= 8
+        assert torch.equal(target, numbers[layer, :, first + predicted, columns])
+        assert torch.equal(valid, in_middle[first + predicted, columns])
         places.append((layer, first, last, left, ends[last] - columns.stop))
     layers, firsts, lasts, lefts, cut_off = map(set, zip(*places))
     assert layers == {0, 1, 2} and firsts == {0, 1, 2, 3, 4} and max(lasts) == 23
@@ -221,8 +220,10 @@ def folder(tmp_path_factory):
         yield folder
 
 
-COLLECT = "collect --contexts 2 --validation-contexts 1 --lengths 1200 --dtype float32 --device cpu --text text.txt"
-COLLECT = COLLECT.split()
+COLLECT = "collect --contexts 2 --validation-contexts 1 --lengths 1200 --interval 8 --dtype float32".split()
+COLLECT += ["--device", "cpu", "--text", "text.txt"]
+)
+COLLECT += ["--text", "text.txt"]
 TRAIN = "train --steps 4 --validate-every 2 --device cpu".split()
 
 
@@ -239,8 +240,8 @@ def content(path):
 @pytest.mark.parametrize(
     "collecting, training, noted",
     [
-        (["--block-size", "8"], [], ["8", "64", "8"]),
-        (["--stride", "1"], ["--loss", "mse"], ["16", "64", "1"]),
+        (["--block-size", "8"], [], ["8", "64", "8", "4"]),
+        (["--interval", "1"], ["--loss", "mse"], ["16", "64", "1", "4"]),
     ],
 )
 def test_pipeline(tmp_path, folder, collecting, training, noted):
@@ -279,8 +280,8 @@ def test_training_at_a_rate_of_zero_keeps_the_starting_point(theirs, tmp_path, f
     weights = load_predictor(tmp_path / "p.safetensors")
     assert all(torch.allclose(w, start[name], atol=1e-6) for name, w in weights.state_dict().items())
     windows = train_predictor.open_windows(folder / "data", "train")
-    rows, selection_rows, target, valid = train_predictor.draw_batch(windows, random.Random("0 0"), 64)
-    scores = train_predictor.scores_of_rows(rows, selection_rows, start, 64)
+    rows, predicted, target, valid = train_predictor.draw_batch(windows, random.Random("0 0"), 64)
+    scores = train_predictor.scores_of_rows(rows, predicted, start, 64)
     loss = train_predictor.relative_loss(scores, target, valid)
     assert json.loads((tmp_path / "p.json").read_text())[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
@@ -323,8 +324,8 @@ def test_an_interrupted_training_continues_to_the_same_weights(draws, tmp_path, 
     [
         (b"\xff\xfe\x00", "", "give UTF-8 files"),
         (b"too little to learn from", "", "no text in the train split"),
-        (b"a text", "--lengths 60", "100 rows at a stride of 8 need 800"),
-        (b"a text", "--stride 0", "--stride: invalid positive value"),
+        (b"a text", "--lengths 60", "100 rows of 8 tokens need 800"),
+        (b"a text", "--interval 0", "--interval: invalid positive value"),
         (b"a text", "--lengths 9000", "context is 1200"),
         (b"a text", "--data text.txt", "cannot create folder text.txt"),
         (b"a text", "--data {folder}/data --lengths 1100", "lengths = [1200], not [1100]: give another --data"),
