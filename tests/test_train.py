@@ -222,8 +222,6 @@ def folder(tmp_path_factory):
 
 COLLECT = "collect --contexts 2 --validation-contexts 1 --lengths 1200 --interval 8 --dtype float32".split()
 COLLECT += ["--device", "cpu", "--text", "text.txt"]
-)
-COLLECT += ["--text", "text.txt"]
 TRAIN = "train --steps 4 --validate-every 2 --device cpu".split()
 
 
