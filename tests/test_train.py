@@ -1,7 +1,8 @@
-"""Tests windows, targets and histories against naive computations, resuming, and refusals."""
+"""Tests windows and predictions of rows against naive computations, resuming, and refusals."""
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 import random
@@ -14,8 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import train_predictor
-from attnpred import Config, InputError, Predictor, load_predictor
-from experiments.rivals import RivalDecoder
+from attnpred import Config, InputError, Predictor, SparseDecoder, load_predictor
 from model import causal_attention
 from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tiny_llama
 
@@ -44,20 +44,22 @@ def by_block(p, how, b=16):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stride", [1, 3])
-def test_recorded_rows_equal_a_full_softmax(stride, monkeypatch):
-    monkeypatch.setattr(train_predictor, "MAX_LOGITS", 6 * 200 * 9 * 3)  # nine rows at a time
-    model, tokens, rows = tiny_llama(n_layers=2, group=3), torch.randint(0, 61, (200,)).tolist(), 29
-    windows = train_predictor.record(model, Config(), tokens, [90, 200], rows, stride)
-    for end, (pooled, target) in zip([90, 200], windows):
-        for layer, p in naive_attention(model, tokens).items():
-            for row in range(rows):
-                pos = end - 1 - (rows - 1 - row) * stride
-                true_row = by_block(p[:, pos, :end], "amax")  # (Hq, N)
-                true_mass = by_block(p[:, pos - stride + 1 : pos + 1, :end], "sum")  # (Hq, stride, N)
-                for found, true in ((pooled, true_row.square()), (target, true_mass.square().mean(1))):
-                    true = true.unflatten(0, (2, 3)).mean(1).sqrt()  # of the queries of a KV head
-                    assert (found[layer, :, row].double() - true).abs().max() < 1e-3  # float16, numbers up to 1
+@pytest.mark.parametrize("M, Q", [(1, 1), (6, 3), (5, 1)])
+def test_recorded_rows_equal_a_full_softmax_and_a_decoders_history(M, Q, monkeypatch):
+    monkeypatch.setattr(train_predictor, "ROWS", 14)
+    model, tokens = tiny_llama(n_layers=2, group=3), torch.randint(0, 61, (200,))
+    config = Config(history_len=8, budget=160, calibration_interval=M, calibration_queries=Q)
+    attention = naive_attention(model, tokens.tolist())
+    for end, rows in zip([90, 200], train_predictor.record(model, config, tokens.tolist(), [90, 200])):
+        for (layer, p), row in itertools.product(attention.items(), range(14)):
+            last = end - 1 - (13 - row) * M  # of the row's tokens
+            queries = by_block(p[:, [last - i * M // Q for i in range(Q)], :end], "amax")  # (Hq, Q, N)
+            true = queries.square().unflatten(0, (2, 3)).mean((1, 2)).sqrt()  # (Hk, N)
+            assert (rows[layer, :, row].double() - true).abs().max() < 1e-3  # float16, numbers up to 1
+        decoder = SparseDecoder(config, model, random_predictor(), 400)
+        decoder.prefill(tokens[:end])
+        history = decoder.history.rows.unflatten(0, (2, 2))[..., : rows.shape[-1]]  # (L, Hk, H, N)
+        torch.testing.assert_close(history, rows[:, :, -8:], atol=1e-3, rtol=0)
 
 
 def test_installed_documents_are_of_many_kinds_and_none_is_torch():
@@ -103,9 +105,9 @@ def test_contexts():
 
 def test_scores_of_rows_equal_the_network_on_each_window():
     predictor = random_predictor()
-    rows, selection_rows = torch.rand(2, 30, 11), torch.tensor([12, 13, 25, 30])
-    found = train_predictor.scores_of_rows(rows, selection_rows, predictor.state_dict(), 12)
-    for i, t in enumerate(selection_rows):
+    rows, predicted = torch.rand(2, 30, 11), torch.tensor([12, 13, 25, 30])
+    found = train_predictor.scores_of_rows(rows, predicted, predictor.state_dict(), 12)
+    for i, t in enumerate(predicted):
         assert torch.allclose(found[:, i], predictor(rows[:, t - 12 : t]), atol=1e-6)
 
 
@@ -137,43 +139,65 @@ def test_losses_by_hand():
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Histories and targets
+# Windows
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("M", [1, 4, 8])
-def test_validation_leaves_out_what_decoding_does(M, tmp_path, monkeypatch):
+def written_window(path, rows, n_tokens, config):
+    """A Window of the rows (layers, Hk, R, N) of a text of n_tokens."""
+    metadata = dict(n_tokens=n_tokens, block_size=16, interval=config.calibration_interval)
+    metadata["queries"] = config.calibration_queries
+    train_predictor.write_tensors(path, {"rows": rows}, metadata)
+    return train_predictor.Window(path)
+
+
+def test_left_out_by_plain_python(tmp_path, monkeypatch):
+    """One budget for two layers of three heads; the image ends where the middle does at the last selection."""
+    monkeypatch.setattr(train_predictor, "BUDGETS", (160, 192))
+    config = Config(history_len=8, calibration_interval=16, calibration_queries=1)
+    rows, predictor = torch.rand(2, 3, 20, 30).half(), random_predictor()
+    window = written_window(tmp_path / "window", rows, 480, config)
+    predicted = torch.tensor([8, 13, 19])
+    found = train_predictor.left_out(window, predictor.state_dict(), config, predicted)
+    last_start, last_end = config.middle(480 - 15)  # at the first token of the last row
+    for i, row in enumerate(predicted.tolist()):
+        start, end = window.middle[row]
+        image = rows[:, :, row - 8 : row, last_start:last_end].flatten(0, 1).float()
+        scores = predictor(image)[:, : end - start].tolist()
+        true = rows[:, :, row, start:end].flatten(0, 1).float().square().tolist()
+        ranked = sorted(((scores[h][n], true[h][n]) for h in range(6) for n in range(end - start)), reverse=True)
+        for budget, k in ((160, 6 * 1), (192, 6 * 3)):
+            assert found[budget][i].item() == pytest.approx(sum(square for _, square in ranked[k:]) / 6, rel=1e-4)
+
+
+@pytest.mark.parametrize("M, Q", [(1, 1), (4, 2), (8, 8)])
+def test_validation_leaves_out_what_decoding_does(M, Q, tmp_path, monkeypatch):
     """Layer 0's q and k do not depend on earlier attention, so decoding leaves out exactly what `left_out` reports."""
     monkeypatch.setattr(train_predictor, "BUDGETS", (160, 192))
     model, predictor, n_prompt, n_steps = tiny_llama(n_layers=1), random_predictor(), 267, 24
-    tokens, rows = torch.randint(0, 61, (n_prompt + n_steps,)), 8 + n_steps // M
-    mass = by_block(naive_attention(model, tokens.tolist())[0], "sum").float()  # (Hq, T, N)
-    config = Config(history_len=8, calibration_interval=M)
-    (pooled, target), *_ = train_predictor.record(model, config, tokens.tolist(), [len(tokens)], rows, M)
-    metadata = dict(n_tokens=len(tokens), stride=M, block_size=16)
-    train_predictor.write_tensors(tmp_path / "window", {"pooled": pooled, "target": target}, metadata)
-    window = train_predictor.Window(tmp_path / "window")
-    text_lengths = [n_prompt + 1 + (row - 8) * M for row in range(rows)]  # at the first of the M tokens of each row
+    tokens, n_rows = torch.randint(0, 61, (n_prompt + n_steps,)), 8 + n_steps // M
+    monkeypatch.setattr(train_predictor, "ROWS", n_rows)
+    config = Config(history_len=8, calibration_interval=M, calibration_queries=Q)
+    (rows,) = train_predictor.record(model, config, tokens.tolist(), [len(tokens)])
+    window = written_window(tmp_path / "window", rows, len(tokens), config)
+    text_lengths = [n_prompt + 1 + (row - 8) * M for row in range(n_rows)]  # at the first of the M tokens of each row
     assert window.middle == [config.middle(length) for length in text_lengths]
     for row, (start, end) in enumerate(window.middle):
         assert window.in_middle[row].nonzero().flatten().tolist() == [*range(start, end)]
-    selections = torch.arange(8, rows)
+    predicted = torch.arange(8, n_rows)
     for budget in train_predictor.BUDGETS:
-        decoder, true = RivalDecoder(replace(config, budget=budget), model, predictor, 300), []
+        decoder, true = SparseDecoder(replace(config, budget=budget), model, predictor, 300), []
         decoder.prefill(tokens[:n_prompt])
-        for pos in range(n_prompt, len(tokens)):
-            attended = decoder.attended(0, mass.shape[2])  # (Hk, N)
-            attended[:, pos // 16 :] = True  # the token itself may begin a block
-            decoder.decode(tokens[pos : pos + 1])
-            squares = mass[:, pos].square().unflatten(0, (2, 2)).mean(1)  # (Hk, N)
-            true.append((squares * ~attended).sum(-1))  # (Hk,)
-        true = torch.stack(true, 1).unflatten(1, (-1, M)).mean(2)  # (Hk, selections)
+        for first in range(n_prompt, len(tokens), M):
+            attended = decoder.cache.attended[0].clone()  # (Hk, capacity), without echoes
+            for token in tokens[first : first + M].split(1):
+                decoder.decode(token)
+            true.append((decoder.history.rows[:, -1].float().square() * ~attended).sum(-1).mean())
         leave_out = functools.partial(train_predictor.left_out, window, predictor.state_dict(), config)
-        found = [leave_out(row[None])[budget][0] for row in selections]  # images end as in decoding
-        torch.testing.assert_close(torch.cat(found, 1), true, atol=1e-5, rtol=1e-2)  # float16
-        found = leave_out(selections)[budget][0]  # (Hk, selections)
-        middle = (target[0, :, selections].float().square() * window.in_middle[selections]).sum(-1)
-        assert (found <= middle + 1e-4).all()  # for all selections at once: at most what is in the middle of each row
+        found = [leave_out(row[None])[budget] for row in predicted]  # images end as in decoding
+        torch.testing.assert_close(torch.cat(found), torch.stack(true), atol=1e-5, rtol=1e-2)  # float16
+        middle = (rows[0, :, predicted].float().square() * window.in_middle[predicted]).sum(-1).mean(0)
+        assert (leave_out(predicted)[budget] <= middle + 1e-4).all()  # at most what is in the middle of each row
 
 
 def test_a_batch_is_a_crop_of_a_layer(monkeypatch):
@@ -184,17 +208,17 @@ def test_a_batch_is_a_crop_of_a_layer(monkeypatch):
     ends = [21 + row // 4 for row in range(24)]
     in_middle = torch.tensor([[4 <= block < end for block in range(60)] for end in ends])  # (rows, N)
     window = argparse.Namespace(n_layers=3, n_rows=24, middle=[(4, end) for end in ends], in_middle=in_middle)
-    window.load, places = lambda layer: (numbers[layer], numbers[layer] + 0.5), []
+    window.load, places = lambda layer: numbers[layer], []
     for seed in range(300):
-        rows, selection_rows, target, valid = train_predictor.draw_batch([window], random.Random(seed), 8)
+        rows, predicted, target, valid = train_predictor.draw_batch([window], random.Random(seed), 8)
         layer, place = divmod(int(rows[0, 0, 0]), 20000)
         first, left = divmod(place, 100)
-        last = first + int(selection_rows.max())
+        last = first + int(predicted.max())
         columns = slice(left, min(left + 20, ends[last]))
         assert torch.equal(rows, numbers[layer, :, first : first + 20, columns])
-        assert len(set(selection_rows.tolist())) == 3 and selection_rows.min() >= 8
-        assert torch.equal(target, numbers[layer, :, first + selection_rows, columns] + 0.5)
-        assert torch.equal(valid, in_middle[first + selection_rows, columns])
+        assert len(set(predicted.tolist())) == 3 and predicted.min() >= 8
+        assert torch.equal(target, numbers[layer, :, first + predicted, columns])
+        assert torch.equal(valid, in_middle[first + predicted, columns])
         places.append((layer, first, last, left, ends[last] - columns.stop))
     layers, firsts, lasts, lefts, cut_off = map(set, zip(*places))
     assert layers == {0, 1, 2} and firsts == {0, 1, 2, 3, 4} and max(lasts) == 23
@@ -221,8 +245,10 @@ def folder(tmp_path_factory):
         yield folder
 
 
-COLLECT = "collect --contexts 2 --validation-contexts 1 --lengths 1200 --dtype float32 --device cpu --text text.txt"
-COLLECT = COLLECT.split()
+COLLECT = (
+    "collect --contexts 2 --validation-contexts 1 --lengths 1200 --interval 8 --dtype float32 --device cpu".split()
+)
+COLLECT += ["--text", "text.txt"]
 TRAIN = "train --steps 4 --validate-every 2 --device cpu".split()
 
 
@@ -239,8 +265,8 @@ def content(path):
 @pytest.mark.parametrize(
     "collecting, training, noted",
     [
-        (["--block-size", "8"], [], ["8", "64", "8"]),
-        (["--stride", "1"], ["--loss", "mse"], ["16", "64", "1"]),
+        (["--block-size", "8"], [], ["8", "64", "8", "4"]),
+        (["--interval", "4", "--queries", "2"], ["--loss", "mse"], ["16", "64", "4", "2"]),
     ],
 )
 def test_pipeline(tmp_path, folder, collecting, training, noted):
@@ -279,8 +305,8 @@ def test_training_at_a_rate_of_zero_keeps_the_starting_point(theirs, tmp_path, f
     weights = load_predictor(tmp_path / "p.safetensors")
     assert all(torch.allclose(w, start[name], atol=1e-6) for name, w in weights.state_dict().items())
     windows = train_predictor.open_windows(folder / "data", "train")
-    rows, selection_rows, target, valid = train_predictor.draw_batch(windows, random.Random("0 0"), 64)
-    scores = train_predictor.scores_of_rows(rows, selection_rows, start, 64)
+    rows, predicted, target, valid = train_predictor.draw_batch(windows, random.Random("0 0"), 64)
+    scores = train_predictor.scores_of_rows(rows, predicted, start, 64)
     loss = train_predictor.relative_loss(scores, target, valid)
     assert json.loads((tmp_path / "p.json").read_text())[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
@@ -323,8 +349,8 @@ def test_an_interrupted_training_continues_to_the_same_weights(draws, tmp_path, 
     [
         (b"\xff\xfe\x00", "", "give UTF-8 files"),
         (b"too little to learn from", "", "no text in the train split"),
-        (b"a text", "--lengths 60", "100 rows at a stride of 8 need 800"),
-        (b"a text", "--stride 0", "--stride: invalid positive value"),
+        (b"a text", "--lengths 60", "100 rows of 8 tokens need 800"),
+        (b"a text", "--interval 0", "--interval: invalid positive value"),
         (b"a text", "--lengths 9000", "context is 1200"),
         (b"a text", "--data text.txt", "cannot create folder text.txt"),
         (b"a text", "--data {folder}/data --lengths 1100", "lengths = [1200], not [1100]: give another --data"),
