@@ -8,8 +8,7 @@ attention, each of which belongs to M consecutive tokens. It is trained to predi
 
 Reading order: the corpus, `record` (one dense pass -> windows of rows), `Window` (a file that training reads),
 `scores_of_rows` (many predictions in one pass), the losses, `train`. Both commands may be interrupted: the same command
-continues. The method is in attnpred.py; experiments/evaluate.py measures
-what a predictor is worth.
+continues. The method is in attnpred.py; experiments/evaluate.py measures what a predictor is worth.
 """
 
 import hashlib
@@ -150,25 +149,6 @@ def chat_tokens(tokenizer, ids, length, rng):
 # --------------------------------------------------------------------------------------------------------------------
 
 ROWS = 128  # rows of a window
-
-
-def attention(q, k, n_tokens):
-    """Causal attention probabilities of the last rows of a text, in float32. All logits are in memory at once.
-
-    q (Hq, rows, D): the queries of tokens n_tokens - rows ... n_tokens - 1; k (Hk, >= n_tokens, D) -> (Hq, rows, T)
-    """
-    n_heads, n_rows, head_dim = q.shape
-    q = q.reshape(len(k), -1, head_dim).float() * head_dim**-0.5  # (Hk, G * rows, D)
-    logits = (q @ k[:, :n_tokens].float().mT).view(n_heads, n_rows, n_tokens)  # (Hq, rows, T)
-    future = torch.ones(n_rows, n_rows, dtype=torch.bool, device=q.device).triu(1)  # (rows, rows)
-    logits[..., n_tokens - n_rows :].masked_fill_(future, -torch.inf)
-    return logits.softmax(-1)
-
-
-def block_mass(q, k, n_tokens, block_size):
-    """The share of each row's attention that each block gets: (Hq, rows, N) float32. Arguments as for `attention`."""
-    p = F.pad(attention(q, k, n_tokens), (0, -n_tokens % block_size))  # (Hq, rows, N * b)
-    return p.unflatten(-1, (-1, block_size)).sum(-1)
 
 
 @torch.inference_mode()

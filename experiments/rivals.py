@@ -1,7 +1,7 @@
 """Other methods to select blocks. Each is a small class with one `score`; all decode through the same sparse path.
 
-Reading order: `Rival`, the rivals, `RIVALS` (all by name), `RivalDecoder` (decodes with a rival's scores and measures
-recovery), `PaperDecoder` (the setting of AttentionPredictor's paper).
+Reading order: `attention`, `Rival`, the rivals, `RIVALS` (all by name), `RivalDecoder` (decodes with a rival's scores
+and measures recovery), `PaperDecoder` (the setting of AttentionPredictor's paper).
 
 All rivals select whole blocks and always attend to sink and local window; the budget counts all three. A rival only
 ranks the middle blocks. If this makes a rival differ from its paper, its docstring says so.
@@ -14,7 +14,26 @@ import torch.nn.functional as F
 
 import kernels
 from attnpred import Config, History, KVCache, SparseDecoder
-from train_predictor import attention, block_mass
+
+
+def attention(q, k, n_tokens):
+    """Causal attention probabilities of the last rows of a text, in float32. All logits are in memory at once.
+
+    q (Hq, rows, D): the queries of tokens n_tokens - rows ... n_tokens - 1; k (Hk, >= n_tokens, D) -> (Hq, rows, T)
+    """
+    n_heads, n_rows, head_dim = q.shape
+    q = q.reshape(len(k), -1, head_dim).float() * head_dim**-0.5  # (Hk, G * rows, D)
+    logits = (q @ k[:, :n_tokens].float().mT).view(n_heads, n_rows, n_tokens)  # (Hq, rows, T)
+    future = torch.ones(n_rows, n_rows, dtype=torch.bool, device=q.device).triu(1)  # (rows, rows)
+    logits[..., n_tokens - n_rows :].masked_fill_(future, -torch.inf)
+    return logits.softmax(-1)
+
+
+def block_mass(q, k, n_tokens, block_size):
+    """The share of each row's attention that each block gets: (Hq, rows, N) float32. Arguments as for `attention`."""
+    p = F.pad(attention(q, k, n_tokens), (0, -n_tokens % block_size))  # (Hq, rows, N * b)
+    return p.unflatten(-1, (-1, block_size)).sum(-1)
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # The rivals
