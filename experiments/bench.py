@@ -144,7 +144,7 @@ class Ours:
         self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.decoder = decoder = SparseDecoder(config, model, predictor(), context, backend, offload)
         torch.manual_seed(0)
-        decoder.begin_prompt(n_tokens)
+        decoder.begin_prompt(torch.randint(m.vocab_size, (n_tokens,), device=model.device))
         kv = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.kv_dtype)
         for layer in range(m.n_layers):
             decoder.cache.write_prompt(layer, 0, *kv)  # (Hk, T, D) each

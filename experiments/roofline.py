@@ -139,7 +139,7 @@ def decode(model, c: Config, n_tokens: int, steps: int, offload=False) -> tuple[
             if step:
                 attnpred.sample(decoder.decode(token))
             else:
-                decoder.begin_prompt(n_prompt)
+                decoder.begin_prompt(torch.zeros(n_prompt, dtype=torch.int64, device=META))
                 for layer in range(model.config.n_layers):
                     decoder.take_prompt(layer, *empty_heads(model.config, n_prompt))
                 decoder.n_tokens = n_prompt
@@ -164,10 +164,12 @@ def weight_bytes(m: LlamaConfig, itemsize: int = 2) -> int:
 def bytes_per_token(m: LlamaConfig, c: Config, n_tokens: int) -> dict[str, float]:
     """Bytes per token, on average over the interval that ends at n_tokens. K and V have 16 bits.
 
-    Returns the counters of attnpred.Stats: attention, calibration, choosing, their sum as total, and dense.
+    Returns the counters of attnpred.Stats: attention, echo, calibration, choosing, their sum as total, and dense. Every
+    echo is counted for every head, though some heads attend to its block already.
     """
     steps = c.interval(n_tokens)
     stats = decode(Stub(m), c, n_tokens, steps)[0].stats
-    counted = {name: getattr(stats, f"{name}_bytes") for name in ("attention", "calibration", "choosing")}
-    counted |= dict(total=stats.read_bytes, dense=stats.dense_bytes)
-    return {name: amount / steps for name, amount in counted.items()}
+    counted = {name: getattr(stats, f"{name}_bytes") / steps for name in ("attention", "calibration", "choosing")}
+    block_bytes = 2 * c.block_size * m.head_dim * DTYPE.itemsize
+    counted["echo"] = 0 if c.fits(n_tokens) else c.echo_blocks * m.n_layers * m.n_kv_heads * block_bytes
+    return counted | dict(total=sum(counted.values()), dense=stats.dense_bytes / steps)
