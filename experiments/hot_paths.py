@@ -60,7 +60,7 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
     contributions = torch.zeros_like(history)  # (L * Hk, H, N)
 
     def convolve(tf32):
-        with torch.backends.cudnn.flags(allow_tf32=tf32):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
             parts = history.float().split(m.n_kv_heads)
             return torch.cat([kernels.predict_reference(part, start, end, weights) for part in parts])
 
@@ -80,13 +80,22 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
         yield f"predict, {name}, all layers", moved, multiply_adds, call, rivals
 
 
+def echo_paths(m, c, n_tokens, dtype, device, backend):
+    """Looks up the echoes of a token. PyTorch's way is the reference."""
+    ids, position = torch.randint(m.vocab_size, (n_tokens,), device=device), torch.tensor([n_tokens - 1], device=device)
+    shape = c.sink_tokens // c.block_size, c.local_tokens // c.block_size, c.block_size, c.n_blocks(n_tokens)
+    call = partial(kernels.find_echoes, ids, position, *shape, backend)
+    rivals = {"PyTorch": partial(kernels.find_echoes_reference, ids, position, *shape)}
+    yield "find_echoes", ids.nbytes + 4 * shape[-1], 0, call, rivals
+
+
 def selection_paths(m, c, n_tokens, dtype, device, backend):
-    """Selects the best blocks of every layer, whose heads share the budget."""
-    start, end = c.middle(n_tokens)
-    scores, k = torch.randn(m.n_layers, m.n_kv_heads * (end - start), device=device), m.n_kv_heads * c.topk_blocks
+    """Selects the best blocks of the whole model."""
+    (start, end), heads = c.middle(n_tokens), m.n_layers * m.n_kv_heads
+    scores, k = torch.randn(1, heads * (end - start), device=device), heads * c.topk_blocks
     rivals = {"topk, then sort": lambda: scores.topk(k, sorted=False).indices.sort(1).values}
     call = partial(kernels.select_blocks, scores, k, backend)
-    yield f"select_blocks, {k} per layer, all layers", scores.nbytes + 4 * m.n_layers * k, 0, call, rivals
+    yield f"select_blocks, {k} of the model", scores.nbytes + 4 * k, 0, call, rivals
 
 
 def table_of(counts, c, n_tokens, device):
@@ -139,4 +148,4 @@ def copy_paths(m, c, n_tokens, dtype, device, backend):
         yield f"copy_blocks, {name} of {k}", n * host[0].nbytes, 0, call, rivals
 
 
-PATHS = (pooling_paths, prediction_paths, selection_paths, attention_paths, copy_paths)
+PATHS = (echo_paths, pooling_paths, prediction_paths, selection_paths, attention_paths, copy_paths)

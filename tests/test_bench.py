@@ -22,10 +22,12 @@ from tests.helpers import assert_refused, random_predictor, tiny_llama
 
 CPU = torch.device("cpu")
 ROOT = pathlib.Path(bench.__file__).parents[1]
-SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=40)
+SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=48, echo_blocks=1)
+SHAPE |= dict(calibration_interval=8, calibration_queries=2)
 LLAMA = roofline.LLAMA_31_8B
 TOY = dict(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64)
-SMALL = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 16 --budget 40".split()
+SMALL = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 16 --budget 48 --echo-blocks 1".split()
+SMALL += "--calibration-interval 8".split()
 bench.SHAPES["toy"] = replace(LLAMA, **TOY)
 
 
@@ -39,10 +41,11 @@ def test_work_by_hand():
     assert moved[pooled] == 2 * 8 * 32768 * 128 + 2 * 32 * 64 * 128 + 4 * 32 * 64 * 2049
     assert multiply_adds[pooled] == 32 * 64 * 32768 * 128
     assert multiply_adds["pool_history, calibration, all layers"] == 32 * 32 * 32768 * 128
-    assert moved[attended] == 2 * 8 * 1024 * 128 * 2 + 2 * 32 * 128 * 2 + 8 * 64 * 4  # 64 blocks for each KV head
-    assert multiply_adds[attended] == 2 * 32 * 1024 * 128
-    assert moved["select_blocks, 472 per layer, all layers"] == 4 * 32 * (8 * (2044 - 1) + 472)
-    assert moved["copy_blocks, a tenth of 472"] == 47 * 8192
+    assert moved[attended] == 2 * 8 * 960 * 128 * 2 + 2 * 32 * 128 * 2 + 8 * 60 * 4  # 60 blocks for each KV head
+    assert multiply_adds[attended] == 2 * 32 * 960 * 128
+    assert moved["select_blocks, 14080 of the model"] == 4 * (256 * (2044 - 1) + 14080)
+    assert moved["find_echoes"] == 8 * 32768 + 4 * 2048
+    assert moved["copy_blocks, a tenth of 440"] == 44 * 8192
     columns = 32 * 8 * (2044 - 1)  # of all images
     assert moved["predict, whole image, all layers"] == columns * (128 * 2 + 4)  # 64 rows read, 64 written; a score
     # computed: rows 0, 1, 61, 62, 63; read for that: rows 0-3 and 59-63; the contributions of rows 2-60 are kept
@@ -79,13 +82,13 @@ def test_launches_by_hand():
         x.sum()
         F.rms_norm(x, (6,))
         kernels.pool_history(x[:, None, :], torch.empty(4, 2, 8, 6), 13)  # none: on the host
-        kernels.select_blocks(x, 2, "triton")  # a kernel
+        kernels.select_blocks(x, 2, "triton")  # five kernels
     operations = dict(zeros=1, _to_copy=3, copy_=3, clone=1, cat=1, sum=1, rms_norm=1)
     assert counts.operations == {f"aten.{name}": count for name, count in operations.items()}
     assert counts.link_bytes == 12 + 12 + 96 + 12
-    ((kernel, grid, arguments),) = counts.launches
-    assert kernel is kernels._select_kernel and grid == (4,)
-    assert [arguments[name] for name in ("n", "k", "TILE", "num_warps")] == [6, 2, 256, 4]
+    *_, (kernel, grid, arguments) = counts.launches
+    assert len(counts.launches) == 5 and kernel is kernels._select_kernel and grid == (1, 4)
+    assert [arguments[name] for name in ("n", "k", "programs", "num_warps")] == [6, 2, 1, 8]
     assert kernels.pool_history.__module__ == "kernels" and torch.zeros(2).is_cpu  # as before
 
 
@@ -124,7 +127,7 @@ def test_rivals_compute_the_same():
 def test_transformers_computes_the_same():
     """With the same random cache, its logits are those of our dense decoding. The weights are shared, not copied."""
     model = tiny_llama()
-    dense = bench.Ours(model, Config(**SHAPE | dict(budget=128)), 100, 108, 2, "torch", False)
+    dense = bench.Ours(model, Config(**SHAPE | dict(budget=144)), 100, 108, 2, "torch", False)
     theirs = bench.Transformers(model, 100, 2)
     with torch.inference_mode():
         for token in (3, 5):
@@ -155,7 +158,7 @@ def test_speed_pays_for_whole_intervals(tmp_path, capsys):
     rows = rows_of(tmp_path, "speed", *options, "--contenders", *names)
     assert [row["name"] for row in rows] == [*names, *names] and rows[0]["speedup"] == rows[4]["speedup"] == 1
     for row, cells in zip(rows, table(capsys.readouterr().out), strict=True):
-        assert row["config"]["budget"] == 40 and row["weights"] == "random weights in the shape of toy"
+        assert row["config"]["budget"] == 48 and row["weights"] == "random weights in the shape of toy"
         assert row["ms"] == sum(row["rounds"]) / len(row["rounds"]) > 0 and row["tokens_s"] == 1e3 / row["ms"]
         assert [cells["context"], cells["weights"], cells[""]] == ["256", row["dtype"], row["name"]]
         assert cells["ms per token"] == f"{row['ms']:,.1f}" and cells["tokens/s"] == f"{row['tokens_s']:,.1f}"
@@ -219,7 +222,9 @@ def test_link_is_counted(monkeypatch, tmp_path, capsys):
     block = 3 * 2 * 2 * 8 * 512 * 4 / 17e6  # MB of each head of each layer, per token
     fetched = float(re.search(r"([0-9.]+) MB a token fetched", out)[1])
     assert 0 < fetched < 2 * 2 * block  # 2 selections of 2 blocks a head, less what slots had already
-    assert f"of {2 * 2 * block:,.3f} MB selected; {2 * block:,.3f} MB a token written back" in out  # 2 full blocks
+    assert (
+        f"of {2 * 2 * block:,.3f} MB selected, " in out and f"{2 * block:,.3f} MB written back" in out
+    )  # 2 full blocks
     assert f"the whole cache is {217 / 8 * 17 * block:,.2f} MB" in out
 
 
@@ -236,7 +241,7 @@ def test_counted_launches(capsys):
     for name in ("resident", "offloaded"):
         counts = [int(row["tokens"].removesuffix(" of 8")) for row in rows if row["cache"] == name]
         launches = [int(row["launches"]) for row in rows if row["cache"] == name]
-        assert sum(counts) == 8 and counts[0] > 4 and launches[0] == min(launches) > 20
+        assert sum(counts) == 8 and counts[0] >= 4 and launches[0] == min(launches) > 20
 
 
 def test_readme_shows_the_bytes(capsys):
@@ -287,7 +292,7 @@ def test_contenders_of_a_gpu(tmp_path):
 
 def test_kernels_are_timed(tmp_path):
     rows = rows_of(tmp_path, "kernels", *INTERPRETED)
-    assert len(rows) == 9 and all(row["us"] > 0 and row["of_copy"] > 0 for row in rows)
+    assert len(rows) == 10 and all(row["us"] > 0 and row["of_copy"] > 0 for row in rows)
 
 
 def test_first_run_on_a_gpu(tmp_path):
