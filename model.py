@@ -68,10 +68,8 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, dtype=torch.float32, device="cpu"):
         super().__init__()
         self.config = config
-        on_cpu = torch.device(device).type == "cpu"
-        self.residual_dtype = torch.float32 if on_cpu else dtype  # float32 costs no time on a CPU and rounds less
-        self.kv_dtype = torch.float32 if on_cpu and not multiplies(dtype) else dtype  # of q, k, v and a cache of them
-        self.rope_by_matrix = not on_cpu  # for one token: saves launches on a GPU; a CPU is slow at such a product
+        self.residual_dtype, self.kv_dtype = activation_dtypes(dtype, device)  # kv_dtype: of q, k, v and their cache
+        self.rope_by_matrix = torch.device(device).type != "cpu"  # for one token: saves launches on a GPU
         with torch.device("meta"):
             self.embed = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
             self.blocks = nn.ModuleList(Block(layer, config) for layer in range(config.n_layers))
@@ -111,8 +109,7 @@ class Llama(nn.Module):
     @torch.inference_mode()
     def forward(self, tokens, positions, attend):
         """tokens (T,) int64 at positions (T,) int64 -> the last position's logits (V,) float32."""
-        one_row = len(tokens) == 1 and self.embed.is_cpu  # oneDNN takes twice as long as PyTorch for bfloat16
-        with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None) if one_row else nullcontext():
+        with fastest_backend(len(tokens), self.device):
             return self.logits(self.hidden(tokens, positions, attend)[-1:])[0]  # (V,)
 
 
@@ -167,10 +164,8 @@ class Linear(nn.Linear):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x, dtype):  # (..., C) -> (..., C) in dtype
-        if x.is_cpu and x.shape[:-1] == (1,):  # four operations instead of nine, for 60 norms per token
-            row = x.float()  # (1, C)
-            mean_square = torch.addmm(row.new_full((1, 1), self.eps), row, row.mT, alpha=1 / row.numel())  # (1, 1)
-            return (row * mean_square.rsqrt_()).to(dtype) * self.weight.to(dtype)  # (1, C)
+        if x.is_cpu and x.shape[:-1] == (1,):
+            return norm_one_row(x, self.weight, self.eps, dtype)  # (1, C)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(dtype)  # (..., C)
 
 
@@ -210,77 +205,19 @@ def rotation_matrix(cos, sin):
     return cos[0].diag() + sin[0].diag().roll(cos.shape[1] // 2, 0)  # (D, D)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dense attention, and the dtypes that a CPU multiplies quickly
-
-
 def causal_attention(layer, q, k, v):
     """Dense causal attention of the last T of T' tokens: q (Hq, T, D), k and v (Hk, T', D) -> (Hq, T, D).
 
     With T' = T it can be the `attend` of a prefill that keeps no cache. Memory grows with T', not with T * T'.
     """
+    if q.is_cpu:
+        return causal_attention_on_cpu(q, k, v)  # (Hq, T, D)
     T, past, group = q.shape[1], k.shape[1] - q.shape[1], len(q) // len(k)
-    if not q.is_cpu:
-        if q.dtype == torch.float32:  # no fused kernel shares float32 K and V in a group
-            k, v, group = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), 1  # (Hq, T', D)
-        mask = causal_lower_right(T, past + T) if past else None  # not materialised; it selects a fused kernel
-        qkv = q[None], k[None], v[None]
-        return F.scaled_dot_product_attention(*qkv, mask, is_causal=not past, enable_gqa=group > 1)[0]
-    if q.dtype != torch.float32:
-        return causal_attention_in_tiles(q, k, v)
-    # No CPU kernel has a mask for T < T': attend to the last T tokens, then to the earlier ones, and merge both.
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # returns the log-sum-exp too
-    recent = (x[None, :, past:].repeat_interleave(group, 1) for x in (k, v))  # (1, Hq, T, D) each
-    out, lse = attend(q[None], *recent, is_causal=True)  # (1, Hq, T, D), (1, Hq, T)
-    if past == 0:
-        return out[0]  # (Hq, T, D)
-    shared = q.reshape(1, len(k), group * T, -1)  # the queries of a group see the same earlier keys
-    old_out, old_lse = attend(shared, k[None, :, :past], v[None, :, :past])  # (1, Hk, G * T, D), (1, Hk, G * T)
-    weight = torch.sigmoid(old_lse.reshape_as(lse) - lse)[..., None]  # (1, Hq, T, 1): the share of the earlier tokens
-    return torch.lerp(out, old_out.reshape_as(out), weight)[0]  # (Hq, T, D)
-
-
-TILE_LOGITS = 1 << 22  # 8 MB of logits fit a CPU's cache
-TILE_KEYS = 512  # keys are rounded up to a multiple of this: oneDNN compiles and keeps a kernel for every shape
-
-
-def causal_attention_in_tiles(q, k, v):
-    """causal_attention with plain matrix products.
-
-    A CPU with bfloat16 runs them several times as fast as PyTorch's fused kernel, which computes in float32. Logits are
-    rounded to q's dtype.
-    """
-    T, total, group = q.shape[1], k.shape[1], len(q) // len(k)
-    n_rows = min(T, max(16, TILE_LOGITS // (len(q) * total)))  # queries in a tile
-    q = (q * q.shape[2] ** -0.5).unflatten(0, (-1, group))  # (Hk, G, T, D)
-    out, start = torch.empty_like(q), total - T  # (Hk, G, T, D), the position of a tile's first query
-    for rows, tile in zip(q.split(n_rows, 2), out.split(n_rows, 2)):  # (Hk, G, rows, D) each
-        n = rows.shape[2]
-        end = min(total, -(-(start + n) // TILE_KEYS) * TILE_KEYS)
-        logits = rows.flatten(1, 2) @ k[:, :end].mT  # (Hk, G * rows, end)
-        position = torch.arange(start, end)
-        future = position > position[:n, None]  # (rows, end - start)
-        logits.unflatten(1, (group, n))[..., start:].masked_fill_(future, -math.inf)
-        tile.copy_((logits.softmax(-1) @ v[:, :end]).unflatten(1, (group, n)))  # (Hk, G, rows, D)
-        start += n
-    return out.flatten(0, 1)  # (Hq, T, D)
-
-
-def product_dtype(weight, n_rows) -> torch.dtype:
-    """The dtype in which n_rows are multiplied by a weight: the weight's, or float32 if a CPU is slow in the weight's.
-
-    The time of one row, a decode step, is that of reading the weight, so it is multiplied in the weight's dtype.
-    """
-    if weight.is_cpu and n_rows > 1 and not multiplies(weight.dtype):
-        return torch.float32
-    return weight.dtype
-
-
-@cache
-def multiplies(dtype) -> bool:
-    """Whether this CPU multiplies matrices of a dtype natively. If not, 16 bits are slower than float32."""
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    return name is None or getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+    if q.dtype == torch.float32:  # no fused kernel shares float32 K and V in a group
+        k, v, group = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), 1  # (Hq, T', D)
+    mask = causal_lower_right(T, past + T) if past else None  # not materialised; it selects a fused kernel
+    qkv = q[None], k[None], v[None]  # (1, Hq, T, D), (1, Hk, T', D), (1, Hk, T', D)
+    return F.scaled_dot_product_attention(*qkv, mask, is_causal=not past, enable_gqa=group > 1)[0]  # (Hq, T, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,3 +502,88 @@ def _rope_parameters(raw):
         rope.setdefault("attention_factor", 0.1 * math.log(max(rope["factor"], 1.0)) + 1.0)
     scaling = {"rope_type": rope_type} | {key: float(rope[key]) for key in ROPE_KEYS[rope_type]}
     return float(rope["rope_theta"]), None if rope_type == "default" else scaling
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shortcuts for CPUs: the dtypes that a CPU multiplies quickly, single rows, and attention
+
+
+def product_dtype(weight, n_rows) -> torch.dtype:
+    """The dtype in which n_rows are multiplied by a weight: the weight's, or float32 if a CPU is slow in the weight's.
+
+    The time of one row, a decode step, is that of reading the weight, so it is multiplied in the weight's dtype.
+    """
+    if weight.is_cpu and n_rows > 1 and not multiplies(weight.dtype):
+        return torch.float32
+    return weight.dtype
+
+
+@cache
+def multiplies(dtype) -> bool:
+    """Whether this CPU multiplies matrices of a dtype natively. If not, 16 bits are slower than float32."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)  # None: PyTorch without oneDNN
+    return name is None or (supported is not None and supported())
+
+
+def activation_dtypes(dtype, device):
+    """The dtypes of the residual stream, and of q, k and v, for weights of a dtype. Float32 rounds less."""
+    if torch.device(device).type != "cpu":
+        return dtype, dtype
+    return torch.float32, dtype if multiplies(dtype) else torch.float32  # a residual of float32 costs a CPU no time
+
+
+def fastest_backend(n_rows, device):
+    """A context for n_rows: oneDNN takes twice as long as PyTorch to multiply one row of bfloat16 on a CPU."""
+    one_row = n_rows == 1 and device.type == "cpu"
+    return torch.backends.mkldnn.flags(enabled=False, allow_tf32=None) if one_row else nullcontext()
+
+
+def norm_one_row(x, weight, eps, dtype):
+    """RMSNorm of x (1, C) in dtype: four operations instead of nine, for 60 norms per token."""
+    row = x.float()  # (1, C)
+    mean_square = torch.addmm(row.new_full((1, 1), eps), row, row.mT, alpha=1 / row.numel())  # (1, 1)
+    return (row * mean_square.rsqrt_()).to(dtype) * weight.to(dtype)  # (1, C)
+
+
+def causal_attention_on_cpu(q, k, v):
+    """causal_attention: float32 by PyTorch's fused kernel, other dtypes by plain matrix products."""
+    if q.dtype != torch.float32:
+        return causal_attention_in_tiles(q, k, v)  # (Hq, T, D)
+    T, past, group = q.shape[1], k.shape[1] - q.shape[1], len(q) // len(k)
+    # No CPU kernel has a mask for T < T': attend to the last T tokens, then to the earlier ones, and merge both.
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # returns the log-sum-exp too
+    recent = (x[None, :, past:].repeat_interleave(group, 1) for x in (k, v))  # (1, Hq, T, D) each
+    out, lse = attend(q[None], *recent, is_causal=True)  # (1, Hq, T, D), (1, Hq, T)
+    if past == 0:
+        return out[0]  # (Hq, T, D)
+    shared = q.reshape(1, len(k), group * T, -1)  # the queries of a group see the same earlier keys
+    old_out, old_lse = attend(shared, k[None, :, :past], v[None, :, :past])  # (1, Hk, G * T, D), (1, Hk, G * T)
+    weight = torch.sigmoid(old_lse.reshape_as(lse) - lse)[..., None]  # (1, Hq, T, 1): the share of the earlier tokens
+    return torch.lerp(out, old_out.reshape_as(out), weight)[0]  # (Hq, T, D)
+
+
+TILE_LOGITS = 1 << 22  # 8 MB of logits fit a CPU's cache
+TILE_KEYS = 512  # keys are rounded up to a multiple of this: oneDNN compiles and keeps a kernel for every shape
+
+
+def causal_attention_in_tiles(q, k, v):
+    """causal_attention by plain matrix products.
+
+    A CPU with bfloat16 runs them several times as fast as PyTorch's fused kernel, which computes in float32. Logits are
+    rounded to q's dtype.
+    """
+    T, total, group = q.shape[1], k.shape[1], len(q) // len(k)
+    n_rows = min(T, max(16, TILE_LOGITS // (len(q) * total)))  # queries in a tile
+    q = (q * q.shape[2] ** -0.5).unflatten(0, (-1, group))  # (Hk, G, T, D)
+    out, start = torch.empty_like(q), total - T  # (Hk, G, T, D), the position of a tile's first query
+    for rows, tile in zip(q.split(n_rows, 2), out.split(n_rows, 2)):  # (Hk, G, rows, D) each
+        n = rows.shape[2]
+        end = min(total, -(-(start + n) // TILE_KEYS) * TILE_KEYS)
+        logits = rows.flatten(1, 2) @ k[:, :end].mT  # (Hk, G * rows, end)
+        position = torch.arange(start, end)
+        future = position > position[:n, None]  # (rows, end - start)
+        logits.unflatten(1, (group, n))[..., start:].masked_fill_(future, -math.inf)
+        tile.copy_((logits.softmax(-1) @ v[:, :end]).unflatten(1, (group, n)))  # (Hk, G, rows, D)
+        start += n
+    return out.flatten(0, 1)  # (Hq, T, D)
