@@ -271,7 +271,7 @@ class Tokenizer:
         """The token ids of `chat(messages)`. Control tokens are those of the template; in a message they are text."""
         written, mark = [], self.mark
         for message in messages:  # an answer may think: <think> has no special flag
-            pattern = self.control_pattern(special_only=message["role"] == "assistant")
+            pattern = self.control_pattern(special_only=message.get("role") == "assistant")
             written.append(message | {"content": pattern.sub(rf"{mark}\g<0>{mark}", message["content"])})
         if written == messages:
             return self.encode(self.chat(messages), special_tokens=False)
@@ -341,7 +341,8 @@ class Tokenizer:
 
         control, state = self.control_pattern(), json.loads(self.tokenizer.to_str())
         for token in state["added_tokens"]:
-            token["content"] = rename(token["content"])
+            if control.fullmatch(token["content"]):  # found wherever it is written, or the marks would become text
+                token |= {"content": rename(token["content"]), "normalized": False, "single_word": False}
         model = state["model"]
         vocab = model["vocab"]
         if isinstance(vocab, dict):
