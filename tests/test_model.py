@@ -663,7 +663,7 @@ def write_metaspace_tokenizer(folder, scheme, post="<s> $A"):
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.add_special_tokens([AddedToken("<turn>", special=True, normalized=False)])
-    tokenizer.add_tokens([AddedToken("<think>", special=False), AddedToken("  ", normalized=False)])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "  ")])
     tokenizer.post_processor = processors.TemplateProcessing(post, None, [("<s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": "<s>" + TURNS}
