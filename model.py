@@ -245,7 +245,10 @@ class Tokenizer:
             self.tokenizer.model.dropout = None
         config = _read_json(folder / "tokenizer_config.json", optional=True)
         self.vocab_size = vocab_size
-        self.special_tokens = add_tokens(self.tokenizer, config, folder)  # {"bos_token": "<s>", ...}
+        try:
+            self.special_tokens = add_tokens(self.tokenizer, config, folder)  # {"bos_token": "<s>", ...}
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{folder}: a token in one of the tokenizer's files is malformed ({_one_line(error)})")
         template = template_path.read_text(encoding="utf-8") if template_path.is_file() else config.get("chat_template")
         self.chat_templates = template or ""  # one template, {name: template}, or [{"name": ..., "template": ...}, ...]
         self.has_chat_template = bool(template)
@@ -351,6 +354,9 @@ class Tokenizer:
             model["vocab"] = [[rename(token), score] for token, score in vocab]
         if "unk_token" in model:
             model["unk_token"] = rename(model["unk_token"])
+        if "merges" in model:  # without those that make a control token of text
+            pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+            model["merges"] = [pair for pair in pairs if not any(map(control.fullmatch, (*pair, "".join(pair))))]
         return tokenizers.Tokenizer.from_str(json.dumps(state))
 
     def _check(self, ids):
