@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import kernels
-from model import Llama, LlamaConfig, ModelError, TextStream, causal_attention, load_model
+from model import Llama, LlamaConfig, ModelError, TextStream, causal_attention, load_model, not_finite
 from weights.fetch_llm import DEFAULT_LLM, FetchError, fetch_default_llm
 
 DEFAULT_PREDICTOR = pathlib.Path(__file__).parent / "weights" / "predictor.safetensors"
@@ -478,12 +478,17 @@ class CapturedStep:
 
 
 def sample(logits, temperature=0.0, top_p=1.0, generator=None):
-    """The next token (1,) from logits (vocab,): greedy at temperature 0, else from the likeliest of total top_p."""
+    """The next token (1,) from logits (vocab,): greedy at temperature 0, else from the likeliest of total top_p.
+
+    It is -1 where a logit is NaN or infinite.
+    """
+    finite = logits.isfinite().all()
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
+        return torch.where(finite, logits.argmax(-1, keepdim=True), -1)
+    logits = torch.where(finite, logits, 0.0)  # NaN is no probability
     p, token = torch.softmax(logits / temperature, -1).sort(descending=True)  # (vocab,), (vocab,)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the most probable token always stays
-    return token[torch.multinomial(p, 1, generator=generator)]
+    return torch.where(finite, token[torch.multinomial(p, 1, generator=generator)], -1)
 
 
 def generate(
@@ -501,9 +506,11 @@ def generate(
         began, wait_for = time.perf_counter(), read_later(token)
         if left:  # on a GPU the next step is launched before the host knows the token that it follows
             stats.decode_tokens += 1
-            token = sample(decoder.decode(token), temperature, top_p, generator)  # (1,)
+            token = sample(decoder.decode(token.clamp(min=0)), temperature, top_p, generator)  # (1,)
         value = wait_for()
         stats.decode_seconds += time.perf_counter() - began
+        if value < 0:
+            raise not_finite(decoder.model.dtype)
         if value in decoder.model.config.eos_token_ids:
             return
         yield value
@@ -1020,9 +1027,11 @@ def run(args, make_decoder=SparseDecoder) -> SparseDecoder:
         shape = f"head dimension {m.head_dim}, blocks of {config.block_size} tokens"
         print(f"attnpred: there is no kernel for {shape}: using the torch backend", file=sys.stderr)
         backend = "torch"
-    if not args.raw:
-        text = tokenizer.chat([{"role": "user", "content": text}]) if tokenizer.has_chat_template else text
-    tokens = tokenizer.encode(text)
+    if tokenizer.has_chat_template and not args.raw:
+        tokens = tokenizer.chat_tokens([{"role": "user", "content": text}])
+    else:
+        tokens = tokenizer.encode(text, control_tokens=args.raw)
+    require(tokens, "the prompt has no tokens: the tokenizer drops all of its characters")
     room = m.context_len - len(tokens)
     require(room >= 1, f"the prompt has {len(tokens):,} tokens, the model's context {m.context_len:,}: shorten it")
     max_new_tokens = min(args.max_new_tokens, room)

@@ -37,7 +37,7 @@ class LetterTokenizer:
 
     has_chat_template = True
 
-    def encode(self, text, special_tokens=True):
+    def encode(self, text, special_tokens=True, control_tokens=True):
         return [ord(character) % 61 for character in text]
 
     def decode(self, ids):
@@ -45,6 +45,9 @@ class LetterTokenizer:
 
     def chat(self, messages):
         return f"<{messages[0]['content']}>"
+
+    def chat_tokens(self, messages):
+        return self.encode(self.chat(messages))
 
 
 def random_predictor(seed=0):
