@@ -23,7 +23,7 @@ be continued by the same command, and several runs may share a file. A row of `t
     setting method bytes_share, and Config's fields by name     `setting` is the method and its changes, but the budget
     kl nll same                                                 lists, one value per decoded token: nats, nats, 0 or 1
     recovery                                                    a list, one mean over layers and heads per measured step
-    attention_bytes calibration_bytes choosing_bytes            bytes read per decoded token, counted
+    attention_bytes echo_bytes calibration_bytes choosing_bytes bytes read per decoded token, counted
     read_bytes dense_bytes                                      their sum, and the bytes that dense attention would read
 
 Reading order: `Setting` and `parse_grid`, `counted_bytes`, `prefill_together` and `decode_together` (the closed loop),
@@ -221,7 +221,7 @@ def prefill_together(model, predictor, settings, tokens, n_prompt, n_new, measur
     def attend(layer, q, k, v):  # (Hq, T, D), (Hk, T, D), (Hk, T, D)
         for decoder in decoders:
             if decoder.rival and decoder.rival.needs_future:
-                decoder.rival.foresee(layer, q, k, n_prompt)
+                decoder.rival.foresee(q, k, n_prompt, decoder.config.block_size)
             decoder.take_prompt(layer, *(x[:, :n_prompt] for x in (q, k, v)))
         return causal_attention(layer, q, k, v)
 

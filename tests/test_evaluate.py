@@ -20,9 +20,11 @@ SHAPE = "block_size=8 history_len=8 sink_tokens=8 local_tokens=16"
 TOKENS = torch.randint(0, 61, (200,), generator=torch.Generator().manual_seed(3))
 GRIDS = [  # every way to count bytes
     "ours budget=64 M=1,3,auto",
-    "full,paper,quest,snapkv,ada-snapkv,h2o,streaming-llm,oracle budget=64",
-    "decayed-mean:0.5,decayed-mean:0 budget=64 M=3",
-    "ours,mean-std,paper budget=24,176",  # nothing selected, and outgrown while decoding
+    "ours budget=64 E=0,2 Q=1",
+    "full,paper,quest,quest+echo,snapkv,snapkv+echo,ada-snapkv,h2o,streaming-llm,oracle,future budget=64",
+    "decayed-mean:0.5,decayed-mean:0,decayed-rms:0.5 budget=64 M=3",
+    "ours,mean-std+echo budget=56,152",  # nothing selected, and outgrown while decoding
+    "mean-std,paper budget=24,152",
 ]
 
 
@@ -31,11 +33,16 @@ def settings_of(*grids):
 
 
 def test_lockstep_is_each_setting_alone():
-    """Each row is compared with a decoder of its own, one dense pass and `counted_bytes`."""
+    """Each row is compared with a decoder of its own, one dense pass and `counted_bytes`, which counts every echo."""
     model, predictor, choices = tiny_llama(), random_predictor(), settings_of(*GRIDS)
     log_p = model.logits(model.hidden(TOKENS[:180], torch.arange(180), causal_attention))[150:].log_softmax(-1)
     for setting, row in zip(choices, read_on(model, predictor, choices, TOKENS[:181], 150, 2)):
-        assert row["read_bytes"] == pytest.approx(counted_bytes(setting, model.config, 4, 150, 30)), setting
+        sparse_steps = {1 << 24: 0, 152: 14}.get(setting.config.budget, 30)
+        echo_blocks = 3 * 2 * setting.config.echo_blocks * sparse_steps  # L * Hk * E for each of these steps, at most
+        most = 2 * 8 * 16 * 4 * echo_blocks / 30  # K and V, b, D, float32
+        counted = counted_bytes(setting, model.config, 4, 150, 30)
+        assert row["read_bytes"] - row["echo_bytes"] == pytest.approx(counted - most), setting
+        assert 0 < row["echo_bytes"] < most if most else row["echo_bytes"] == 0
         if setting.method == "full":
             assert row["dense_bytes"] == row["read_bytes"] and max(map(abs, row["kl"])) < 1e-4
         else:
@@ -52,11 +59,12 @@ def test_lockstep_is_each_setting_alone():
         assert row["same"] == (log_q.argmax(1) == log_p.argmax(1)).tolist()
 
 
-@pytest.mark.parametrize("method, share", [("ours", 0.2), ("paper", 0.9), ("quest", 0.6), ("snapkv", 0.3)])
+@pytest.mark.parametrize("method, share", [("ours", 0.3), ("paper", 0.9), ("quest", 0.6), ("snapkv", 0.3)])
 def test_budget_for_is_the_nearest_of_all(method, share):
     shape = tiny_llama().config, 4, 400, 50
     setting, full = settings_of(f"{method} bytes={share}", "full")
-    candidates = settings_of(f"{method} budget={','.join(map(str, range(24, 440, 8)))}")
+    least = 24 + 8 * setting.config.echo_blocks
+    candidates = settings_of(f"{method} budget={','.join(map(str, range(least, 440, 8)))}")
     error = {s.config.budget: abs(counted_bytes(s, *shape) - share * counted_bytes(full, *shape)) for s in candidates}
     assert error[evaluate.budget_for(setting, *shape).config.budget] == min(error.values())
     assert evaluate.budget_for(replace(setting, bytes_share="1/1000"), *shape) is None
@@ -74,20 +82,29 @@ def test_texts_table():
     """A bootstrap of two tokens draws one of them twice, or both."""
     rows = [texts_row("paper", 64, [0.4, 0.8], 2e6, text="b"), texts_row("ours", 64, [0.1, 0.2], 1e6, recovery=[0.5])]
     rows += [texts_row("ours", 128, [0.3, 0.3], 3e6), texts_row("paper", 64, [0.5, 0.5], 2e6)]
-    rows += [texts_row("ours", 96, [0.2, 0.4], 1e6, bytes_share="1/8")]
-    rows += [texts_row("h2o", 96, [1.2, 0.6], 1e6, bytes_share="1/8")]
+    for setting, kl in {
+        "oracle": [0.2, 0.0],
+        "ours": [0.2, 0.4],
+        "h2o": [1.2, 0.6],
+        "streaming-llm": [0.9, 0.9],
+    }.items():
+        rows.append(texts_row(setting, 96, kl, 1e6, bytes_share="1/8"))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.texts(rows).split("\n")[2:]]
     head, _, *body = lines
-    order = [["ours", "96"], ["h2o", "96"], ["ours", "64"], ["ours", "128"], ["paper", "64"]]
+    order = [["oracle", "–"], ["ours", "–"], ["h2o", "–"], ["streaming-llm", "–"]]
+    order += [["ours", "64"], ["ours", "128"], ["paper", "64"]]
     assert [line[2:0:-1] for line in body] == order  # by bytes, at equal bytes by KL
-    best, h2o, ours, _, paper = (dict(zip(head, line)) for line in body)
-    assert (ours["MB"], ours["KL"], ours["perplexity"], ours["recovery"]) == ("1.00", "0.1500", "2.718", "0.500")
-    assert (h2o["KL ratio"], h2o["bytes"], h2o["99th percentile"]) == ("3.0000", "1/8", "1.1940")
-    assert h2o["ratio 95 %"] == "1.5000 to 6.0000" and best["ratio 95 %"] == "1.0000 to 1.0000"
-    assert ours["95 %"] == "0.1000 to 0.2000" and paper["95 %"] == "0.4500 to 0.6500"
-    assert paper["KL"] == "0.5500" and paper["KL ratio"] == "–"  # paper was measured on more texts
+    oracle, best, h2o, streaming, ours, _, paper = (dict(zip(head, line)) for line in body)
+    assert (ours["MB"], ours["KL"], ours["recovery"], ours["of the way"]) == ("1.00", "0.1500", "0.500", "–")
+    assert (h2o["KL ratio"], h2o["95 %"], h2o["bytes"]) == ("3.00", "1.50 to 6.00", "1/8")
+    assert best["95 %"] == "1.00 to 1.00" and paper["KL"] == "0.5500"
+    assert paper["KL ratio"] == "–"  # paper was measured on more texts
+    way = [row["of the way"] for row in (oracle, best, h2o, streaming)]
+    assert way == ["100%", "50%", "0%", "0%"]  # log(.9 / .3) / log(.9 / .1) = 1 / 2
     swapped = [texts_row("ours", 64, [0.2, 0.4], 2e6, text=text) for text in "ab"]  # paper's texts, in another order
-    assert "1.8333" in tables.texts([rows[0], rows[3], *swapped])
+    assert "1.83" in tables.texts([rows[0], rows[3], *swapped])
+    shares = [row for row in rows if row["bytes_share"]]
+    assert "budget" not in tables.texts(shares)
 
 
 # Grids
@@ -100,8 +117,8 @@ def test_grids_multiply_out(capsys):
         for method in ("ours", "quest")
         for m in ("auto", 16)
     ]
-    names = [setting.name for setting in parse_grid("ours,paper M=1 sink_tokens=64 budget=512")]
-    assert names == ["ours sink_tokens=64 M=1", "paper"]
+    names = [setting.name for setting in parse_grid("ours,paper,quest+echo M=1 sink_tokens=64 E=0 budget=512")]
+    assert names == ["ours sink_tokens=64 M=1 E=0", "paper", "quest+echo sink_tokens=64 M=1 E=0"]
     wanted = [*parse_grid("ours budget=256,512"), *parse_grid("ours budget=256"), *parse_grid("ours bytes=1/1000")]
     assert [setting.config.budget for setting in evaluate.with_budgets(wanted, tiny_llama(), 400, 50)] == [256, 512]
     assert capsys.readouterr().err == "skipped: no budget of 'ours' reads 1/1000 of dense's bytes\n"
