@@ -25,7 +25,7 @@ from experiments.bench import output_file
 from experiments.rivals import RivalDecoder
 from train_predictor import write_atomically
 
-OURS, ORANGE, BLUE = "#c2185b", "#e08e0b", "#2a6fbb"
+OURS, ORANGE, BLUE, GREY = "#c2185b", "#e08e0b", "#2a6fbb", "#888888"
 RECENT_BLOCKS = 10  # nearly every head attends to the blocks before the local window
 
 
@@ -63,10 +63,10 @@ class Recorder(RivalDecoder):
         super().__init__(*args, measure_every=1)
         self.captured = None  # nothing can be recorded while a graph is captured or replayed
         self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L, Hk, capacity) each
-        self.chosen = []  # (L, Hk, capacity) bool per step: the blocks attended
-        self.bytes = []  # (attention, calibration, choosing, dense), totals after the prompt and after each step
+        self.chosen = []  # (L, Hk, capacity) uint8 per step: 0 not attended, 1 attended, 2 attended as an echo
+        self.bytes = []  # (attention, echoes, calibration, choosing, dense), totals after the prompt and each step
         self.next_prediction = None  # history (L, Hk, H, N), start, scores (L, Hk, n)
-        self.prediction = None  # the same, of the selection in use, and the true row of its first step
+        self.prediction = None  # the same, of the selection in use, and a list of the true rows of its steps
 
     def scores(self, start, end):
         scores = super().scores(start, end)  # (L, Hk, n)
@@ -78,16 +78,20 @@ class Recorder(RivalDecoder):
     def begin_token(self):
         super().begin_token()
         self.true_rows.append(torch.zeros(self.cache.address.shape))
-        self.chosen.append(torch.zeros(self.cache.address.shape, dtype=torch.bool))
+        self.chosen.append(torch.zeros(self.cache.address.shape, dtype=torch.uint8))
         if self.next_prediction:
-            self.prediction, self.next_prediction = (*self.next_prediction, self.true_rows[-1]), None
+            self.prediction, self.next_prediction = (*self.next_prediction, []), None
+        if self.prediction:
+            self.prediction[-1].append(self.true_rows[-1])
 
     def attend(self, layer, q, k, v):
         out = super().attend(layer, q, k, v)  # (Hq, 1, D)
-        rows, _ = attnpred.pool_rows(q[None], self.keys(layer)[None], self.n_tokens, 1, self.backend)  # (1, Hk, 1, N)
+        rows, _ = attnpred.pool_rows(q[None], self.keys(layer)[None], self.n_tokens, 1, 1, self.backend)
         n = rows.shape[-1]
-        self.true_rows[-1][layer, :, :n] = rows[0, :, 0].cpu()
-        self.chosen[-1][layer, :, :n] = self.attended(layer, n).cpu()
+        self.true_rows[-1][layer, :, :n] = rows[0, :, 0].cpu()  # of (1, Hk, 1, N)
+        self.chosen[-1][layer, :, :n] = (
+            2 * self.attended(layer, n).cpu() - self.cache.attended[layer, :, :n].int().cpu()
+        )
         return out
 
     def end_prompt(self):
@@ -100,7 +104,8 @@ class Recorder(RivalDecoder):
 
     def note_bytes(self):
         s = self.stats
-        self.bytes.append((s.attention_bytes, s.calibration_bytes, s.choosing_bytes, s.dense_bytes))
+        read = s.attention_bytes, s.echo_bytes, s.calibration_bytes, s.choosing_bytes
+        self.bytes.append((*read, s.dense_bytes))
 
 
 def similarity(x, y):
@@ -157,20 +162,20 @@ def draw_run(recorder, path):
         axes = [axes, *(figure.add_subplot(grid[i, columns], sharex=axes) for i in (1, 2, 3))]
         draw_head(axes, r, layer, head, column == 0)
         title = f"{pattern}: layer {layer}, KV head {head}"
-        sizes = [int(mask[layer, head].sum()) for mask in r.chosen]
+        sizes = [int((blocks[layer, head] > 0).sum()) for blocks in r.chosen]
         axes[0].set_title(f"{title}, {min(sizes)} to {max(sizes)} blocks", fontsize=11)
     draw_steps(figure.add_subplot(grid[4, :3]), figure.add_subplot(grid[4, 3:]), r)
     figure.suptitle(
         f"{r.n_tokens:,} tokens in {c.n_blocks(r.n_tokens)} blocks of {c.block_size}; budget {c.budget}: "
-        f"{c.topk_blocks} blocks per head in the mean, selected every {r.interval} steps; "
-        f"{c.sink_tokens} + {c.local_tokens} tokens always attended",
+        f"{c.topk_blocks} blocks per head in the mean, the best ones of all heads, every {r.interval} steps; "
+        f"up to {c.echo_blocks} echoes a step; {c.sink_tokens} + {c.local_tokens} tokens always",
         fontsize=11,
     )
     save(figure, path)
 
 
 def draw_head(axes, recorder, layer, head, labelled):
-    """Draw a column: a history, the row predicted from it, the next step's true row, and each step's blocks."""
+    """Draw a column: a history, the row predicted from it, the true row of the steps served, and each step's blocks."""
     r, (top, *strips, bottom) = recorder, axes
     history, start, scores, served = r.prediction
     image, scores, n = history[layer, head], scores[layer, head], r.config.n_blocks(r.n_tokens)
@@ -178,7 +183,8 @@ def draw_head(axes, recorder, layer, head, labelled):
     norm = PowerNorm(0.4, 0, max(1e-3, float(image[:, middle].max())))
     cells = dict(cmap="magma", aspect="auto", interpolation="nearest")
     top.imshow(image, norm=norm, extent=(-0.5, image.shape[1] - 0.5, -0.5, -len(image) - 0.5), **cells)
-    rows = scores - scores.min(), served[layer, head][middle]  # (n,) each
+    true_row = torch.stack([row[layer, head, middle] for row in served]).square().mean(0).sqrt()  # (n,)
+    rows = scores - scores.min(), true_row
     for strip, row, name in zip(strips, rows, ("predicted", "actual")):
         strip.set_facecolor("#dddddd")
         row = row / row.max().clamp_min(1e-12)  # (n,)
@@ -186,15 +192,15 @@ def draw_head(axes, recorder, layer, head, labelled):
         strip.set(yticks=[], ylim=(0, 1))
         if labelled:
             strip.set_ylabel(name, rotation=0, ha="right", va="center")
-    chosen = torch.stack([mask[layer, head, :n] for mask in r.chosen])  # (steps, N)
-    cells["cmap"] = ListedColormap(["#f3eef0", OURS])
-    bottom.imshow(chosen, extent=(-0.5, n - 0.5, len(chosen) + 0.5, 0.5), vmin=0, vmax=1, **cells)
+    chosen = torch.stack([blocks[layer, head, :n] for blocks in r.chosen])  # (steps, N)
+    cells["cmap"] = ListedColormap(["#f3eef0", OURS, BLUE])
+    bottom.imshow(chosen, extent=(-0.5, n - 0.5, len(chosen) + 0.5, 0.5), vmin=0, vmax=2, **cells)
     bottom.set(xlim=(-0.5, n - 0.5), xlabel=f"block of {r.config.block_size} tokens")
     for upper in (top, *strips):
         upper.tick_params(labelbottom=False)
     if labelled:
         top.set_ylabel("history, by row before\nthe row that is predicted")
-        bottom.set_ylabel("blocks attended,\nby decode step")
+        bottom.set_ylabel("blocks attended by\ndecode step, echoes blue")
 
 
 def draw_steps(left, right, recorder):
@@ -204,12 +210,12 @@ def draw_steps(left, right, recorder):
     left.set(title="recovery: share of the true attention attended", xlabel="decode step")
     left.set_ylim(top=1.005)
     *parts, dense = np.diff(recorder.bytes, axis=0).T / 1e6  # (steps,) each
-    names = "attention", "calibration", "choosing"
-    right.stackplot(steps, parts, labels=names, colors=(OURS, ORANGE, BLUE), step="mid")
+    names = "attention", "echoes", "calibration", "choosing"
+    right.stackplot(steps, parts, labels=names, colors=(OURS, BLUE, ORANGE, GREY), step="mid")
     right.plot(steps, dense, color="black", label="dense attention would read")
     right.set(title="MB of KV cache and history read", xlabel="decode step")
     right.set_ylim(0, 1.3 * max(*dense, *sum(parts)))
-    right.legend(fontsize=8, ncols=4, loc="upper left", frameon=False)
+    right.legend(fontsize=8, ncols=5, loc="upper left", frameon=False)
     for axes in (left, right):
         axes.set_xlim(1, max(2, len(recorder.recovery)))
     bare(left, right)

@@ -13,7 +13,9 @@ from experiments import plots
 from model import causal_attention
 from tests.helpers import assert_refused, random_predictor, tiny_llama
 
-SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=40, calibration_interval=3)
+SHAPE = dict(
+    block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=56, echo_blocks=2, calibration_interval=3
+)
 
 
 @pytest.fixture
@@ -53,13 +55,16 @@ def test_watching_changes_nothing():
     assert torch.equal(alone.history.rows, recorder.history.rows)
     assert len(recorder.recovery) == len(recorder.chosen) == 9 and len(recorder.bytes) == 10
     s = alone.stats
-    assert recorder.bytes[-1] == (s.attention_bytes, s.calibration_bytes, s.choosing_bytes, s.dense_bytes)
+    read = s.attention_bytes, s.echo_bytes, s.calibration_bytes, s.choosing_bytes
+    assert recorder.bytes[-1] == (*read, s.dense_bytes) and s.echo_bytes > 0
     found = [torch.stack(layers) for layers in recorder.recovery[2::3]]  # (L, Hq) each
     torch.testing.assert_close(found, alone.stats.recovery, atol=1e-5, rtol=1e-4)
-    middle = [mask[..., slice(*recorder.config.middle(120))] for mask in recorder.chosen]  # (L, Hk, n) per step
+    start, end = recorder.config.middle(120)
+    middle = [blocks[..., start:end] == 1 for blocks in recorder.chosen]  # (L, Hk, n) per step
     changed = {i for i in range(1, 9) if not torch.equal(middle[i], middle[i - 1])}
     assert changed and changed <= {3, 6}  # steps 4 and 7, after the selections of steps 3 and 6
-    assert recorder.prediction[-1] is recorder.true_rows[6]
+    assert sum(int((blocks == 2).sum()) for blocks in recorder.chosen) == int(alone.cache.echoes)
+    assert [id(row) for row in recorder.prediction[-1]] == [id(recorder.true_rows[i]) for i in (6, 7, 8)]
 
 
 def test_what_is_drawn_is_what_happened():
@@ -78,12 +83,12 @@ def test_what_is_drawn_is_what_happened():
     pooled = pooled.unflatten(0, (2, 2)).square().mean(1).sqrt()  # (Hk, N)
     torch.testing.assert_close(recorder.true_rows[-1][0], pooled, atol=1e-5, rtol=1e-4)
     history, start, scores, served = recorder.prediction
-    assert served is recorder.true_rows[-1]
+    assert served[0] is recorder.true_rows[-1] and len(served) == 1
     image = history[0, :, :, start : start + scores.shape[-1]]  # (Hk, H, n)
     torch.testing.assert_close(scores[0], random_predictor()(image), atol=1e-3, rtol=1e-3)
-    k = 2 * recorder.config.topk_blocks
-    best = torch.zeros(scores[0].numel()).index_fill(0, scores[0].flatten().topk(k).indices, 1).bool()
-    assert torch.equal(recorder.chosen[-1][0][:, start : start + scores.shape[-1]], best.view(scores[0].shape))
+    best = scores.flatten().topk(3 * 2 * recorder.config.topk_blocks).indices  # of all layers and heads
+    best = torch.zeros(scores.numel()).index_fill(0, best, 1).bool().view(scores.shape)
+    assert torch.equal(recorder.chosen[-1][..., start : start + scores.shape[-1]] == 1, best)
 
 
 @pytest.mark.parametrize("n_prompt", [60, 120])
@@ -98,13 +103,15 @@ def test_a_run_is_drawn(n_prompt, tmp_path, figures):
     history, predicted, actual, blocks = (axes.images[0] for axes in figures[0].axes[:4])
     layer, head = map(int, re.match(r".*: layer (\d), KV head (\d)", figures[0].axes[0].get_title()).groups())
     seen, start, scores, served = recorder.prediction
-    scores, served = scores[layer, head], served[layer, head]
+    scores = scores[layer, head]
     middle = slice(start, start + len(scores))
+    true_row = sum(row[layer, head, middle].square() for row in served).div(len(served)).sqrt()
     assert torch.equal(torch.tensor(history.get_array().data), seen[layer, head])
-    for strip, row in ((predicted, scores - scores.min()), (actual, served[middle])):
+    for strip, row in ((predicted, scores - scores.min()), (actual, true_row)):
         torch.testing.assert_close(torch.tensor(strip.get_array().data[0]), row / row.max())
         assert strip.get_extent()[:2] == [start - 0.5, middle.stop - 0.5]
-    drawn = torch.stack([mask[layer, head, : recorder.config.n_blocks(recorder.n_tokens)] for mask in recorder.chosen])
+    n = recorder.config.n_blocks(recorder.n_tokens)
+    drawn = torch.stack([blocks[layer, head, :n] for blocks in recorder.chosen])
     assert torch.equal(torch.tensor(blocks.get_array().data), drawn) and len(drawn) == 9
 
 
@@ -190,7 +197,7 @@ def test_pareto_is_of_one_model_dtype_and_predictor(name, tmp_path):
 def test_a_run_from_the_command_line(tmp_path, capsys):
     """It prints the answer of attnpred.py, and draws."""
     command = ["--prompt", "Name three colours.", "--max-new-tokens", "8", "--budget", "24"]
-    command += ["--block-size", "8", "--sink-tokens", "8", "--local-tokens", "8"]
+    command += ["--block-size", "8", "--sink-tokens", "8", "--local-tokens", "8", "--echo-blocks", "1"]
     assert attnpred.main(command) == 0
     answer = capsys.readouterr().out
     assert plots.main(["run", *command, "--out", str(tmp_path / "run.png")]) == 0

@@ -187,7 +187,7 @@ def test_streaming_llm_attends_to_the_latest():
 
 
 def echoes(ids, config):
-    """The first E middle blocks that continue earlier occurrences of the last id: long matches, then late ones first."""
+    """The first E middle blocks that continue earlier occurrences of the last id: long matches first, then late."""
     n, found = len(ids), []
     for p in range(n - 1):
         run = 0
