@@ -145,8 +145,8 @@ class Ours:
         self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.decoder = decoder = SparseDecoder(config, model, predictor(), context, backend, offload)
         torch.manual_seed(0)
-        decoder.begin_prompt(torch.randint(m.vocab_size, (n_tokens,), device=model.device))
         kv = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.kv_dtype)
+        decoder.begin_prompt(torch.randint(m.vocab_size, (n_tokens,), device=model.device))
         for layer in range(m.n_layers):
             decoder.cache.write_prompt(layer, 0, *kv)  # (Hk, T, D) each
         queries = decoder.prompt_queries  # (L, Hq, rows, D)
