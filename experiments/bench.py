@@ -455,7 +455,7 @@ def bench_kernels(args, config, device):
 
 
 def bench_offload(args, config, device):
-    """count bytes over the link, on a text with many echoes and on prose"""
+    """count bytes over the link, on API documentation and on prose"""
     if config.fits(TEXT_TOKENS):
         raise InputError(f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens counted: use a smaller one")
     (model, tokenizer), rows = load_model(str(fetch_default_llm()), torch.bfloat16, device), []
