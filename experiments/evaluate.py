@@ -11,10 +11,10 @@ texts     The prompt is read densely, once for all settings. Then each setting d
 lm-eval   Runs tasks of the `lm-eval` package that generate text, with their own metrics (lm_eval_adapter.py).
 table     Prints the tables of earlier results and computes nothing.
 
-A grid is a method, or several with commas, and values for Config's fields by name, or `M` for `calibration_interval`.
-All combinations of comma-separated values are compared. `bytes=1/8` finds the budget with which the setting reads an
-eighth of the bytes that dense attention reads. The methods are ours, paper (`PaperDecoder`), full, and the rivals by
-name; `decayed-mean:0.6` has a decay of .6.
+A grid is a method, or several with commas, and values for Config's fields by name, or by symbol for M, Q and E. All
+combinations of comma-separated values are compared. `bytes=1/8` finds the budget with which the setting reads an eighth
+of the bytes that dense attention reads. The methods are ours, paper (`PaperDecoder`), full, and the rivals by name;
+`decayed-mean:0.6` has a decay of .6, and `quest+echo` attends to our echoes beside Quest's selection.
 
 Results are lines of JSON, one per text and setting. Each is appended when it is measured, so a run that was stopped can
 be continued by the same command, and several runs may share a file. A row of `texts` has

@@ -175,7 +175,7 @@ def draw_run(recorder, path):
         axes[0].set_title(f"{title}, {min(sizes)} to {max(sizes)} blocks", fontsize=11)
     draw_steps(figure.add_subplot(grid[4, :3]), figure.add_subplot(grid[4, 3:]), r)
     figure.suptitle(
-        f"{r.n_tokens:,} tokens in {c.n_blocks(r.n_tokens)} blocks of {c.block_size}; budget {c.budget}: "
+        f"{r.n_tokens:,} tokens in {c.n_blocks(r.n_tokens)} blocks of {c.block_size}; budget {c.budget}:\n"
         f"{c.topk_blocks} blocks per head in the mean, the best ones of all heads, every {r.interval} steps; "
         f"up to {c.echo_blocks} echoes a step; {c.sink_tokens} + {c.local_tokens} tokens always",
         fontsize=11,
@@ -221,7 +221,7 @@ def draw_steps(left, right, recorder):
     *parts, dense = np.diff(recorder.bytes, axis=0).T / 1e6  # (steps,) each
     names = "attention", "echoes", "calibration", "choosing"
     right.stackplot(steps, parts, labels=names, colors=(OURS, BLUE, ORANGE, GREY), step="mid")
-    right.plot(steps, dense, color="black", label="dense attention would read")
+    right.plot(steps, dense, color="black", label="dense attention")
     right.set(title="MB of KV cache and history read", xlabel="decode step")
     right.set_ylim(0, 1.3 * max(*dense, *sum(parts)))
     right.legend(fontsize=8, ncols=5, loc="upper left", frameon=False)
@@ -291,15 +291,16 @@ def draw_pareto(rows, path):
     points["KL"], points["MB"] = points.kl.map(np.mean), points.read_bytes / 1e6
     points["level"] = points.bytes_share.where(points.bytes_share != "", points.budget.astype(str))
     means = points.groupby(["n_prompt", "setting", "level"])[["MB", "KL"]].mean()
-    colours = {setting: plt.cm.tab20(i) for i, setting in enumerate(sorted(points.setting.unique()))}
+    methods = sorted({setting.removesuffix("+echo") for setting in points.setting})
+    colours = {method: plt.cm.tab20(i) for i, method in enumerate(methods)}
     lengths = sorted(points.n_prompt.unique())
     size = 1.5 + 5 * len(lengths), 4.6
     figure, all_axes = plt.subplots(1, len(lengths), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axes, length in zip(all_axes[0], lengths):
         for setting, line in means.loc[length].groupby("setting"):
-            style = dict(lw=2.4, zorder=5) if setting == "ours" else {}
-            line = line.sort_values("MB")
-            axes.plot(line.MB, line.KL, marker="o", ms=4, color=colours[setting], label=setting, **style)
+            style = dict(lw=2.4, zorder=5) if setting == "ours" else dict(ls="--" if "+echo" in setting else "-")
+            line, colour = line.sort_values("MB"), colours[setting.removesuffix("+echo")]
+            axes.plot(line.MB, line.KL, marker="o", ms=4, color=colour, label=setting, **style)
         axes.set(xscale="log", yscale="log", title=f"{length:,} tokens", xlabel="MB read per token, all reads")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")

@@ -146,7 +146,7 @@ RESULT |= dict(setting="ours", budget=512, n_prompt=4096, n_new=4, bytes_share="
 TEXTS = [
     RESULT
     | dict(task="texts", text=text, setting=setting, budget=budget, kl=[kl / budget] * 4, read_bytes=budget * 1e4)
-    for setting in ("ours", "paper")
+    for setting in ("ours", "paper", "quest", "quest+echo")
     for text, kl in (("a", 1.0), ("b", 3.0))
     for budget in (512, 256)
 ]
@@ -199,8 +199,10 @@ def test_pareto_points_are_means_over_texts(tmp_path, figures):
     shares = [row | dict(bytes_share=f"1/{4096 // row['budget']}", n_prompt=8192) for row in TEXTS]
     plots.draw_pareto([*TEXTS, *others, *shares], tmp_path / "x.png")
     for axes in figures[0].axes:
-        ours, paper = axes.lines
-        assert (ours.get_label(), paper.get_label()) == ("ours", "paper") and ours.get_color() != paper.get_color()
+        ours, paper, quest, with_echoes = axes.lines
+        names = [line.get_label() for line in axes.lines]
+        assert names == ["ours", "paper", "quest", "quest+echo"] and ours.get_color() != paper.get_color()
+        assert quest.get_color() == with_echoes.get_color() and quest.get_linestyle() != with_echoes.get_linestyle()
         for line in axes.lines:
             assert list(line.get_xdata()) == [2.56, 5.12] and line.get_ydata() == pytest.approx((2 / 256, 2 / 512))
     assert [axes.get_title() for axes in figures[0].axes] == ["4,096 tokens", "8,192 tokens"]

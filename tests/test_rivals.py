@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.evaluate import Setting, base_config, prefill_together
+from attnpred import InputError
+from experiments.evaluate import Setting, base_config, prefill_alone, prefill_together
 from experiments.rivals import RIVALS
 from model import causal_attention
 from tests.helpers import random_predictor, tiny_llama
@@ -95,6 +96,11 @@ def test_future_scores_with_the_next_tokens_of_a_dense_pass(n_new):
             squares += F.pad(p, (0, 199 - position)).view(25, 8).amax(1).square()
         rows.append(squares[start:end])
     torch.testing.assert_close(found, group_means(rows).sqrt(), atol=1e-4, rtol=1e-3)
+
+
+def test_future_refuses_a_text_that_is_not_known():
+    with pytest.raises(InputError, match="needs the text after the prompt"):
+        prefill_alone(tiny_llama(), random_predictor(), Setting("future", base_config("future")), TOKENS, 8)
 
 
 def test_snapkv_votes():
