@@ -457,10 +457,12 @@ class CapturedStep:
         if self.token is None:
             self.graph, self.token = torch.cuda.CUDAGraph(), token.clone()
             self.capture = torch.cuda.graph(self.graph)
-            stream = self.capture.capture_stream
-            stream.wait_stream(torch.cuda.current_stream())
+            stream, current = self.capture.capture_stream, torch.cuda.current_stream()
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):  # AMD's library makes a handle for each stream, which a capture forbids
-                return step(token)
+                logits = step(token)
+            current.wait_stream(stream)
+            return logits
         if self.capture:
             with self.capture:  # waits for the whole device first; records, and computes nothing
                 self.logits = step(self.token)

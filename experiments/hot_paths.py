@@ -73,7 +73,7 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
     contributions = torch.zeros_like(history)  # (L * Hk, H, N)
 
     def convolve(tf32):
-        with torch.backends.cudnn.flags(allow_tf32=tf32):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
             parts = history.float().split(m.n_kv_heads)
             return torch.cat([kernels.predict_reference(part, start, end, weights) for part in parts])
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from attnpred import Config, History, KVCache, SparseDecoder, require
+from attnpred import Config, History, KVCache, SparseDecoder
 
 
 def attention(q, k, n_tokens):
@@ -58,7 +58,7 @@ class Rival:
         """Returns what `score` needs to know of a layer's prompt: q (Hq, n_tokens, D), k_cache (Hk, N, b, D)."""
 
     def foresee(self, q, k, n_prompt, block_size):
-        """Takes a layer's q (Hq, T, D) and k (Hk, T, D) of the whole text, of which n_prompt tokens are the prompt."""
+        """Takes a layer's q (Hq, T, D), k (Hk, T, D) of the whole text, of which n_prompt tokens are the prompt."""
 
     def observe(self, layer, row):
         """Takes the largest probability of each block, of one token's attention to the selected blocks: (Hk, N)."""
@@ -115,28 +115,28 @@ class Oracle(Rival):
 class Future(Rival):
     """Scores a block by its true attention from the next M tokens: the bound of all predictions for M tokens.
 
-    The attention is that of a dense run of the whole text: of these tokens' queries, the root of the sum of squares. It
-    calibrates as the method does, so that it reads as much.
+    Its scores are the root mean square of the rows of these tokens in a dense run of the whole text, which has the same
+    tokens. It calibrates as the method does, so that it reads as much.
     """
 
     config, has_history, needs_future, share = Config(), True, True, "ours"
 
     def foresee(self, q, k, n_prompt, block_size):
         group, total = len(q) // len(k), q.shape[1]
-        require(n_prompt < total, "future needs the text after the prompt: only `texts` knows it")
         keys = F.pad(k, (0, 0, 0, -total % block_size)).unflatten(1, (-1, block_size))  # (Hk, N, b, D)
-        squares = []  # (Hk, 64 or fewer, N) each
+        squares = [keys.new_zeros(len(k), 0, keys.shape[1])]  # (Hk, rows, N) each
         for first in range(n_prompt, total, 64):
             last = min(first + 64, total)
-            pooled, _ = kernels.pool_history(q[:, first:last], keys, last)  # (Hq, rows, N so far)
-            mean = pooled.unflatten(0, (-1, group)).square().mean(1)  # (Hk, rows, N so far)
-            squares.append(F.pad(mean, (0, keys.shape[1] - mean.shape[2])))
+            pooled, _ = kernels.pool_history(q[:, first:last], keys, last)  # (Hq, rows, N)
+            some = pooled.unflatten(0, (-1, group)).square().mean(1)  # (Hk, rows, N)
+            squares.append(F.pad(some, (0, keys.shape[1] - some.shape[2])))
         self.notes.append(torch.cat(squares, 1))  # (Hk, T - n_prompt, N)
 
     def score(self, decoder, layer, middle, q):
         first = decoder.n_tokens - decoder.stats.prefill_tokens
-        squares = self.notes[layer][:, first : first + decoder.interval, middle]  # (Hk, M or fewer, n)
-        return squares.sum(1).sqrt()  # ranks as their mean does; the text may end within the interval
+        squares = self.notes[layer][:, first : first + decoder.interval].float().sum(1)  # (Hk, N)
+        squares = F.pad(squares, (0, max(0, middle.stop - squares.shape[1])))  # after the text's end nothing is known
+        return squares[:, middle].sqrt()  # ranks as the root mean square does
 
     def bytes_per_block(self, vector_bytes):
         """As the method's own prediction."""

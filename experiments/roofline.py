@@ -45,8 +45,8 @@ class Counting(TorchDispatchMode):
         self.host = host  # the storages that stand for host memory: {address: a tensor that keeps it alive}
         self.launches = []  # of Triton kernels
         self.operations = Counter()  # of PyTorch, by name
-        # Bytes copied between device and host. Selected blocks and echoes are not counted, because which ones must be
-        # copied depends on values.
+        # Bytes copied between device and host. Selected blocks are not counted, because which ones must be copied
+        # depends on values.
         self.link_bytes = 0
 
     def on_host(self, tensor):
@@ -139,7 +139,7 @@ def decode(model, c: Config, n_tokens: int, steps: int, offload=False) -> tuple[
             if step:
                 attnpred.sample(decoder.decode(token))
             else:
-                decoder.begin_prompt(torch.empty(n_prompt, dtype=torch.int64, device=META))
+                decoder.begin_prompt(torch.zeros(n_prompt, dtype=torch.int64, device=META))
                 for layer in range(model.config.n_layers):
                     decoder.take_prompt(layer, *empty_heads(model.config, n_prompt))
                 decoder.n_tokens = n_prompt
@@ -164,14 +164,12 @@ def weight_bytes(m: LlamaConfig, itemsize: int = 2) -> int:
 def bytes_per_token(m: LlamaConfig, c: Config, n_tokens: int) -> dict[str, float]:
     """Bytes per token, on average over the interval that ends at n_tokens. K and V have 16 bits.
 
-    Returns the counters of attnpred.Stats: attention, echoes (E blocks for every head, which is the most), calibration,
-    choosing, their sum as total, and dense.
+    Returns the counters of attnpred.Stats: attention, echo, calibration, choosing, their sum as total, and dense. Every
+    echo is counted for every head, though some heads attend to its block already.
     """
     steps = c.interval(n_tokens)
-    decoder, _ = decode(Stub(m), c, n_tokens, steps)
-    stats, echoes = decoder.stats, m.n_layers * m.n_kv_heads * c.echo_blocks * decoder.selecting  # of a token
-    echo_bytes = steps * echoes * 2 * c.block_size * m.head_dim * DTYPE.itemsize
-    counted = dict(attention=stats.attention_bytes, echoes=echo_bytes)
-    counted |= dict(calibration=stats.calibration_bytes, choosing=stats.choosing_bytes)
-    counted |= dict(total=sum(counted.values()), dense=stats.dense_bytes)
-    return {name: amount / steps for name, amount in counted.items()}
+    stats = decode(Stub(m), c, n_tokens, steps)[0].stats
+    counted = {name: getattr(stats, f"{name}_bytes") / steps for name in ("attention", "calibration", "choosing")}
+    block_bytes = 2 * c.block_size * m.head_dim * DTYPE.itemsize
+    counted["echo"] = 0 if c.fits(n_tokens) else c.echo_blocks * m.n_layers * m.n_kv_heads * block_bytes
+    return counted | dict(total=sum(counted.values()), dense=stats.dense_bytes / steps)

@@ -24,7 +24,7 @@ def bootstrap(values, resamples=2000, seed=0):
 def interval(samples):
     """The range of the middle 95 % of samples, as text."""
     low, high = np.percentile(samples, [2.5, 97.5])
-    return f"{low:.2f} to {high:.2f}"
+    return f"{low:.4f} to {high:.4f}"
 
 
 def markdown(frame) -> str:
@@ -34,17 +34,19 @@ def markdown(frame) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-FORMATS = {"MB": "{:.2f}", "same token": "{:.1%}", "of the way": "{:.0%}", "KL ratio": "{:.2f}", "recovery": "{:.3f}"}
+FORMATS = {"MB": "{:.2f}", "of the way": "{:.0%}", "recovery": "{:.3f}"}
 
 
 def texts(rows):
-    """A table per length: for each setting its KL, and KL against other settings' at the same bytes. Sorted by both."""
+    """A table per length: for each setting its KL and the ratio to ours, with intervals, sorted by bytes, then KL."""
     parts = []
     for (n_prompt, n_new), part in pd.DataFrame(rows).groupby(["n_prompt", "n_new"]):
-        levels = {}  # {share of dense's bytes, or else the budget: {setting: its rows by text}}
-        for (share, budget, setting), group in part.groupby(["bytes_share", "budget", "setting"]):
-            levels.setdefault((share, None if share else budget), {})[setting] = group.set_index("text").sort_index()
-        lines = [summary(level, setting, groups) for level, groups in levels.items() for setting in groups]
+        keys = ["bytes_share", "budget", "setting"]
+        groups = {key: group.set_index("text").sort_index() for key, group in part.groupby(keys)}
+        baselines = {share or budget: group for (share, budget, name), group in groups.items() if name == "ours"}
+        lines = [summary(key, group, baselines.get(key[0] or key[1])) for key, group in groups.items()]
+        for line in lines:
+            line["of the way"] = of_the_way(line, lines)
         lines.sort(key=lambda line: (Fraction(line["bytes"] or 1), line["KL"]))
         table = pd.DataFrame(lines).dropna(axis=1, how="all")
         for column in table.select_dtypes("floating"):
@@ -54,27 +56,24 @@ def texts(rows):
     return "\n\n".join(parts)
 
 
-def summary(level, setting, groups) -> dict:
-    """A line of the table. level: the share of bytes and the budget; groups: {setting: its rows by text} of the level.
-
-    "of the way": how far the setting is on the way from streaming-llm to the oracle, in the logarithm of KL.
-    """
-    group, (share, budget) = groups[setting], level
-    line = {"bytes": share or None, "budget": budget and f"{budget:,}", "setting": setting}
-    same_texts = {name: other for name, other in groups.items() if list(other.index) == list(group.index)}
-    kl = {name: np.stack(other.kl) for name, other in same_texts.items()}  # (texts, tokens) each
-    mean = {name: values.mean() for name, values in kl.items()}
-    line |= {"MB": group.read_bytes.mean() / 1e6, "KL": mean[setting]} | dict.fromkeys(
-        ("KL ratio", "95 %", "of the way")
-    )
-    if "ours" in kl:
-        line["KL ratio"] = mean[setting] / mean["ours"]
-        line["95 %"] = interval(bootstrap(kl[setting]) / bootstrap(kl["ours"]))
-    if "streaming-llm" in kl and "oracle" in kl:
-        way = np.log(mean["streaming-llm"] / np.array([mean[setting], mean["oracle"]]))
-        line["of the way"] = way[0] / way[1]
+def summary(key, group, baseline) -> dict:
+    """A line of the table. group: a setting's rows by text; baseline: those of ours at the same bytes, or None."""
+    kl = np.stack(group.kl)  # (texts, tokens)
+    line = dict(zip(("bytes", "budget", "setting"), key)) | {"MB": group.read_bytes.mean() / 1e6, "KL": kl.mean()}
+    line |= {"KL ratio": None, "ratio 95 %": None, "of the way": None}
+    if baseline is not None and list(baseline.index) == list(group.index):
+        other = np.stack(baseline.kl)  # (texts, tokens)
+        line |= {"KL ratio": kl.mean() / other.mean(), "ratio 95 %": interval(bootstrap(kl) / bootstrap(other))}
     recovery = [value for values in group.get("recovery", []) if isinstance(values, list) for value in values]
-    return line | {"same token": np.stack(group.same).mean(), "recovery": np.mean(recovery) if recovery else None}
+    return line | {"recovery": np.mean(recovery) if recovery else None}
+
+
+def of_the_way(line, lines):
+    """How far a line of `summary` is from streaming-llm (0) to the oracle (1) of the same bytes, in log KL; or None."""
+    ends = {other["setting"]: other["KL"] for other in lines if other["bytes"] and other["bytes"] == line["bytes"]}
+    if not {"streaming-llm", "oracle"} <= ends.keys() or min(*ends.values(), line["KL"]) <= 0:
+        return None
+    return np.log(ends["streaming-llm"] / line["KL"]) / np.log(ends["streaming-llm"] / ends["oracle"])
 
 
 def lm_eval(rows):

@@ -1,10 +1,10 @@
-"""A happens-before checker: finds races between streams and the host on a machine without a GPU.
+"""A happens-before checker: finds races between streams, and with the host, on a machine without a GPU.
 
     with Checker() as checker:
         ...  # code for a GPU: device="cuda", torch.cuda.Stream, events
     assert not checker.races
 
-The host and streams are *actors*. An actor runs its operations one after another; actors run side by side. Only a
+The host and the streams are *actors*. An actor runs its operations one after another; actors run side by side. Only a
 launch, an event, or a copy that the host waits for orders the operations of two actors. Two operations on the same
 byte, at least one of them a write, are a race if nothing orders them, even if this run computes the right numbers.
 
@@ -22,8 +22,8 @@ runs its PyTorch reference instead and counts as one operation, which touches wh
 *Freed memory*. PyTorch gives memory that Python has freed to the next allocation on the stream that it was allocated
 on. This is a race if another stream may still use it.
 
-Limits: one device; no CUDA graphs; no threads; indexing with a tensor touches the whole operand; pinned memory of
-PyTorch's own is not followed after it is freed.
+Limits: one device; of a CUDA graph there is only the stream that would capture it; indexing with a tensor touches the
+whole operand; pinned memory of PyTorch's own is not followed after it is freed.
 """
 
 import contextlib
@@ -76,6 +76,9 @@ class Actor:
 
     def wait_event(self, event):
         self.learn(event.clock, "wait_event")
+
+    def wait_stream(self, stream):
+        self.learn(stream.clock, "wait_stream")
 
     def record_event(self):
         return Event(self.checker, self.clock.copy() if self.checker.orders("record_event") else Counter())
@@ -142,6 +145,7 @@ class Checker(TorchDispatchMode):
         cuda = dict(
             Stream=self.new_stream, stream=self.use_stream, current_stream=lambda: self.stream,
             synchronize=self.synchronize, _lazy_init=lambda: None,
+            CUDAGraph=object, graph=lambda _: SimpleNamespace(capture_stream=self.new_stream()),
             cudart=lambda: SimpleNamespace(cudaHostRegister=self.pin, cudaHostUnregister=self.unpin),
         )  # fmt: skip
         enter = self.patches.enter_context

@@ -5,12 +5,13 @@ fixed: a replay reads and writes the memory of the capture, whatever the program
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import attnpred
@@ -19,7 +20,7 @@ from attnpred import Config, SparseDecoder
 from tests.happens_before import HOST_WAITS
 from tests.helpers import random_predictor, tiny_llama
 
-KERNEL = type(kernels._decode_kernel)  # of all kernels, in Triton's interpreter
+LAUNCHERS = "find_echoes", "select_blocks", "sparse_decode", "copy_blocks"  # of a step; each runs its PyTorch reference
 
 
 class FakeGraph:
@@ -49,12 +50,9 @@ class Capture(TorchDispatchMode):
 
     def __init__(self, graph):
         super().__init__()
-        self.launches, self.capture_stream, run = graph.launches, FakeStream(), KERNEL.run
-
-        def run_later(*args, **kwargs):
-            self.launches.append(partial(run, *args, **kwargs))
-
-        self.no_launch = mock.patch.object(KERNEL, "run", run_later)
+        self.launches, self.capture_stream = graph.launches, FakeStream()
+        recorded = {name: partial(self.launch, getattr(kernels, name)) for name in LAUNCHERS}
+        self.no_launch = mock.patch.multiple(kernels, **recorded)
 
     def __enter__(self):
         assert self.capture_stream.used, "no step ran on this stream before: libraries are not ready"
@@ -67,6 +65,19 @@ class Capture(TorchDispatchMode):
         Capture.under_way = False
         return super().__exit__(*error)
 
+    def launch(self, launcher, *args):
+        operation = partial(launcher, *args)
+        if launcher.__name__ != "copy_blocks":
+            with _disable_current_modes():
+                return self.poison(operation(), operation)
+        self.launches.append(operation)
+
+    def poison(self, out, operation):
+        for tensor in tree_leaves(out):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+        self.launches.append(partial(compute_into, out, operation))
+        return out
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, operation = func.overloadpacket.__name__, partial(func, *args, **(kwargs or {}))
         assert name not in HOST_WAITS, f"{name}: the host waits for a step that is captured"
@@ -77,11 +88,7 @@ class Capture(TorchDispatchMode):
         out = operation()
         if storages(out) <= storages((args, kwargs)):  # a view
             return out
-        for tensor in tree_leaves(out):
-            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-        if "empty" not in name:
-            self.launches.append(partial(compute_into, out, operation))
-        return out
+        return self.poison(out, operation)
 
 
 def storages(x):
@@ -98,17 +105,11 @@ class FakeStream:
 
     used = False
 
-    def record_event(self):
+    def record_event(self, other=None):
         assert not Capture.under_way
         return self
 
-    def wait_event(self, event):
-        assert not Capture.under_way
-
-    wait_stream = wait_event
-
-    def synchronize(self):
-        """Nothing is asynchronous here."""
+    wait_event = wait_stream = record_event
 
 
 @contextmanager
@@ -127,40 +128,40 @@ def fake_gpu():
     with (
         mock.patch.multiple(torch.cuda, **cuda),
         mock.patch.object(attnpred, "has_streams", lambda _: True),
-        mock.patch.object(kernels, "n_multiprocessors", lambda _: 1),  # fewer programs to interpret
+        mock.patch.object(kernels, "use_triton", lambda *_: False),
         mock.patch.object(FakeGraph, "made", []),
     ):
         yield
 
 
 def decode(config, prompt_len, n_tokens, offload, graph):
-    """Logits and recoveries after a prompt and n_tokens; how often each graph was replayed."""
+    """Logits, recoveries and echoes after a prompt and n_tokens; how often each graph was replayed."""
     model = tiny_llama(n_layers=2, group=1, context_len=600)
     model.rope_by_matrix = True  # as on a GPU
-    tokens = torch.arange(prompt_len + n_tokens) * 7 % 13
+    tokens = torch.randint(3, (prompt_len + n_tokens,), generator=torch.Generator().manual_seed(0))
     with fake_gpu():
         decoder = SparseDecoder(config, model, random_predictor(), len(tokens), "triton", offload)
-        if not graph:
-            decoder.captured = None
-        if decoder.history:
-            decoder.history.backend = "torch"  # of predictions, which no graph holds: the interpreter is slow
+        assert decoder.captured
+        decoder.captured = decoder.captured if graph else None
         logits = [decoder.prefill(tokens[:prompt_len])]
         logits += [decoder.decode(token).clone() for token in tokens[prompt_len:, None]]
-        assert decoder.position.item() == len(tokens) - 1 and decoder.cache.echoes > 0
-        recovery = decoder.stats.recovery
+        assert decoder.position.item() == len(tokens) - 1 and decoder.interval == config.interval(len(tokens))
+        stats = decoder.stats
         del decoder  # while the streams are faked: it waits for its own
-        return torch.stack(logits), torch.stack(recovery), [graph.replays for graph in FakeGraph.made]
+        return torch.stack(logits), torch.stack(stats.recovery), stats.echoes, [g.replays for g in FakeGraph.made]
 
 
-CONFIG = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_len=6, calibration_interval=3,
-                calibration_queries=3, echo_blocks=1)  # fmt: skip
+CONFIG = Config(
+    block_size=8, sink_tokens=8, local_tokens=8, budget=40, history_len=6, calibration_interval=4, echo_blocks=2
+)
+GROWS = replace(CONFIG, calibration_interval="auto", budget=32, echo_blocks=1)
+CASES = [(CONFIG, 90, 15), (CONFIG, 41, 22), (GROWS, 505, 40)]  # config, tokens of the prompt, tokens decoded
 
 
-@pytest.mark.parametrize("prompt_len, offload", [(90, False), (90, True), (50, False), (50, True)])
-def test_a_graph_changes_nothing(prompt_len, offload):
-    """The first prompt exceeds the budget; the second one's text outgrows it while the captured step is replayed."""
-    assert CONFIG.fits(51) and not CONFIG.fits(58)
-    logits, recovery, none = decode(CONFIG, prompt_len, 15, offload, graph=False)
-    with_graph, its_recovery, found = decode(CONFIG, prompt_len, 15, offload, graph=True)
-    assert torch.equal(with_graph, logits) and torch.equal(its_recovery, recovery)
-    assert not none and found == [14]  # the first token ran before the capture
+@pytest.mark.parametrize("offload", [False, True], ids=["resident", "offloaded"])
+@pytest.mark.parametrize("case", CASES, ids=["long", "outgrows the budget", "M goes from 16 to 32"])
+def test_a_graph_changes_nothing(case, offload):
+    *expected, none = decode(*case, offload, graph=False)
+    *found, replays = decode(*case, offload, graph=True)
+    assert all(map(torch.equal, found, expected)) and expected[-1] > 0
+    assert not none and replays == [case[2] - 1]  # one graph, of the second token

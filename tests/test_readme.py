@@ -22,7 +22,7 @@ def test_the_table_of_parameters_is_the_code():
 
 def test_every_option_named_exists():
     options = {option for action in attnpred.make_parser()._actions for option in action.option_strings}
-    elsewhere = {"--out", "--contexts", "--rounds", "--check", "--format"}  # of experiments and ruff
+    elsewhere = {"--out", "--contexts", "--rounds", "--n-new", "--dtypes", "--check", "--format"}  # of experiments and ruff
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - elsewhere <= options
 
 

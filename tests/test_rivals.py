@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnpred import InputError
-from experiments.evaluate import Setting, base_config, prefill_alone, prefill_together
+from experiments.evaluate import Setting, base_config, prefill_together
 from experiments.rivals import RIVALS
 from model import causal_attention
 from tests.helpers import random_predictor, tiny_llama
@@ -98,9 +97,24 @@ def test_future_scores_with_the_next_tokens_of_a_dense_pass(n_new):
     torch.testing.assert_close(found, group_means(rows).sqrt(), atol=1e-4, rtol=1e-3)
 
 
-def test_future_refuses_a_text_that_is_not_known():
-    with pytest.raises(InputError, match="needs the text after the prompt"):
-        prefill_alone(tiny_llama(), random_predictor(), Setting("future", base_config("future")), TOKENS, 8)
+@pytest.mark.parametrize("name", ["quest+echo", "mean-std+echo"])
+def test_echoes_for_a_rival(name):
+    """Its own blocks, and those of the same echoes as ours; those that it attends to already are not read twice."""
+    shape = SHAPE | dict(budget=96, calibration_interval=64)
+    model, setting = tiny_llama(), Setting(name, replace(base_config(name), **shape))
+    text = TOKENS[:N_PROMPT] % 11
+    (decoder,), _ = prefill_together(model, random_predictor(), [setting], text, N_PROMPT, 20)
+    read = 0
+    for token in text[:20].split(1):
+        decoder.decode(token)
+        blocks = set(decoder.echo_block[decoder.echo_block >= 0].tolist())
+        for layer in range(3):
+            entries = decoder.cache.table[layer, :, :4] - decoder.cache.address[layer, :, :1]  # (Hk, E)
+            for head in range(2):
+                new = {block for block in blocks if not decoder.cache.attended[layer, head, block]}
+                assert {block for block in entries[head].tolist() if block >= 0} == new
+                read += len(new)
+    assert int(decoder.cache.echoes) == read > 0
 
 
 def test_snapkv_votes():
