@@ -403,11 +403,11 @@ class SparseDecoder:
 
     def select(self):
         """Predict, and select the blocks that the next M tokens attend to."""
-        c, n_tokens = self.config, self.n_tokens + 1  # the next token is the first one that the selection serves
         self.set_interval(self.n_tokens)
-        start, end = c.middle(n_tokens)
+        n_next = self.n_tokens + 1  # tokens of the text when the next token, the first one that is served, attends
+        start, end = self.config.middle(n_next)
         chosen = None  # the whole middle
-        if not c.fits(n_tokens):
+        if not self.config.fits(n_next):
             self.selecting = True
             chosen = self.choose(self.scores(start, end))  # (L, Hk, n) bool
         self.cache.select(chosen, start, end, self.n_tokens)
@@ -565,7 +565,7 @@ class KVCache:
         self.lengths = torch.zeros(self.heads, dtype=torch.int32, device=device)  # (L, Hk): tokens in these blocks
         self.attended = torch.ones_like(self.address, dtype=torch.bool)  # (L, Hk, capacity): blocks, echoes apart
         self.echoes = torch.zeros((), dtype=torch.int64, device=device)  # echo blocks attended so far, of all heads
-        self.whole = True  # all blocks are attended
+        self.whole = True  # nothing was selected yet, and K and V are one tensor: no table is needed
         self.left_out = 0  # blocks that are not attended, of all heads
         self.allocate((c.block_size, m.head_dim), dtype)
 
@@ -629,10 +629,15 @@ class KVCache:
             self.attend_to(*self.lists(self.address, chosen, start, end, n_tokens))
 
     def lists(self, address, chosen, start, end, n_tokens):
-        """Attended blocks, their addresses, tokens in them, and how many blocks are left out."""
+        """The arguments of `attend_to`, from chosen (L, Hk, end - start) and address (L, Hk, capacity).
+
+        All blocks outside of the middle are attended, future ones too: they come last in the table, and are read only
+        when `lengths`, which grows by 1 a token, reaches them. Each echo entry counts as b tokens, also if it is -1.
+        """
         block = torch.arange(self.capacity, device=self.device)
         attended = torch.ones_like(address, dtype=torch.bool)
         attended[..., start:end] = chosen
+        # Attended blocks in order; the others sort last, beyond every length, and get any valid number.
         order = torch.where(attended, block, self.capacity).sort(-1).values.clamp(max=self.capacity - 1)
         extra = self.config.echo_blocks - (~chosen).sum(-1)  # (L, Hk) blocks
         left_out = math.prod(self.heads) * (end - start - self.n_chosen(start, end))
@@ -665,7 +670,9 @@ class OffloadedCache(KVCache):
 
     def allocate(self, block, dtype):
         c, n_heads = self.config, math.prod(self.heads)
-        self.whole, self.written, self.age, self.next = False, 0, 0, None  # tokens that the host has; see `select`
+        # Slots: of selected blocks, of any head; each head's of the sink, and a ring for the tail; each head's E of echoes.
+        self.whole, self.written = False, 0  # K and V are not one tensor on the device; tokens that the host has
+        self.next, self.age = None, 0  # a selection whose copies may still run; tokens since it was made
         self.sink = min(c.sink_tokens // c.block_size, self.capacity)
         self.ring = min(c.tail_blocks(self.capacity * c.block_size), self.capacity)
         self.n_free = 2 * n_heads * min(c.topk_blocks + c.echo_blocks, self.capacity)  # slots of selected blocks
@@ -726,6 +733,7 @@ class OffloadedCache(KVCache):
     def pool(self, layers, q, n_tokens, *args):
         """As KVCache.pool, on the host, which waits: the queries go there, the rows come back."""
         self.write_back(n_tokens)
+        # q.cpu() also waits for what was written back
         rows = pool_rows(q.cpu(), self.host[layers, ..., 0, :, :], n_tokens, *args, "torch")
         return [x.to(self.device) for x in rows]
 
@@ -760,12 +768,13 @@ class OffloadedCache(KVCache):
 
     def select(self, chosen, start, end, n_tokens):
         """As KVCache.select, but one token late: the blocks are copied while the next token runs."""
-        self.take_over()
+        self.take_over()  # with M = 1 the selection before is not in use yet
         self.write_back(n_tokens)
         if chosen is None:
             chosen = torch.ones(*self.heads, end - start, dtype=torch.bool, device=self.device)
         with self.copying():
             address = self.fetch(chosen, start, end)
+            # `chosen` is kept because the copies read it: its memory must not be given to another tensor yet
             self.next, self.age = (chosen, *self.lists(address, chosen, start, end, n_tokens)), 0
 
     def fetch(self, chosen, start, end):

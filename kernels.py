@@ -733,7 +733,7 @@ def assign_slots(wanted, held):
     returns  slots (rows, k) int32, -1 where nothing is wanted; the blocks to copy (rows, k) int32, -1 where there is
              nothing to do; and what each slot holds afterwards (rows, s) int32, -1 for blocks that nobody wants
 
-    It runs once per selection and needs no kernel of its own.
+    It runs once per selection, and for the echoes of each token: a few operations of PyTorch on every backend.
     """
     assert len(wanted) == len(held) and wanted.dtype == held.dtype == torch.int32
     held_blocks, slot_of = held.sort(dim=1, stable=True)  # (rows, s): the empty slots first, in ascending order

@@ -30,14 +30,15 @@ from torch.utils.benchmark import Timer
 import attnpred
 from attnpred import InputError, OneLineParser, SparseDecoder
 from experiments import roofline
+from experiments.evaluate import read_text
 from experiments.hot_paths import PATHS
 from experiments.tables import markdown
 from model import Llama, LlamaConfig, checkpoint_targets, load_model
 from train_predictor import write_atomically
 from weights.fetch_llm import fetch_default_llm
 
-TEXT = pathlib.Path(torch.__file__).parent / "_tensor_docs.py"  # `offload` counts on this text
-TEXT_TOKENS, TEXT_STEPS = 4096, 64  # tokens of its prompt, and tokens that are decoded after it
+TEXTS = {"api": "API documentation", "gpl": "a licence in prose"}  # `offload` counts on these texts of evaluate.py
+TEXT_TOKENS, TEXT_STEPS = 4096, 64  # tokens of a prompt, and tokens that are decoded after it
 SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B}  # None: the default model, with its weights
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -143,9 +144,9 @@ class Ours:
         self.model, self.n_round, m = model, n_round, model.config
         self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.decoder = decoder = SparseDecoder(config, model, predictor(), context, backend, offload)
-        decoder.begin_prompt(torch.randint(m.vocab_size, (n_tokens,), device=model.device))
         torch.manual_seed(0)
         kv = torch.randn(2, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.kv_dtype)
+        decoder.begin_prompt(torch.randint(m.vocab_size, (n_tokens,), device=model.device))
         for layer in range(m.n_layers):
             decoder.cache.write_prompt(layer, 0, *kv)  # (Hk, T, D) each
         queries = decoder.prompt_queries  # (L, Hq, rows, D)
@@ -265,6 +266,7 @@ def race(makers, rounds, device):
 
 
 STAGES = {  # name: a method of the decoder, or of its cache
+    "echoes": "advance",
     "attention": "cache.attend",
     "calibration": "calibrate",
     "prediction": "scores",
@@ -453,22 +455,28 @@ def bench_kernels(args, config, device):
 
 
 def bench_offload(args, config, device):
-    """count bytes over the link on a text"""
+    """count bytes over the link, on API documentation and on prose"""
     if config.fits(TEXT_TOKENS):
         raise InputError(f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens counted: use a smaller one")
-    model, tokenizer = load_model(str(fetch_default_llm()), torch.bfloat16, device)
-    n_tokens = TEXT_TOKENS + TEXT_STEPS
-    tokens = torch.tensor(tokenizer.encode(TEXT.read_text())[:n_tokens], device=model.device)
-    assert len(tokens) == n_tokens, f"{TEXT.name} is too short"
-    decoder = SparseDecoder(config, model, predictor(), n_tokens, "torch", offload=True)
-    decoder.prefill(tokens[:TEXT_TOKENS])
-    cache = decoder.cache
-    cache.fetched.zero_()
-    cache.selected = 0
-    for token in tokens[TEXT_TOKENS:].split(1):
-        decoder.decode(token)
-    print(f"SmolLM2-135M-Instruct on {TEXT.name}, {TEXT_TOKENS:,} tokens, then {TEXT_STEPS} decoded")
-    print(*cache.format_stats(n_tokens, TEXT_STEPS), sep="\n")
+    (model, tokenizer), rows = load_model(str(fetch_default_llm()), torch.bfloat16, device), []
+    for name, what in TEXTS.items():
+        tokens = torch.tensor(tokenizer.encode(read_text(name))[: TEXT_TOKENS + TEXT_STEPS], device=model.device)
+        assert len(tokens) == TEXT_TOKENS + TEXT_STEPS, f"{name} is too short"
+        decoder = SparseDecoder(config, model, predictor(), len(tokens), "torch", offload=True)
+        decoder.prefill(tokens[:TEXT_TOKENS])
+        cache = decoder.cache
+        cache.fetched.zero_()
+        cache.selected = 0
+        for token in tokens[TEXT_TOKENS:].split(1):
+            decoder.decode(token)
+        counts = {"selected": cache.selected, "of these copied": cache.fetched, "echoes": cache.echoes}
+        counts |= {"of the echoes copied": cache.echoes_fetched, "written back": cache.written_back}
+        mb = 1e-6 * cache.slots[0].nbytes / TEXT_STEPS
+        rows.append({"text": what} | {f"{kind}, MB": f"{int(count) * mb:,.3f}" for kind, count in counts.items()})
+    whole = 2e-6 * decoder.key_bytes * len(tokens)
+    print(f"Per token of the {TEXT_STEPS} after {TEXT_TOKENS:,}, SmolLM2-135M-Instruct, budget {config.budget}.")
+    print(f"The device has {cache.slots.nbytes / 1e6:,.2f} MB of KV slots; the whole cache is {whole:,.2f} MB.\n")
+    show(rows)
 
 
 def bench_bytes(args, config, device):
@@ -493,7 +501,7 @@ def bench_launches(args, config, device):
         for (triton, operations, link), count in tokens.most_common():
             row = {"context": f"{context:,}", "cache": name, "tokens": f"{count} of {steps}", "Triton": f"{triton:,}"}
             row |= {"PyTorch": f"{operations:,}", "launches": f"{triton + operations:,}"}
-            row |= {"MB over the link, selected blocks apart": f"{1e-6 * link:,.2f}"}
+            row |= {"MB over the link, selected blocks and echoes apart": f"{1e-6 * link:,.2f}"}
             on_device = sum(part.nbytes for part in decoder.cache.blocks)
             rows.append(row | {"KV on the device, MB": f"{1e-6 * on_device:,.0f}"})
     show(rows)

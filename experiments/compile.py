@@ -46,7 +46,7 @@ def record(model, amd):
     (m, n_tokens), launches = MODELS[model], []
     with patch.object(kernels, "is_amd", lambda: amd):
         for offload in (False, True):
-            for counts in decode(Stub(m), Config(calibration_interval=2), n_tokens, 4, offload)[1]:
+            for counts in decode(Stub(m), Config(calibration_interval=4), n_tokens, 4, offload)[1]:
                 launches += counts.launches
     return launches
 

@@ -11,10 +11,10 @@ texts     The prompt is read densely, once for all settings. Then each setting d
 lm-eval   Runs tasks of the `lm-eval` package that generate text, with their own metrics (lm_eval_adapter.py).
 table     Prints the tables of earlier results and computes nothing.
 
-A grid is a method, or several with commas, and values for Config's fields by name, or `M` for `calibration_interval`.
-All combinations of comma-separated values are compared. `bytes=1/8` finds the budget with which the setting reads an
-eighth of the bytes that dense attention reads. The methods are ours, paper (`PaperDecoder`), full, and the rivals by
-name; `decayed-mean:0.6` has a decay of .6.
+A grid is a method, or several with commas, and values for Config's fields by name, or by symbol for M, Q and E. All
+combinations of comma-separated values are compared. `bytes=1/8` finds the budget with which the setting reads an eighth
+of the bytes that dense attention reads. The methods are ours, paper (`PaperDecoder`), full, and the rivals by name;
+`decayed-mean:0.6` has a decay of .6, and `quest+echo` attends to our echoes beside Quest's selection.
 
 Results are lines of JSON, one per text and setting. Each is appended when it is measured, so a run that was stopped can
 be continued by the same command, and several runs may share a file. A row of `texts` has
@@ -23,7 +23,7 @@ be continued by the same command, and several runs may share a file. A row of `t
     setting method bytes_share, and Config's fields by name     `setting` is the method and its changes, but the budget
     kl nll same                                                 lists, one value per decoded token: nats, nats, 0 or 1
     recovery                                                    a list, one mean over layers and heads per measured step
-    attention_bytes calibration_bytes choosing_bytes            bytes read per decoded token, counted
+    attention_bytes echo_bytes calibration_bytes choosing_bytes bytes read per decoded token, counted
     read_bytes dense_bytes                                      their sum, and the bytes that dense attention would read
 
 Reading order: `Setting` and `parse_grid`, `counted_bytes`, `prefill_together` and `decode_together` (the closed loop),

@@ -10,35 +10,48 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 import attnpred
 import kernels
 from attnpred import Predictor
 
 
-def softmax_then_max(q, k_cache, n_tokens):
+def echo_paths(m, c, n_tokens, dtype, device, backend):
+    """Looks up earlier occurrences of the newest token, in a text of a thousand different tokens."""
+    ids, position = torch.randint(1000, (n_tokens,), device=device), torch.tensor([n_tokens - 1], device=device)
+    n_blocks, b = c.n_blocks(n_tokens), c.block_size
+    shape = ids, position, c.sink_tokens // b, c.local_tokens // b, b, n_blocks
+    rivals = {"PyTorch": partial(kernels.find_echoes_reference, *shape)}
+    yield "find_echoes", ids.nbytes + 4 * n_blocks, 0, partial(kernels.find_echoes, *shape, backend), rivals
+
+
+def softmax_then_max(q, k_cache, n_tokens, distance):
     """`pool_history` with all logits in memory: q (Hq, rows, D), k_cache (Hk, N, b, D) -> (Hq, rows, N)."""
     n_kv_heads, n_blocks, b, head_dim = k_cache.shape
     rows = q.shape[1]
     k = k_cache.flatten(1, 2)[:, :n_tokens]  # (Hk, T, D)
     logits = (q.reshape(n_kv_heads, -1, head_dim) @ k.mT).float() * head_dim**-0.5  # (Hk, G * rows, T)
-    future = torch.ones(rows, n_tokens, dtype=torch.bool, device=q.device).triu(n_tokens - rows + 1)
+    position = n_tokens - 1 - distance * torch.arange(rows - 1, -1, -1, device=q.device)  # (rows,)
+    future = torch.arange(n_tokens, device=q.device) > position[:, None]  # (rows, T)
     p = logits.unflatten(1, (-1, rows)).masked_fill_(future, -torch.inf).softmax(-1)  # (Hk, G, rows, T)
     return F.pad(p, (0, n_blocks * b - n_tokens)).unflatten(-1, (-1, b)).amax(-1).flatten(0, 1)
 
 
 def pooling_paths(m, c, n_tokens, dtype, device, backend):
-    """Pools the last H queries of a prompt in one layer, and one query in all layers."""
+    """Pools the queries that fill a history in one layer, and those of a calibration in all layers."""
     keys = torch.randn(m.n_layers, m.n_kv_heads, c.n_blocks(n_tokens), c.block_size, m.head_dim, device=device)
     keys = keys.to(dtype)  # (L, Hk, N, b, D)
-    for name, rows, layers in (("prompt, one layer", c.history_len, 1), ("calibration, all layers", 1, m.n_layers)):
+    interval = c.interval(n_tokens)
+    queries = c.queries(interval)
+    distance = interval // queries  # from one query to the next
+    in_prompt = min(c.history_len * queries, kernels.cdiv(n_tokens, distance))
+    for name, rows, layers in (("prompt, one layer", in_prompt, 1), ("calibration, all layers", queries, m.n_layers)):
         k = keys[:layers].flatten(0, 1)  # (layers * Hk, N, b, D)
         q = torch.randn(layers * m.n_heads, rows, m.head_dim, device=device).to(dtype)
         written = 4 * len(q) * rows * (k.shape[1] + 1)  # block maxima and log-sum-exp
         multiply_adds = len(q) * rows * n_tokens * m.head_dim
-        call = partial(lambda q, k: kernels.pool_history(q, k, n_tokens, 1, backend)[0], q, k)
-        rivals = {"softmax, then max": partial(softmax_then_max, q, k, n_tokens)}
+        call = partial(lambda q, k: kernels.pool_history(q, k, n_tokens, distance, backend)[0], q, k)
+        rivals = {"softmax, then max": partial(softmax_then_max, q, k, n_tokens, distance)}
         yield f"pool_history, {name}", k.nbytes + q.nbytes + written, multiply_adds, call, rivals
 
 
@@ -80,34 +93,33 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
         yield f"predict, {name}, all layers", moved, multiply_adds, call, rivals
 
 
-def echo_paths(m, c, n_tokens, dtype, device, backend):
-    """Looks up the echoes of a token. PyTorch's way is the reference."""
-    ids, position = torch.randint(m.vocab_size, (n_tokens,), device=device), torch.tensor([n_tokens - 1], device=device)
-    shape = c.sink_tokens // c.block_size, c.local_tokens // c.block_size, c.block_size, c.n_blocks(n_tokens)
-    call = partial(kernels.find_echoes, ids, position, *shape, backend)
-    rivals = {"PyTorch": partial(kernels.find_echoes_reference, ids, position, *shape)}
-    yield "find_echoes", ids.nbytes + 4 * shape[-1], 0, call, rivals
-
-
 def selection_paths(m, c, n_tokens, dtype, device, backend):
-    """Selects the best blocks of the whole model."""
+    """Selects the best blocks of the whole model, and the echoes of a token."""
     (start, end), heads = c.middle(n_tokens), m.n_layers * m.n_kv_heads
-    scores, k = torch.randn(1, heads * (end - start), device=device), heads * c.topk_blocks
-    rivals = {"topk, then sort": lambda: scores.topk(k, sorted=False).indices.sort(1).values}
-    call = partial(kernels.select_blocks, scores, k, backend)
-    yield f"select_blocks, {k} of the model", scores.nbytes + 4 * k, 0, call, rivals
+    for name, n, k in (
+        ("of all layers", heads * (end - start), heads * c.topk_blocks),
+        ("echoes", c.n_blocks(n_tokens), c.echo_blocks),
+    ):
+        scores = torch.randn(1, n, device=device)
+        rivals = {"topk, then sort": partial(lambda s, k: s.topk(k, sorted=False).indices.sort(1).values, scores, k)}
+        call = partial(kernels.select_blocks, scores, k, backend)
+        yield f"select_blocks, {k} {name}", scores.nbytes + 4 * k, 0, call, rivals
 
 
-def table_of(counts, c, n_tokens, device):
-    """A table of addresses (Hk, width), counts[h] random selected blocks for KV head h, and lengths (Hk,), int32 both.
+def table_of(counts, n_echoes, c, n_tokens, device):
+    """A table of addresses (Hk, width) and lengths in tokens (Hk,), int32 both, of random blocks.
 
-    Lengths are in tokens.
+    KV head h attends to counts[h] blocks of the middle, to sink and local window, and to n_echoes others of the middle.
     """
     (start, end), n_blocks = c.middle(n_tokens), c.n_blocks(n_tokens)
-    outside = torch.tensor([*range(start), *range(end, n_blocks)])
-    lists = [torch.cat([outside, start + torch.randperm(end - start)[:count]]).sort().values for count in counts]
-    lengths = torch.tensor([len(blocks) * c.block_size for blocks in lists])
-    table = pad_sequence([head * n_blocks + blocks for head, blocks in enumerate(lists)], batch_first=True)
+    outside, n_none = torch.tensor([*range(start), *range(end, n_blocks)]), c.echo_blocks - n_echoes
+    table = torch.full((len(counts), c.echo_blocks + max(counts) + len(outside)), -1)
+    for head, (row, count) in enumerate(zip(table, counts)):
+        echoes, blocks = torch.randperm(end - start)[: n_echoes + count].add(start).tensor_split([n_echoes])
+        row[:n_echoes] = head * n_blocks + echoes
+        listed = head * n_blocks + torch.cat([outside, blocks]).sort().values
+        row[n_echoes + n_none :][: len(listed)] = listed
+    lengths = (c.echo_blocks + torch.tensor(counts) + len(outside)) * c.block_size
     return table.int().to(device), lengths.int().to(device)
 
 
@@ -123,15 +135,19 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
 
     half = m.n_kv_heads // 2  # half of the heads select K / 2 blocks, the other half 3 K / 2
     uneven = [k - k // 2] * half + [k] * (m.n_kv_heads - 2 * half) + [k + k // 2] * half
-    for name, counts in (("heads alike", [k] * m.n_kv_heads), ("uneven heads", uneven)):
-        table, lengths = table_of(counts, c, n_tokens, device)
+    for name, counts, n_echoes in (
+        ("heads alike", [k] * m.n_kv_heads, c.echo_blocks),
+        ("uneven, no echoes", uneven, 0),
+    ):
+        table, lengths = table_of(counts, n_echoes, c, n_tokens, device)
         call = partial(lambda *lists: kernels.sparse_decode(q, *pool, *lists, backend)[0], table, lengths)
         rivals = {"SDPA over gathered blocks": partial(lambda address: sdpa(pool[:, address]), table.flatten().long())}
         rivals |= {"SDPA over all blocks": lambda: sdpa(pool)}
-        listed = sum(counts) + m.n_kv_heads * (n_blocks - len(range(*c.middle(n_tokens))))  # blocks
+        outside = n_blocks - len(range(*c.middle(n_tokens)))  # blocks of sink and local window
+        listed = sum(counts) + m.n_kv_heads * (n_echoes + outside)
         elements = pool[:, :1].numel() * listed  # of K and V
-        moved = elements * pool.element_size() + 2 * q.nbytes + 4 * listed
-        yield f"sparse_decode, {name}, one layer", moved, group * elements, call, rivals if counts is not uneven else {}
+        moved = elements * pool.element_size() + 2 * q.nbytes + 4 * table.numel()
+        yield f"sparse_decode, {name}, one layer", moved, group * elements, call, rivals if n_echoes else {}
 
 
 def copy_paths(m, c, n_tokens, dtype, device, backend):

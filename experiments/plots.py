@@ -1,9 +1,11 @@
 """Draws all pictures of the project, from a run or from the numbers that other programs wrote.
 
     python -m experiments.plots run --prompt-file text.txt --budget 512 --out run.png
+    python -m experiments.plots echo --prompt-file text.txt --budget 512 --raw --out echo.png
     python -m experiments.plots speed speed.json --out speed.png
 
-Reading order: `Recorder`, `find_patterns` and `draw_run` show a run from inside; then one function per kind of file.
+Reading order: `Recorder`, `find_patterns`, `draw_run` and `draw_echo` show a run from inside; then one function per
+kind of file.
 """
 
 import io
@@ -23,7 +25,9 @@ import attnpred
 from attnpred import InputError, OneLineParser, exit_status
 from experiments.bench import output_file
 from experiments.rivals import RivalDecoder
+from model import load_model
 from train_predictor import write_atomically
+from weights.fetch_llm import fetch_default_llm
 
 OURS, ORANGE, BLUE, GREY = "#c2185b", "#e08e0b", "#2a6fbb", "#888888"
 RECENT_BLOCKS = 10  # nearly every head attends to the blocks before the local window
@@ -64,6 +68,7 @@ class Recorder(RivalDecoder):
         self.captured = None  # nothing can be recorded while a graph is captured or replayed
         self.true_rows = deque(maxlen=self.config.history_len + 1)  # (L, Hk, capacity) each
         self.chosen = []  # (L, Hk, capacity) uint8 per step: 0 not attended, 1 attended, 2 attended as an echo
+        self.echoes = []  # per step: the numbers of the echo blocks, -1 for none
         self.bytes = []  # (attention, echoes, calibration, choosing, dense), totals after the prompt and each step
         self.next_prediction = None  # history (L, Hk, H, N), start, scores (L, Hk, n)
         self.prediction = None  # the same, of the selection in use, and a list of the true rows of its steps
@@ -97,6 +102,10 @@ class Recorder(RivalDecoder):
     def end_prompt(self):
         super().end_prompt()
         self.note_bytes()
+
+    def advance(self, token):
+        super().advance(token)
+        self.echoes.append(self.echo_block.tolist() if self.config.echo_blocks and self.sparse else [])
 
     def end_token(self):
         super().end_token()
@@ -166,7 +175,7 @@ def draw_run(recorder, path):
         axes[0].set_title(f"{title}, {min(sizes)} to {max(sizes)} blocks", fontsize=11)
     draw_steps(figure.add_subplot(grid[4, :3]), figure.add_subplot(grid[4, 3:]), r)
     figure.suptitle(
-        f"{r.n_tokens:,} tokens in {c.n_blocks(r.n_tokens)} blocks of {c.block_size}; budget {c.budget}: "
+        f"{r.n_tokens:,} tokens in {c.n_blocks(r.n_tokens)} blocks of {c.block_size}; budget {c.budget}:\n"
         f"{c.topk_blocks} blocks per head in the mean, the best ones of all heads, every {r.interval} steps; "
         f"up to {c.echo_blocks} echoes a step; {c.sink_tokens} + {c.local_tokens} tokens always",
         fontsize=11,
@@ -212,13 +221,59 @@ def draw_steps(left, right, recorder):
     *parts, dense = np.diff(recorder.bytes, axis=0).T / 1e6  # (steps,) each
     names = "attention", "echoes", "calibration", "choosing"
     right.stackplot(steps, parts, labels=names, colors=(OURS, BLUE, ORANGE, GREY), step="mid")
-    right.plot(steps, dense, color="black", label="dense attention would read")
+    right.plot(steps, dense, color="black", label="dense attention")
     right.set(title="MB of KV cache and history read", xlabel="decode step")
     right.set_ylim(0, 1.3 * max(*dense, *sum(parts)))
     right.legend(fontsize=8, ncols=5, loc="upper left", frameon=False)
     for axes in (left, right):
         axes.set_xlim(1, max(2, len(recorder.recovery)))
     bare(left, right)
+
+
+def matches(recorder, step):
+    """Of each echo block of a step: (how many tokens match the text's last ones, the position that follows them)."""
+    r, b, n = recorder, recorder.config.block_size, recorder.stats.prefill_tokens + step + 1
+    ids = r.ids[:n].tolist()
+
+    def match(p):
+        return next((j for j in range(8) if j == p or ids[p - 1 - j] != ids[n - 1 - j]), 8)
+
+    return [max((match(p), p) for p in range(block * b, block * b + b)) for block in r.echoes[step] if block >= 0]
+
+
+def draw_echo(recorder, tokenizer, path):
+    """Draw the step with the longest matches that most heads would miss: each block's heads, and the text."""
+    r, b = recorder, recorder.config.block_size
+    gains = [int((r.chosen[i] == 2).sum()) * max(matches(r, i), default=[0])[0] for i in range(len(r.chosen))]
+    if not any(gains):
+        raise InputError("no echo adds a block: use a text that repeats itself, or a smaller --budget")
+    step = int(np.argmax(gains))
+    n, ids = r.stats.prefill_tokens + step + 1, r.ids[: r.n_tokens].tolist()
+
+    def text(first, end):
+        return tokenizer.decode(ids[first:end]).replace("\n", "↵")
+
+    lines = [("this step", "…" + text(n - 10, n), text(n, n + 1))]
+    for run, p in matches(r, step):
+        lines.append((f"block {p // b}", text(p - run, p), text(p, (p // b + 1) * b) + "…"))
+
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 2.6 + 0.3 * len(lines)), layout="constrained")
+    blocks = r.chosen[step][..., : r.config.n_blocks(n)]  # (L, Hk, N)
+    selected, echoes = ((blocks == kind).sum((0, 1)) for kind in (1, 2))  # (N,)
+    top.bar(range(len(selected)), selected, 1, color=OURS, label="selected, sink and local window")
+    top.bar(range(len(echoes)), echoes, 1, selected, color=BLUE, label="in addition, as echoes")
+    top.set(
+        xlabel=f"block of {b} tokens", ylabel=f"heads, of {blocks[..., 0].numel()}", xlim=(-0.5, len(selected) - 0.5)
+    )
+    top.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    bare(top)
+    bottom.axis("off")
+    for i, (label, matched, following) in enumerate(lines):
+        style = dict(y=1 - (i + 0.5) / len(lines), fontsize=9, family="monospace", va="center", parse_math=False)
+        bottom.text(0, s=label, color=BLUE if i else OURS, **style)
+        bottom.text(0.45, s=matched, ha="right", weight="bold", **style)
+        bottom.text(0.46, s=f"→ {following}", **style)
+    save(figure, path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -236,15 +291,16 @@ def draw_pareto(rows, path):
     points["KL"], points["MB"] = points.kl.map(np.mean), points.read_bytes / 1e6
     points["level"] = points.bytes_share.where(points.bytes_share != "", points.budget.astype(str))
     means = points.groupby(["n_prompt", "setting", "level"])[["MB", "KL"]].mean()
-    colours = {setting: plt.cm.tab20(i) for i, setting in enumerate(sorted(points.setting.unique()))}
+    methods = sorted({setting.removesuffix("+echo") for setting in points.setting})
+    colours = {method: plt.cm.tab20(i) for i, method in enumerate(methods)}
     lengths = sorted(points.n_prompt.unique())
     size = 1.5 + 5 * len(lengths), 4.6
     figure, all_axes = plt.subplots(1, len(lengths), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axes, length in zip(all_axes[0], lengths):
         for setting, line in means.loc[length].groupby("setting"):
-            style = dict(lw=2.4, zorder=5) if setting == "ours" else {}
-            line = line.sort_values("MB")
-            axes.plot(line.MB, line.KL, marker="o", ms=4, color=colours[setting], label=setting, **style)
+            style = dict(lw=2.4, zorder=5) if setting == "ours" else dict(ls="--" if "+echo" in setting else "-")
+            line, colour = line.sort_values("MB"), colours[setting.removesuffix("+echo")]
+            axes.plot(line.MB, line.KL, marker="o", ms=4, color=colour, label=setting, **style)
         axes.set(xscale="log", yscale="log", title=f"{length:,} tokens", xlabel="MB read per token, all reads")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
@@ -347,16 +403,22 @@ def run(argv):
     output.add_argument("--out", required=True, type=partial(output_file, ".png"), metavar="FILE.png")
     more = "draw a run from inside; it takes all options of attnpred.py (python attnpred.py --help)"
     commands.add_parser("run", parents=[output], help=more, epilog=more, allow_abbrev=False)
+    more = "draw one token's echoes and the text around them; it takes all options of attnpred.py"
+    commands.add_parser("echo", parents=[output], help=more, epilog=more, allow_abbrev=False)
     for name, draw in FROM_FILES.items():
         picture = commands.add_parser(name, parents=[output], help=draw.__doc__)
         picture.add_argument("files", nargs="+", metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
-    if args.command == "run":
+    if args.command in ("run", "echo"):
         options = attnpred.make_parser().parse_args(rest)
         if options.dense or options.offload or options.max_new_tokens < 2:
             why = "leave out --dense and --offload, decode 2 tokens or more"
             raise InputError(f"the picture shows sparse decoding: {why}")
-        return draw_run(attnpred.run(options, Recorder), args.out)
+        recorder = attnpred.run(options, Recorder)
+        if args.command == "run":
+            return draw_run(recorder, args.out)
+        tokenizer = load_model(options.model or str(fetch_default_llm()), torch.bfloat16, "cpu")[1]
+        return draw_echo(recorder, tokenizer, args.out)
     if rest:
         raise InputError(f"unknown option {rest[0]} (--help lists the options)")
     try:

@@ -22,12 +22,10 @@ from tests.helpers import assert_refused, random_predictor, tiny_llama
 
 CPU = torch.device("cpu")
 ROOT = pathlib.Path(bench.__file__).parents[1]
-SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=48, echo_blocks=1)
-SHAPE |= dict(calibration_interval=8, calibration_queries=2)
+SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=56, echo_blocks=2)
 LLAMA = roofline.LLAMA_31_8B
 TOY = dict(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64)
-SMALL = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 16 --budget 48 --echo-blocks 1".split()
-SMALL += "--calibration-interval 8".split()
+SMALL = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 16 --budget 56 --echo-blocks 2".split()
 bench.SHAPES["toy"] = replace(LLAMA, **TOY)
 
 
@@ -38,13 +36,14 @@ def test_work_by_hand():
         for name, *work, _, _ in paths(LLAMA, Config(), 32768, torch.bfloat16, roofline.META, "triton"):
             moved[name], multiply_adds[name] = work
     pooled, attended = "pool_history, prompt, one layer", "sparse_decode, heads alike, one layer"
-    assert moved[pooled] == 2 * 8 * 32768 * 128 + 2 * 32 * 64 * 128 + 4 * 32 * 64 * 2049
-    assert multiply_adds[pooled] == 32 * 64 * 32768 * 128
-    assert multiply_adds["pool_history, calibration, all layers"] == 32 * 32 * 32768 * 128
-    assert moved[attended] == 2 * 8 * 960 * 128 * 2 + 2 * 32 * 128 * 2 + 8 * 60 * 4  # 60 blocks for each KV head
-    assert multiply_adds[attended] == 2 * 32 * 960 * 128
-    assert moved["select_blocks, 14080 of the model"] == 4 * (256 * (2044 - 1) + 14080)
     assert moved["find_echoes"] == 8 * 32768 + 4 * 2048
+    assert moved[pooled] == 2 * 8 * 32768 * 128 + 2 * 32 * 256 * 128 + 4 * 32 * 256 * 2049  # 4 queries for a row
+    assert multiply_adds[pooled] == 32 * 256 * 32768 * 128
+    assert multiply_adds["pool_history, calibration, all layers"] == 32 * 32 * 4 * 32768 * 128
+    assert moved[attended] == 2 * 8 * 1024 * 128 * 2 + 2 * 32 * 128 * 2 + 8 * 64 * 4  # 64 blocks for each KV head
+    assert multiply_adds[attended] == 2 * 32 * 1024 * 128
+    assert moved["select_blocks, 14080 of all layers"] == 4 * (32 * 8 * (2044 - 1) + 14080)  # 55 for each head
+    assert moved["select_blocks, 4 echoes"] == 4 * (2048 + 4)
     assert moved["copy_blocks, a tenth of 440"] == 44 * 8192
     columns = 32 * 8 * (2044 - 1)  # of all images
     assert moved["predict, whole image, all layers"] == columns * (128 * 2 + 4)  # 64 rows read, 64 written; a score
@@ -86,16 +85,16 @@ def test_launches_by_hand():
     operations = dict(zeros=1, _to_copy=3, copy_=3, clone=1, cat=1, sum=1, rms_norm=1)
     assert counts.operations == {f"aten.{name}": count for name, count in operations.items()}
     assert counts.link_bytes == 12 + 12 + 96 + 12
-    *_, (kernel, grid, arguments) = counts.launches
-    assert len(counts.launches) == 5 and kernel is kernels._select_kernel and grid == (1, 4)
-    assert [arguments[name] for name in ("n", "k", "programs", "num_warps")] == [6, 2, 1, 8]
+    *counting, (kernel, grid, arguments) = counts.launches
+    assert [one.kernel for one in counting] == 4 * [kernels._count_kernel] and kernel is kernels._select_kernel
+    assert grid == (1, 4) and [arguments[name] for name in ("n", "k", "num_warps")] == [6, 2, 8]
     assert kernels.pool_history.__module__ == "kernels" and torch.zeros(2).is_cpu  # as before
 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_tensors_without_memory_are_counted_like_real_ones(offload):
     """The decoder's counters agree over two intervals, and every layer launches its attention for every token."""
-    config, model, steps, late = Config(**SHAPE), tiny_llama(), 16, 2 * offload
+    config, model, steps, late = Config(**SHAPE, calibration_interval=8), tiny_llama(), 16, 2 * offload
     real = SparseDecoder(config, model, random_predictor(), 150 + steps, offload=offload)
     real.prefill(torch.arange(150 - late) % 61)
     for step in range(late + steps):
@@ -105,7 +104,7 @@ def test_tensors_without_memory_are_counted_like_real_ones(offload):
     for name, scale in dict(attention=2, calibration=2, dense=2, choosing=1).items():  # 16 bits in place of 32
         assert scale * getattr(decoder.stats, f"{name}_bytes") == getattr(real.stats, f"{name}_bytes") > 0
     names = [[launch.kernel.__name__ for launch in token.launches] for token in tokens]
-    assert all(token.count("_decode_kernel") == 3 for token in names)
+    assert all(token.count("_decode_kernel") == 3 and token.count("_echo_kernel") == 1 for token in names)
     assert sum(token.count("_contributions_kernel") > 0 for token in names) == 2  # selections
 
 
@@ -127,7 +126,7 @@ def test_rivals_compute_the_same():
 def test_transformers_computes_the_same():
     """With the same random cache, its logits are those of our dense decoding. The weights are shared, not copied."""
     model = tiny_llama()
-    dense = bench.Ours(model, Config(**SHAPE | dict(budget=144)), 100, 108, 2, "torch", False)
+    dense = bench.Ours(model, Config(**SHAPE | dict(budget=128)), 100, 108, 2, "torch", False)
     theirs = bench.Transformers(model, 100, 2)
     with torch.inference_mode():
         for token in (3, 5):
@@ -158,7 +157,7 @@ def test_speed_pays_for_whole_intervals(tmp_path, capsys):
     rows = rows_of(tmp_path, "speed", *options, "--contenders", *names)
     assert [row["name"] for row in rows] == [*names, *names] and rows[0]["speedup"] == rows[4]["speedup"] == 1
     for row, cells in zip(rows, table(capsys.readouterr().out), strict=True):
-        assert row["config"]["budget"] == 48 and row["weights"] == "random weights in the shape of toy"
+        assert row["config"]["budget"] == 56 and row["weights"] == "random weights in the shape of toy"
         assert row["ms"] == sum(row["rounds"]) / len(row["rounds"]) > 0 and row["tokens_s"] == 1e3 / row["ms"]
         assert [cells["context"], cells["weights"], cells[""]] == ["256", row["dtype"], row["name"]]
         assert cells["ms per token"] == f"{row['ms']:,.1f}" and cells["tokens/s"] == f"{row['tokens_s']:,.1f}"
@@ -210,22 +209,32 @@ def test_what_does_not_fit_is_left_out(capsys):
     assert capsys.readouterr().err.count("out of memory, left out") == 2
 
 
-def test_link_is_counted(monkeypatch, tmp_path, capsys):
-    """Bytes over the link per token after the prompt, for 3 layers, 2 heads, K and V in float32."""
-    for name, value in dict(TEXT=tmp_path / "text", TEXT_TOKENS=200, TEXT_STEPS=17).items():
+def test_link_is_counted(monkeypatch, capsys):
+    """MB over the link per token after the prompt, for 3 layers, 2 heads, K and V in float32, with K = E = 2."""
+    texts = {"words": "7 " * 400, "numbers": "8 " * 400}
+    for name, value in dict(TEXTS={name: name for name in texts}, TEXT_TOKENS=200, TEXT_STEPS=17).items():
         monkeypatch.setattr(bench, name, value)
-    bench.TEXT.write_text("7 " * 400)
-    encode = SimpleNamespace(encode=lambda text: [(i * i) % 61 for i, _ in enumerate(text.split())])
-    monkeypatch.setattr(bench, "load_model", lambda *args: (tiny_llama(d_model=512, head_dim=512), encode))
-    assert bench.main(["offload", *SMALL]) == 0
+    monkeypatch.setattr(bench, "read_text", texts.get)
+    alone = [0] * 190 + [*range(10)] + [10 + i for i in range(17)]  # the last 17 tokens occur once
+
+    def encode(text):
+        return alone if text[0] == "7" else [(i * i) % 61 for i in range(217)]
+
+    model = tiny_llama(d_model=512, head_dim=512)
+    monkeypatch.setattr(bench, "load_model", lambda *args: (model, SimpleNamespace(encode=encode)))
+    assert bench.main(["offload", *SMALL, "--calibration-interval", "8"]) == 0
     out = capsys.readouterr().out
     block = 3 * 2 * 2 * 8 * 512 * 4 / 17e6  # MB of each head of each layer, per token
-    fetched = float(re.search(r"([0-9.]+) MB a token fetched", out)[1])
-    assert 0 < fetched < 2 * 2 * block  # 2 selections of 2 blocks a head, less what slots had already
-    assert (
-        f"of {2 * 2 * block:,.3f} MB selected, " in out and f"{2 * block:,.3f} MB written back" in out
-    )  # 2 full blocks
     assert f"the whole cache is {217 / 8 * 17 * block:,.2f} MB" in out
+    for row, echoes in zip(table(out), (False, True)):
+        assert row["selected, MB"] == f"{2 * 2 * block:,.3f}"  # 2 selections of 2 blocks a head
+        assert row["written back, MB"] == f"{2 * block:,.3f}"  # 2 full blocks
+        copied, found, copied_echoes = (float(row[f"{kind}, MB"]) for kind in COPIED)
+        assert 0 < copied < 2 * 2 * block  # slots have some already
+        assert 0 < copied_echoes < found <= 17 * 2 * block if echoes else copied_echoes == found == 0
+
+
+COPIED = "of these copied", "echoes", "of the echoes copied"
 
 
 def test_a_trace_without_the_gpu_is_an_error(tmp_path):
@@ -239,9 +248,9 @@ def test_counted_launches(capsys):
     assert bench.main(["launches", *SMALL, "--contexts", "256"]) == 0
     rows = table(capsys.readouterr().out)
     for name in ("resident", "offloaded"):
-        counts = [int(row["tokens"].removesuffix(" of 8")) for row in rows if row["cache"] == name]
+        counts = [int(row["tokens"].removesuffix(" of 16")) for row in rows if row["cache"] == name]
         launches = [int(row["launches"]) for row in rows if row["cache"] == name]
-        assert sum(counts) == 8 and counts[0] >= 4 and launches[0] == min(launches) > 20
+        assert sum(counts) == 16 and counts[0] > 8 and launches[0] == min(launches) > 20
 
 
 def test_readme_shows_the_bytes(capsys):
@@ -292,7 +301,7 @@ def test_contenders_of_a_gpu(tmp_path):
 
 def test_kernels_are_timed(tmp_path):
     rows = rows_of(tmp_path, "kernels", *INTERPRETED)
-    assert len(rows) == 10 and all(row["us"] > 0 and row["of_copy"] > 0 for row in rows)
+    assert len(rows) == 11 and all(row["us"] > 0 and row["of_copy"] > 0 for row in rows)
 
 
 def test_first_run_on_a_gpu(tmp_path):

@@ -11,7 +11,7 @@ import attnpred
 from attnpred import Config, InputError, SparseDecoder, generate
 from experiments import plots
 from model import causal_attention
-from tests.helpers import assert_refused, random_predictor, tiny_llama
+from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tiny_llama
 
 SHAPE = dict(
     block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=56, echo_blocks=2, calibration_interval=3
@@ -116,8 +116,29 @@ def test_a_run_is_drawn(n_prompt, tmp_path, figures):
 
 
 def test_without_a_prediction_there_is_nothing_to_draw(tmp_path):
+    recorder = recorded(30)[-1]
     with pytest.raises(InputError, match="nothing was predicted: the text fits the budget"):
-        plots.draw_run(recorded(30)[-1], tmp_path / "run.png")
+        plots.draw_run(recorder, tmp_path / "run.png")
+    with pytest.raises(InputError, match="no echo adds a block"):
+        plots.draw_echo(recorder, LetterTokenizer(), tmp_path / "echo.png")
+
+
+def test_an_echo_is_drawn(tmp_path, figures):
+    """The bars count heads; each line has the match of a block, and what follows it there."""
+    _, tokens, out, recorder = recorded()
+    plots.draw_echo(recorder, LetterTokenizer(), tmp_path / "echo.png")
+    top, bottom = figures[0].axes
+    letters = LetterTokenizer().decode(tokens + out)
+    (_, context, following), *lines = zip(*3 * [iter(text.get_text() for text in bottom.texts)])
+    n = letters.index(context[1:]) + 10
+    assert following == f"→ {letters[n]}" and len(lines) >= 1
+    blocks = recorder.chosen[n - 121][..., : recorder.config.n_blocks(n)]  # the prompt has 120 tokens
+    heights = [bar.get_height() for bar in top.patches]
+    assert heights == [*(blocks == 1).sum((0, 1)).tolist(), *(blocks == 2).sum((0, 1)).tolist()]
+    for label, match, following in lines:
+        p = letters.index(match + following[2:-1]) + len(match)
+        assert label == f"block {p // 8}" and letters[n - len(match) : n] == match != ""
+        assert p + len(following) - 3 == p // 8 * 8 + 8
 
 
 RESULT = dict(model="tiny", dtype="float32", predictor="")  # as of a rival
@@ -125,7 +146,7 @@ RESULT |= dict(setting="ours", budget=512, n_prompt=4096, n_new=4, bytes_share="
 TEXTS = [
     RESULT
     | dict(task="texts", text=text, setting=setting, budget=budget, kl=[kl / budget] * 4, read_bytes=budget * 1e4)
-    for setting in ("ours", "paper")
+    for setting in ("ours", "paper", "quest", "quest+echo")
     for text, kl in (("a", 1.0), ("b", 3.0))
     for budget in (512, 256)
 ]
@@ -178,8 +199,10 @@ def test_pareto_points_are_means_over_texts(tmp_path, figures):
     shares = [row | dict(bytes_share=f"1/{4096 // row['budget']}", n_prompt=8192) for row in TEXTS]
     plots.draw_pareto([*TEXTS, *others, *shares], tmp_path / "x.png")
     for axes in figures[0].axes:
-        ours, paper = axes.lines
-        assert (ours.get_label(), paper.get_label()) == ("ours", "paper") and ours.get_color() != paper.get_color()
+        ours, paper, quest, with_echoes = axes.lines
+        names = [line.get_label() for line in axes.lines]
+        assert names == ["ours", "paper", "quest", "quest+echo"] and ours.get_color() != paper.get_color()
+        assert quest.get_color() == with_echoes.get_color() and quest.get_linestyle() != with_echoes.get_linestyle()
         for line in axes.lines:
             assert list(line.get_xdata()) == [2.56, 5.12] and line.get_ydata() == pytest.approx((2 / 256, 2 / 512))
     assert [axes.get_title() for axes in figures[0].axes] == ["4,096 tokens", "8,192 tokens"]

@@ -20,8 +20,7 @@ TOKENS = torch.randint(0, 61, (200,), generator=torch.Generator().manual_seed(3)
 def decoded(name, n_new=20, n_layers=3, **changes):
     """A RivalDecoder that has read a prompt and decoded n_new tokens."""
     model, setting = tiny_llama(n_layers), Setting(name, replace(base_config(name), **SHAPE | changes))
-    prompt = TOKENS[:N_PROMPT]
-    (decoder,), _ = prefill_together(model, random_predictor(), [setting], prompt, N_PROMPT, 50, measure_every=1)
+    (decoder,), _ = prefill_together(model, random_predictor(), [setting], TOKENS, N_PROMPT, 50, measure_every=1)
     for token in TOKENS[N_PROMPT : N_PROMPT + n_new]:
         decoder.decode(token[None])
     return decoder
@@ -33,16 +32,16 @@ def scored(decoder, layer, q=None):
     return start, end, decoder.rival.score(decoder, layer, slice(start, end), q)
 
 
-def prompt_queries(layer):
-    """All queries of the prompt in a layer: (Hq, N_PROMPT, D)."""
-    queries = []
+def dense_pass(layer):
+    """All queries and keys of a layer in a dense pass over TOKENS: (Hq, T, D), (Hk, T, D)."""
+    seen = []
 
     def attend(layer, q, k, v):
-        queries.append(q)
+        seen.append((q, k))
         return causal_attention(layer, q, k, v)
 
-    tiny_llama().hidden(TOKENS[:N_PROMPT], torch.arange(N_PROMPT), attend)
-    return queries[layer]
+    tiny_llama().hidden(TOKENS, torch.arange(len(TOKENS)), attend)
+    return seen[layer]
 
 
 def probabilities(q, k_cache, n_tokens):
@@ -83,37 +82,26 @@ def test_scores_with_the_query(name):
     torch.testing.assert_close(found, group_means(rows), atol=1e-4, rtol=1e-3)
 
 
-def test_the_future_is_the_attention_of_the_next_tokens():
-    model, n_new = tiny_llama(), 12
-    setting = Setting("future", replace(base_config("future"), **SHAPE, calibration_interval=5))
-    text, queries, keys = TOKENS[: N_PROMPT + n_new], [], []
-    (decoder,), _ = prefill_together(model, random_predictor(), [setting], text, N_PROMPT, n_new)
-
-    def attend(layer, q, k, v):
-        queries.append(q), keys.append(F.pad(k, (0, 0, 0, -len(text) % 8)).unflatten(1, (-1, 8)))
-        return causal_attention(layer, q, k, v)
-
-    model.hidden(text, torch.arange(len(text)), attend)
-    for n in (N_PROMPT, N_PROMPT + 5, N_PROMPT + 10):
-        start, end, found = scored(decoder, 1)
-        expected = torch.zeros(2, len(text) // 8 + 1)
-        for position in range(n, min(n + 5, len(text))):
-            for head in range(4):
-                p = probabilities(queries[1][head, position], keys[1][head // 2], position + 1)
-                row = F.pad(p, (0, -len(p) % 8)).view(-1, 8).amax(1)
-                expected[head // 2, : len(row)] += row.square() / 2
-        torch.testing.assert_close(found, expected[:, start:end].sqrt(), atol=1e-4, rtol=1e-3)
-        for token in text[n : n + 5].split(1):
-            decoder.decode(token)
+@pytest.mark.parametrize("n_new", [0, 4, 49])
+def test_future_scores_with_the_next_tokens_of_a_dense_pass(n_new):
+    """After 49 of 50 tokens, one is left of the interval's five."""
+    decoder, layer, (q, k) = decoded("future", n_new, calibration_interval=5), 1, dense_pass(1)
+    start, end, found = scored(decoder, layer)
+    rows = []
+    for head in range(4):
+        squares = torch.zeros(25)
+        for position in range(N_PROMPT + n_new, min(N_PROMPT + n_new + 5, 200)):
+            p = probabilities(q[head, position], k[head // 2][:, None], position + 1)  # (T,)
+            squares += F.pad(p, (0, 199 - position)).view(25, 8).amax(1).square()
+        rows.append(squares[start:end])
+    torch.testing.assert_close(found, group_means(rows).sqrt(), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["quest+echo", "mean-std+echo"])
 def test_echoes_for_a_rival(name):
     """Its own blocks, and those of the same echoes as ours; those that it attends to already are not read twice."""
-    model, setting = (
-        tiny_llama(),
-        Setting(name, replace(base_config(name), **SHAPE | dict(budget=96, calibration_interval=64))),
-    )
+    shape = SHAPE | dict(budget=96, calibration_interval=64)
+    model, setting = tiny_llama(), Setting(name, replace(base_config(name), **shape))
     text = TOKENS[:N_PROMPT] % 11
     (decoder,), _ = prefill_together(model, random_predictor(), [setting], text, N_PROMPT, 20)
     read = 0
@@ -130,7 +118,7 @@ def test_echoes_for_a_rival(name):
 
 
 def test_snapkv_votes():
-    decoder, queries, rows = decoded("snapkv", n_new=40), prompt_queries(1), []
+    decoder, queries, rows = decoded("snapkv", n_new=40), dense_pass(1)[0], []
     start, end, found = scored(decoder, 1)
     for head in range(4):
         votes = torch.zeros(N_PROMPT)
@@ -164,7 +152,7 @@ def attended_row(decoder, layer, head, mask):
 def test_h2o_keeps_heavy_and_recent_and_never_returns(monkeypatch):
     """The test simulates H2O for one head of one layer, one selection after another."""
     monkeypatch.setattr(RIVALS["h2o"], "chunk_rows", 64)
-    decoder, queries = decoded("h2o", n_new=0, calibration_interval=4), prompt_queries(1)
+    decoder, queries = decoded("h2o", n_new=0, calibration_interval=4), dense_pass(1)[0]
     layer, k, dropped = 1, 5, set()
     total = torch.zeros(25)
     for position in range(N_PROMPT):
@@ -218,7 +206,19 @@ def test_streaming_llm_attends_to_the_latest():
     assert attended[:, 0].all() and attended[:, last:].all() and attended.sum() == 2 * (1 + attended.shape[1] - last)
 
 
-@pytest.mark.parametrize("name", ["ours", "paper", *RIVALS])
+def echoes(ids, config):
+    """The first E middle blocks that continue earlier occurrences of the last id: long matches first, then late."""
+    n, found = len(ids), []
+    for p in range(n - 1):
+        run = 0
+        while run < min(8, p + 1) and ids[p - run] == ids[n - 1 - run]:
+            run += 1
+        found += [(run, p + 1)] if run else []
+    blocks = [p // config.block_size for _, p in sorted(found, reverse=True)]
+    return list(dict.fromkeys(n for n in blocks if n in range(*config.middle(len(ids)))))[: config.echo_blocks]
+
+
+@pytest.mark.parametrize("name", ["ours", "paper", *RIVALS, "quest+echo", "snapkv+echo"])
 def test_decoding_attends_to_what_was_chosen(name):
     """Outputs and recovery are computed by hand from the blocks that `attended` reports."""
     decoder, steps = decoded(name), []
@@ -241,11 +241,16 @@ def test_decoding_attends_to_what_was_chosen(name):
             found = decoder.recovery[-1][layer - first]  # (Hq,)
             torch.testing.assert_close(found, torch.stack(recovery), atol=1e-5, rtol=1e-4)
             assert found.max() < 1  # something is left out
-        if name in ("oracle", "quest"):
-            middle = slice(*decoder.config.middle(n))
-            chosen, mass = attended[:, middle], group_means(mass)[:, middle]  # (Hk, n) each
-            assert chosen.sum() == 10  # K = 5
-            assert chosen.sum(1).tolist() == [5, 5] if name == "quest" else mass[chosen].min() >= mass[~chosen].max()
+        chosen, middle = decoder.cache.attended[layer], slice(*decoder.config.middle(n))  # without echoes
+        if name in ("oracle", "quest", "quest+echo"):
+            chosen, mass = chosen[:, middle], group_means(mass)[:, middle]  # (Hk, n) each
+            k = 1 if name == "quest+echo" else 5
+            assert chosen.sum() == 2 * k
+            assert mass[chosen].min() >= mass[~chosen].max() if name == "oracle" else chosen.sum(1).tolist() == [k, k]
+        if decoder.config.echo_blocks:
+            expected = decoder.cache.attended[layer, :, :25].clone()
+            expected[:, echoes(decoder.ids[:n].tolist(), decoder.config)] = True
+            assert torch.equal(attended, expected)
         steps.append(layer)
         return out
 
@@ -253,4 +258,6 @@ def test_decoding_attends_to_what_was_chosen(name):
     for token in range(4):
         decoder.decode(torch.tensor([token]))
     assert steps == [0, 1, 2] * 4
-    assert (decoder.stats.calibration_bytes > 0) == (name in ("ours", "paper") or RIVALS[name].has_history)
+    calibrates = name in ("ours", "paper") or RIVALS[name.removesuffix("+echo")].has_history
+    assert (decoder.stats.calibration_bytes > 0) == calibrates
+    assert (decoder.stats.echo_bytes > 0) == (decoder.config.echo_blocks > 0)

@@ -1,10 +1,12 @@
 """Tests windows, targets and histories against naive computations, resuming, and refusals."""
 
 import argparse
+import functools
 import json
 import pathlib
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import safetensors
@@ -148,8 +150,8 @@ def test_losses_by_hand():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_validation_leaves_out_what_decoding_does(tmp_path, monkeypatch):
-    """`left_out` against plain Python: the budget is shared by all layers and heads."""
+def test_left_out_by_plain_python(tmp_path, monkeypatch):
+    """The budget is shared by all layers and heads."""
     monkeypatch.setattr(train_predictor, "BUDGETS", (160, 208))
     monkeypatch.setattr(train_predictor, "ROWS", 12)
     model, predictor, tokens = tiny_llama(n_layers=2), random_predictor(), torch.randint(0, 61, (290,))
@@ -173,6 +175,34 @@ def test_validation_leaves_out_what_decoding_does(tmp_path, monkeypatch):
             assert found[budget].item() == pytest.approx(squares[left].sum().item() / 4, rel=1e-3, abs=1e-6)
     together = train_predictor.left_out(window, predictor.state_dict(), config, torch.arange(8, 12))
     assert all(sums.shape == (4,) and (sums >= 0).all() for sums in together.values())
+
+
+@pytest.mark.parametrize("M, Q", [(1, 1), (4, 2), (8, 8)])
+def test_validation_leaves_out_what_decoding_does(M, Q, tmp_path, monkeypatch):
+    """Layer 0's q and k do not depend on earlier attention, so decoding leaves out exactly what `left_out` reports."""
+    monkeypatch.setattr(train_predictor, "BUDGETS", (160, 192))
+    model, predictor, n_prompt, n_steps = tiny_llama(n_layers=1), random_predictor(), 267, 24
+    tokens, n_rows = torch.randint(0, 61, (n_prompt + n_steps,)), 8 + n_steps // M
+    monkeypatch.setattr(train_predictor, "ROWS", n_rows)
+    config = Config(history_len=8, calibration_interval=M, calibration_queries=Q)
+    (rows,) = train_predictor.record(model, config, tokens.tolist(), [len(tokens)])
+    metadata = dict(n_tokens=len(tokens), interval=M, queries=Q, block_size=16)
+    train_predictor.write_tensors(tmp_path / "window", {"rows": rows}, metadata)
+    window = train_predictor.Window(tmp_path / "window")
+    predicted = torch.arange(8, n_rows)
+    for budget in train_predictor.BUDGETS:
+        decoder, true = SparseDecoder(replace(config, budget=budget), model, predictor, 300), []
+        decoder.prefill(tokens[:n_prompt])
+        for first in range(n_prompt, len(tokens), M):
+            attended = decoder.cache.attended[0].clone()  # (Hk, capacity), without echoes
+            for token in tokens[first : first + M].split(1):
+                decoder.decode(token)
+            true.append((decoder.history.rows[:, -1].float().square() * ~attended).sum(-1).mean())
+        leave_out = functools.partial(train_predictor.left_out, window, predictor.state_dict(), config)
+        found = [leave_out(row[None])[budget] for row in predicted]  # images end as in decoding
+        torch.testing.assert_close(torch.cat(found), torch.stack(true), atol=1e-5, rtol=1e-2)  # float16
+        middle = (rows[0, :, predicted].float().square() * window.in_middle[predicted]).sum(-1).mean(0)
+        assert (leave_out(predicted)[budget] <= middle + 1e-4).all()  # at most what is in the middle of each row
 
 
 def test_a_batch_is_a_crop_of_a_layer(monkeypatch):
