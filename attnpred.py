@@ -670,7 +670,7 @@ class OffloadedCache(KVCache):
 
     def allocate(self, block, dtype):
         c, n_heads = self.config, math.prod(self.heads)
-        # Slots: of selected blocks, of any head; each head's of the sink, and a ring for the tail; each head's E echoes.
+        # Slots: of selected blocks, of any head; each head's of the sink, and a ring for the tail; each head's echoes.
         self.whole, self.written = False, 0  # K and V are not one tensor on the device; tokens that the host has
         self.next, self.age = None, 0  # a selection whose copies may still run; tokens since it was made
         self.sink = min(c.sink_tokens // c.block_size, self.capacity)
