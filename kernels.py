@@ -565,11 +565,11 @@ def gather_listed(k_blocks, v_blocks, table, lengths):
     the tokens of a list, else -inf. All lists get the length of the longest.
     """
     block_size = k_blocks.shape[1]
-    last = cdiv(lengths, block_size).long()[:, None] - 1  # (Hk, 1)
-    table = table[:, : int(last.amax()) + 1]  # (Hk, n)
+    table = table[:, : int(cdiv(lengths, block_size).amax())]  # (Hk, n)
     token = torch.arange(table.shape[1] * block_size, device=table.device)
     listed = (token < lengths[:, None]) & (table >= 0).repeat_interleave(block_size, 1)  # (Hk, tokens)
-    block = torch.where(listed[:, ::block_size], table, table.gather(1, last)).flatten()  # a listed one for the others
+    block = torch.where(listed[:, ::block_size], table, -1)  # (Hk, n)
+    block = torch.where(block >= 0, block, block.amax(1, keepdim=True)).flatten()  # a listed one for the others
     k, v = (blocks.index_select(0, block).view(len(table), -1, blocks.shape[2]) for blocks in (k_blocks, v_blocks))
     return k, v, torch.where(listed, 0.0, float("-inf"))
 

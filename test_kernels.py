@@ -8,6 +8,7 @@ loop must run several times. Fresh memory is poisoned and has guard cells around
 import math
 import os
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -429,6 +430,19 @@ def test_sparse_decode(backend, combination, tokens, large, seed, n_processors, 
         out, lse = kernels.sparse_decode_reference(*arguments)
         assert_close(out, expected_out, EPSILON[dtype] * largest + slack * largest, "the reference's out")
         assert_close(lse, expected_lse, 2e-5 + slack, "the reference's lse")
+
+
+@BACKENDS
+def test_sparse_decode_skips_a_last_column(backend):
+    """-1 in the last column of a list, where it counts as a full block; a list of which one block is left."""
+    q, (k, v) = normal(0, 4, 16), normal(1, 2, 5, 8, 16)
+    k[0], v[0] = NAN, NAN  # in no list
+    table, lengths = int32([[4, -1, 2, -1], [-1, 3, -1, 2**30]]), int32([32, 24])
+    lists = SimpleNamespace(blocks=[[4, 2], [3]], tokens=[16, 8])
+    arguments, expected = (q, k, v, table, lengths), naive_sparse_decode(q, k, v, lists)
+    for decode in (kernels.sparse_decode_reference, lambda *x: kernels.sparse_decode(*x, backend)):
+        for actual, wanted in zip(decode(*arguments), expected):
+            assert_close(actual, wanted, 2e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
