@@ -227,7 +227,7 @@ class Stats:
     choosing_bytes: int = 0  # history and contributions read by prediction
     dense_bytes: int = 0  # K and V that dense attention would have read
     overhead_seconds: float = 0.0  # calibration, prediction and selection; on a GPU the host does not wait for them
-    echoes: torch.Tensor | None = None  # () int64: echo blocks that attention read, of all heads
+    echoes: torch.Tensor | None = None  # (L, Hk, E) int64: echo blocks that attention read
     echo_block_bytes: int = 0  # K and V of one of them
     recovery: list = field(default_factory=list)  # (L, Hq) each: the share of the true attention that was attended
 
@@ -239,7 +239,7 @@ class Stats:
     @property
     def echo_bytes(self) -> int:
         """K and V of echoes, which attention reads in addition. The host waits for their number."""
-        return int(self.echoes) * self.echo_block_bytes
+        return int(self.echoes.sum()) * self.echo_block_bytes
 
 
 class SparseDecoder:
@@ -263,8 +263,7 @@ class SparseDecoder:
         self.sparse = not c.fits(capacity_tokens)  # a text that always fits its budget needs neither history nor echoes
         if self.sparse:
             self.history = History(c, m, self.cache.capacity, predictor, device, backend)
-        self.n_tokens = 0  # of the text, on the host; the device has the position of the newest one
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.n_tokens = 0  # of the text, on the host
         self.ids = torch.zeros(capacity_tokens, dtype=torch.int64, device=device)  # the text
         self.due = 0  # tokens until the next calibration and selection
         self.interval = self.distance = 0  # M since the last selection; tokens from one query of a row to the next
@@ -275,6 +274,11 @@ class SparseDecoder:
         self.captured = CapturedStep() if has_streams(device) and backend == "triton" else None
         self.stats = Stats(echoes=self.cache.echoes)
         self.stats.echo_block_bytes = 2 * self.key_bytes * c.block_size // (m.n_layers * m.n_kv_heads)
+
+    @property
+    def position(self):
+        """Of the newest token, on the device: (1,) int64."""
+        return self.cache.position
 
     @torch.inference_mode()
     def prefill(self, tokens):
@@ -333,7 +337,6 @@ class SparseDecoder:
 
     def end_prompt(self):
         """After all chunks: fill the history, and select blocks for the first new tokens."""
-        self.position.fill_(self.n_tokens - 1)
         self.cache.end_prompt(self.n_tokens)
         if self.history:  # one layer at a time, to bound the memory
             rows = [self.pool(q[None], slice(i, i + 1))[0] for i, q in enumerate(self.prompt_queries)]
@@ -353,24 +356,32 @@ class SparseDecoder:
     def run_model(self, token):
         """Run the model on token (1,) -> logits (V,). All of it runs on the device, and may be part of a CUDA graph."""
         self.advance(token)
-        return self.model(token, self.position, self.attend)
+        return self.model(token, self.position, self.attend, self if self.backend == "triton" else None)
 
     def advance(self, token):
         """Append token (1,) on the device, and look up its echoes."""
         c = self.config
-        self.position += 1
+        self.cache.advance()
         self.ids.index_copy_(0, self.position, token)
-        self.cache.advance(self.position)
         if self.sparse and c.echo_blocks:
             shape = c.sink_tokens // c.block_size, c.local_tokens // c.block_size, c.block_size, self.cache.capacity
-            scores = kernels.find_echoes(self.ids, self.position, *shape, self.backend)  # (capacity,)
-            block = kernels.select_blocks(scores[None], c.echo_blocks, self.backend)[0].long()  # (E,)
-            self.echo_block = torch.where(scores[block] > -torch.inf, block, -1)
+            self.echo_block = kernels.find_echoes(self.ids, self.position, *shape, c.echo_blocks, self.backend)  # (E,)
             self.cache.attend_also(self.echo_block)
+
+    def rotate(self, layer, qk, v):
+        """In the place of the model's RoPE: rotate qk (Hq + Hk, 1, D), and write K and V, in one launch."""
+        freq, scale = self.model.rope(layer)
+        rows = self.cache.token_rows(layer)
+        return kernels.rotate_and_write(qk[:, 0], v[:, 0], freq, scale, self.position, *rows, self.backend)[:, None]
+
+    def multiply_gates(self, gate_up):
+        """In the place of the model's silu(gate) * up: gate_up (1, 2 I) -> (1, I)."""
+        return kernels.swiglu(gate_up, self.backend)
 
     def attend(self, layer, q, k, v):
         """Attention of one token to its head's blocks: q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)."""
-        self.cache.write(layer, k, v)
+        if self.backend == "torch":  # the kernel that rotates has written them
+            self.cache.write(layer, k, v)
         self.q[layer] = q
         out, self.lse[layer] = self.cache.attend(layer, q[:, 0], self.n_tokens)  # (Hq, D), (Hq,)
         return out[:, None]
@@ -478,17 +489,16 @@ class CapturedStep:
 
 
 def sample(logits, temperature=0.0, top_p=1.0, generator=None):
-    """The next token (1,) from logits (vocab,): greedy at temperature 0, else from the likeliest of total top_p.
+    """The next token (1,) from logits (V,): greedy at temperature 0, else from the likeliest of total top_p.
 
-    It is -1 where a logit is NaN or infinite.
+    Returns it and the largest logit (1,), which is NaN or infinite if the logits make no sense.
     """
-    finite = logits.isfinite().all()
-    if temperature == 0:
-        return torch.where(finite, logits.argmax(-1, keepdim=True), -1)
-    logits = torch.where(finite, logits, 0.0)  # NaN is no probability
-    p, token = torch.softmax(logits / temperature, -1).sort(descending=True)  # (vocab,), (vocab,)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the most probable token always stays
-    return torch.where(finite, token[torch.multinomial(p, 1, generator=generator)], -1)
+    largest, token = logits.max(-1, keepdim=True)
+    if temperature > 0:
+        p, tokens = torch.softmax(logits.nan_to_num() / temperature, -1).sort(descending=True)  # (V,), (V,)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the most probable token always stays
+        token = tokens[torch.multinomial(p, 1, generator=generator)]
+    return token, largest
 
 
 def generate(
@@ -498,34 +508,35 @@ def generate(
     stats, device = decoder.stats, decoder.model.device
     generator = torch.Generator(device).manual_seed(seed)
     began = time.perf_counter()
-    token = sample(decoder.prefill(torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
+    token, largest = sample(decoder.prefill(torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
     token.item()  # waits for a GPU
     stats.prefill_seconds = time.perf_counter() - began
 
     for left in reversed(range(max_new_tokens)):
-        began, wait_for = time.perf_counter(), read_later(token)
+        began, wait_for = time.perf_counter(), read_later(token, largest)
         if left:  # on a GPU the next step is launched before the host knows the token that it follows
             stats.decode_tokens += 1
-            token = sample(decoder.decode(token.clamp(min=0)), temperature, top_p, generator)  # (1,)
-        value = wait_for()
+            token, largest = sample(decoder.decode(token), temperature, top_p, generator)  # (1,)
+        value, logit = wait_for()
         stats.decode_seconds += time.perf_counter() - began
-        if value < 0:
+        if not math.isfinite(logit):
             raise not_finite(decoder.model.dtype)
         if value in decoder.model.config.eos_token_ids:
             return
         yield value
 
 
-def read_later(token) -> Callable[[], int]:
-    """Begin to copy a token (1,) to the host; returns a function that waits for its value."""
-    if not has_streams(token.device):
-        return token.item
-    value = torch.empty(1, dtype=token.dtype, pin_memory=token.is_cuda).copy_(token, non_blocking=True)
+def read_later(*numbers) -> Callable[[], list]:
+    """Begin to copy tensors of one number each to the host; returns a function that waits for their values."""
+    if not has_streams(numbers[0].device):
+        return lambda: [number.item() for number in numbers]
+    pinned = numbers[0].is_cuda
+    values = [torch.empty(1, dtype=x.dtype, pin_memory=pinned).copy_(x, non_blocking=True) for x in numbers]
     copied = torch.cuda.current_stream().record_event()
 
     def wait():
         copied.synchronize()
-        return value.item()
+        return [value.item() for value in values]
 
     return wait
 
@@ -562,12 +573,24 @@ class KVCache:
         self.address = address.view(*self.heads, capacity)  # (L, Hk, capacity): where each block of the text is stored
         # (L, Hk, E + capacity): addresses of the blocks that a head attends to: echoes or -1, then the others in order
         self.table = F.pad(self.address, (c.echo_blocks, 0), value=-1)
-        self.lengths = torch.zeros(self.heads, dtype=torch.int32, device=device)  # (L, Hk): tokens in these blocks
-        self.attended = torch.ones_like(self.address, dtype=torch.bool)  # (L, Hk, capacity): blocks, echoes apart
-        self.echoes = torch.zeros((), dtype=torch.int64, device=device)  # echo blocks attended so far, of all heads
+        counters = torch.zeros(1 + math.prod(self.heads), dtype=torch.int64, device=device)
+        self.counters = counters  # one tensor, which a single launch increments
+        self.position = counters[:1]  # (1,): of the newest token
+        self.lengths = counters[1:].view(self.heads)  # (L, Hk): tokens in the blocks of a row of the table
+        self.work = kernels.divide_work(self.lengths, c.block_size)  # (L, programs, 4): of the decode kernel
+        # (L, Hk, capacity + 1): addresses of the blocks that a head does not attend to, echoes apart, else -1
+        self.absent = torch.full((*self.heads, capacity + 1), -1, dtype=torch.int32, device=device)
+        self.echoes = torch.zeros((*self.heads, c.echo_blocks), dtype=torch.int64, device=device)  # attended so far
         self.whole = True  # nothing was selected yet, and K and V are one tensor: no table is needed
         self.left_out = 0  # blocks that are not attended, of all heads
         self.allocate((c.block_size, m.head_dim), dtype)
+        self.together = self.device.type == "cpu" and backend == "torch"  # see gather
+        if self.together:  # for the tokens of each row of the table; memory that is never written costs nothing
+            n_tokens = self.table.shape[2] * c.block_size
+            self.listed = torch.zeros(2, *self.heads, n_tokens, m.head_dim, dtype=dtype)  # (2, L, Hk, tokens, D)
+            self.mask = torch.zeros(*self.heads, n_tokens)  # (L, Hk, tokens): 0 for what is attended, else -inf
+            self.newest = torch.zeros(*self.heads, 1, dtype=torch.int64)  # the newest token's place in each row
+            self.longest = [0] * m.n_layers  # the longest row's tokens, less those of the text
 
     def allocate(self, block, dtype):
         """Make the memory for K and V."""
@@ -581,40 +604,62 @@ class KVCache:
         return tokens
 
     def end_prompt(self, n_tokens):
+        self.position.fill_(n_tokens - 1)
         self.lengths.fill_(n_tokens + self.config.echo_blocks * self.config.block_size)
 
     def begin_token(self):
         """What the host does before a token."""
 
-    def advance(self, position):
-        """The next writes and reads belong to the token at position (1,) int64."""
-        self.position = position
-        self.lengths += 1
+    def advance(self):
+        """The next writes and reads belong to the next token."""
+        self.counters += 1
+        if self.together and not self.whole:
+            self.newest += 1
+            self.mask.scatter_(2, self.newest, 0.0)
 
     def write(self, layer, k, v):
         """Store k, v (Hk, 1, D) of the current token."""
-        self.kv[:, layer].flatten(2, 3).index_copy_(2, self.position, torch.stack((k, v)))
+        k_rows, v_rows, row = self.token_rows(layer)
+        k_rows.index_copy_(1, row, k)
+        v_rows.index_copy_(1, row, v)
+        if self.together and not self.whole:
+            newest = self.newest[layer, :, :, None].expand_as(k)  # (Hk, 1, D)
+            self.listed[0, layer].scatter_(1, newest, k)
+            self.listed[1, layer].scatter_(1, newest, v)
+
+    def token_rows(self, layer):
+        """Where the current token's K and V go: two views (Hk, rows, D), and the row (1,) int64."""
+        return *self.kv[:, layer].flatten(2, 3), self.position
 
     def attend(self, layer, q, n_tokens):
         """Attention of q (Hq, D) to the blocks of the table -> out (Hq, D), log-sum-exp (Hq,).
 
         While all blocks are attended, the torch backend needs no table, and gives no log-sum-exp (None).
         """
+        groups = q.view(self.heads[1], 1, -1, q.shape[1])  # (Hk, 1, G, D)
         if self.whole and self.backend == "torch":
             k, v = self.kv[:, layer].flatten(2, 3)[:, None, :, :n_tokens]  # (1, Hk, T, D) each
-            groups = q.unflatten(0, (self.heads[1], -1))[None]  # (1, Hk, G, D)
-            return F.scaled_dot_product_attention(groups, k, v)[0].flatten(0, 1), None
-        return kernels.sparse_decode(q, *self.blocks, self.table[layer], self.lengths[layer], self.backend)
+            return F.scaled_dot_product_attention(groups.transpose(0, 1), k, v)[0].flatten(0, 1), None
+        if self.together:
+            n = self.longest[layer] + n_tokens
+            k, v = self.listed[:, layer, :, None, :n]  # (Hk, 1, n, D) each
+            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike F's, it returns the lse
+            out, lse = attend(groups, k, v, attn_mask=self.mask[layer, :, None, None, :n])  # (Hk, 1, G, D), (Hk, 1, G)
+            return out.view(q.shape), lse.view(-1)
+        lists = self.table[layer], self.lengths[layer], self.work[layer]
+        return kernels.sparse_decode(q, *self.blocks, *lists, self.backend)
 
-    def attend_also(self, block):
-        """The current token attends to the echoes `block` (E,) int64, too; -1 for none. No block is read twice."""
-        new = (block >= 0) & ~self.attended[..., block]  # (L, Hk, E)
-        self.table[..., : len(block)] = torch.where(new, self.echo_address(block, new), -1)
-        self.echoes += new.sum()
+    def attend_also(self, block, layers=slice(None)):
+        """The current token attends to echoes, too: block (E,) int64, `capacity` for none. No block is read twice."""
+        entries = self.table[layers, :, : len(block)]  # (L', Hk, E)
+        self.write_echoes(block, entries, layers)
+        self.echoes[layers].add_(entries >= 0)
+        if self.together:
+            self.gather_echoes(entries, layers)
 
-    def echo_address(self, block, new):
-        """Where the blocks (E,) are, for heads to which they are new: (L, Hk, E)."""
-        return self.address[..., block]
+    def write_echoes(self, block, entries, layers):
+        """Write the addresses of blocks (E,) to the table's entries (L', Hk, E), -1 for those attended already."""
+        torch.index_select(self.absent[layers], 2, block, out=entries)
 
     def pool(self, layers, q, *args):
         """See pool_rows; q (L', Hq, n, D) of the slice `layers`."""
@@ -627,6 +672,8 @@ class KVCache:
         """
         if chosen is not None:
             self.attend_to(*self.lists(self.address, chosen, start, end, n_tokens))
+        elif self.backend == "triton":
+            self.plan()
 
     def lists(self, address, chosen, start, end, n_tokens):
         """The arguments of `attend_to`, from chosen (L, Hk, end - start) and address (L, Hk, capacity).
@@ -648,12 +695,54 @@ class KVCache:
         fits = end - start <= self.config.topk_blocks + self.config.echo_blocks
         return end - start if fits else self.config.topk_blocks
 
-    def attend_to(self, attended, table, lengths, left_out):
+    def attend_to(self, attended, table, lengths, left_out, layers=slice(None)):
         """Attend to these lists from now on. The tensors keep their addresses, which a CUDA graph has captured."""
-        self.attended.copy_(attended)
-        self.table[..., self.config.echo_blocks :] = table
-        self.lengths.copy_(lengths)
+        ids = torch.arange(self.address.numel(), dtype=torch.int32, device=self.device).view(self.address.shape)
+        self.absent[layers, :, :-1] = torch.where(attended, -1, ids[layers])
+        self.table[layers, :, self.config.echo_blocks :] = table
+        self.lengths[layers] = lengths
         self.whole, self.left_out = False, left_out
+        if self.together:
+            self.gather(layers)
+        elif self.backend == "triton":
+            self.plan()
+
+    @property
+    def attended(self):
+        """The blocks that are attended, echoes apart: (L, Hk, capacity) bool."""
+        return self.absent[..., :-1] < 0
+
+    def plan(self):
+        """Divide the work of the decode kernel for the next tokens."""
+        self.work.copy_(kernels.divide_work(self.lengths, self.config.block_size))
+
+    # On a CPU, which reads fastest in order, the blocks of the table are copied together once a selection.
+
+    def gather(self, layers):
+        """Copy the listed blocks of a slice of the layers together, and mark what is attended of them."""
+        b, n_tokens = self.config.block_size, int(self.position) + 1
+        for layer in range(self.heads[0])[layers]:
+            table, length = self.table[layer], self.lengths[layer, :, None]  # (Hk, width), (Hk, 1)
+            table = table[:, : kernels.cdiv(int(length.max()), b)]  # (Hk, n)
+            token = torch.arange(table.shape[1] * b)
+            listed = (token < length) & (table >= 0).repeat_interleave(b, 1)  # (Hk, n * b)
+            self.mask[layer].fill_(-torch.inf)[:, : len(token)].masked_fill_(listed, 0.0)
+            block = torch.where(listed[:, ::b], table, -1)  # (Hk, n)
+            block = torch.where(block < 0, block.amax(1, keepdim=True), block).flatten()  # a listed one for the others
+            for target, blocks in zip(self.listed[:, layer], self.blocks):
+                target[:, : len(token)] = blocks.index_select(0, block).view(len(table), -1, target.shape[2])
+            self.newest[layer], self.longest[layer] = length - 1, int(length.max()) - n_tokens
+
+    def gather_echoes(self, entries, layers):
+        """Copy the echoes of a token to the front of the listed blocks: entries (L', Hk, E)."""
+        b, n_echoes = self.config.block_size, entries.shape[2]
+        mask = torch.where(entries >= 0, 0.0, -torch.inf).repeat_interleave(b, 2)  # (L', Hk, E * b)
+        self.mask[layers, :, : n_echoes * b] = mask
+        layer, head, echo = (entries >= 0).nonzero().unbind(1)  # (n,) each: those to copy
+        source = entries[layer, head, echo]  # (n,)
+        for target, blocks in zip(self.listed[:, layers], self.blocks):
+            front = target[:, :, : n_echoes * b].unflatten(2, (n_echoes, b))  # (L', Hk, E, b, D)
+            front[layer, head, echo] = blocks.index_select(0, source)  # (n, b, D)
 
     def take_over(self):
         """There is nothing to wait for: a selection takes effect at once."""
@@ -721,14 +810,14 @@ class OffloadedCache(KVCache):
             self.take_over()
         self.age += 1
 
-    def advance(self, position):
-        super().advance(position)
+    def advance(self):
+        super().advance()
         b = self.config.block_size
-        cell = self.fixed_slot(position // b) * 2 * b + position % b  # (1,)
-        self.cells = torch.cat((cell, cell + b))  # (2,): of the token's K and V in a head's fixed slots
+        self.row = self.fixed_slot(self.position // b) * 2 * b + self.position % b  # (1,): of K in a head's fixed slots
 
-    def write(self, layer, k, v):
-        self.fixed[layer].flatten(1, 3).index_copy_(1, self.cells, torch.cat((k, v), 1))
+    def token_rows(self, layer):
+        rows = self.fixed[layer].flatten(1, 3)  # (Hk, (sink + ring) * 2 b, D): a block's K, then its V
+        return rows, rows[:, self.config.block_size :], self.row
 
     def pool(self, layers, q, n_tokens, *args):
         """As KVCache.pool, on the host, which waits: the queries go there, the rows come back."""
@@ -737,17 +826,16 @@ class OffloadedCache(KVCache):
         rows = pool_rows(q.cpu(), self.host[layers, ..., 0, :, :], n_tokens, *args, "torch")
         return [x.to(self.device) for x in rows]
 
-    def echo_address(self, block, new):
-        """Copy the echoes that no slot holds yet into slots, before the token's attention."""
-        wanted = torch.where(new, block.int(), -1).flatten(0, 1)  # (L * Hk, E)
+    def write_echoes(self, block, entries, layers):
+        """As KVCache.write_echoes. Echoes that no slot holds yet are copied into slots first."""
+        wanted = self.absent[layers].index_select(2, block).flatten(0, 1)  # (L * Hk, E): ids in the host's memory
         still_wanted = (self.echo_held[..., None] == wanted[:, None]).any(-1)  # (L * Hk, E)
         held = torch.where(still_wanted, self.echo_held, -1)  # earlier tokens have been attended: slots may be reused
         slots, fetch, held = kernels.assign_slots(wanted, held)
         self.echo_held.copy_(held)
-        head = torch.arange(len(wanted), dtype=torch.int32, device=self.device)[:, None]  # (L * Hk, 1)
         slots = (self.first_echo + slots).int()
-        self.echoes_fetched += self.copy(torch.where(fetch < 0, -1, head * self.capacity + fetch), slots)
-        return slots.view(new.shape)
+        self.echoes_fetched += self.copy(fetch, slots)
+        entries.copy_(torch.where(wanted >= 0, slots, -1).view(entries.shape))
 
     def copy(self, source, target):
         """Copy blocks of the host, by id or -1 for none, into slots, both (..., n) int32. Returns their number, ()."""

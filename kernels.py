@@ -1,11 +1,13 @@
 """The hot paths of a sparse decode step, in the order in which data flows through them.
 
-    1. find_echoes     token ids           ->  one score per block: does it continue an earlier match of the text's end?
-    2. pool_history    queries x keys      ->  block-max attention probabilities, one row per query
-    3. predict         rows of history     ->  one score per block
-    4. select_blocks   scores              ->  the best blocks
-    5. sparse_decode   query, those blocks ->  attention output
-    6. copy_blocks     host memory         ->  device slots, for the blocks that `assign_slots` does not find there
+    1. find_echoes        token ids           ->  the blocks that continue earlier matches of the text's end
+    2. pool_history       queries x keys      ->  block-max attention probabilities, one row per query
+    3. predict            rows of history     ->  one score per block
+    4. select_blocks      scores              ->  the best blocks
+    5. rotate_and_write   q, k, v of a token  ->  rotated q; rotated k and v in the cache
+    6. sparse_decode      q, selected blocks  ->  attention output
+    7. swiglu             gate, up            ->  what the layer's last product multiplies
+    8. copy_blocks        host memory         ->  device slots, for the blocks that `assign_slots` does not find there
 
 Each section gives the mathematics, a PyTorch reference, the Triton kernel, and the launcher that the rest of the
 project calls, whose argument `backend` ("torch" or "triton") says which code runs. What launchers share is at the end.
@@ -66,7 +68,7 @@ MATCH_TOKENS = tl.constexpr(8)  # longer matches count as this long
 ECHO_TILE = 1024  # tokens of a program
 
 
-def find_echoes_reference(ids, position, start, local_blocks, block_size, n_blocks):
+def find_echoes_reference(ids, position, start, local_blocks, block_size, n_blocks, n_echoes):
     """See `find_echoes`."""
     p, run, matches = torch.arange(len(ids), device=ids.device), 0, True
     for j in range(8):  # matches: the tokens p - j ... p equal the last j + 1 of the text
@@ -76,7 +78,9 @@ def find_echoes_reference(ids, position, start, local_blocks, block_size, n_bloc
     score = F.pad(score[:-1], (1, n_blocks * block_size - len(ids)), value=float("-inf"))  # of position p
     block = torch.arange(n_blocks, device=ids.device)
     in_middle = (block >= start) & (block < (position + 1) // block_size - local_blocks)
-    return score.view(n_blocks, block_size).amax(1).masked_fill(~in_middle, float("-inf"))  # (n_blocks,)
+    score = score.view(n_blocks, block_size).amax(1).masked_fill(~in_middle, float("-inf"))  # (n_blocks,)
+    best, echo = F.pad(score, (0, n_echoes), value=float("-inf")).topk(n_echoes)  # (E,), (E,)
+    return torch.where(best > float("-inf"), echo, n_blocks)
 
 
 # Grid: (tiles of TILE tokens). Each program compares its tokens, and those up to eight before them, with the text's
@@ -102,25 +106,41 @@ def _echo_kernel(
     tl.store(scores_ptr + block, tl.where(in_middle, score, float("-inf")), mask=block < n_blocks)
 
 
-def find_echoes(ids, position, start, local_blocks, block_size, n_blocks, backend="torch"):
-    """Scores of the blocks that continue earlier occurrences of the text's end (README: echo).
+# Grid: (1,). The best score, n_echoes times. Traffic: the scores once; 32 KB at 128K tokens.
+@triton.jit(do_not_specialize=["n_blocks"])
+def _best_echoes_kernel(scores_ptr, echo_ptr, n_blocks, N_ECHOES: tl.constexpr, SIZE: tl.constexpr):
+    block = tl.arange(0, SIZE)
+    scores = tl.load(scores_ptr + block, mask=block < n_blocks, other=float("-inf"))  # (SIZE,)
+    for i in range(N_ECHOES):
+        best, echo = tl.max(scores, 0, return_indices=True)
+        tl.store(echo_ptr + i, tl.where(best > float("-inf"), echo, n_blocks).to(tl.int64))
+        scores = tl.where(block == echo, float("-inf"), scores)
+
+
+def find_echoes(ids, position, start, local_blocks, block_size, n_blocks, n_echoes, backend="torch"):
+    """The blocks that continue earlier occurrences of the text's end: the longest match first, then the latest
+    (README: echo).
 
     ids           (T,) int64: the text's token ids, and room for later ones
     position      (1,) int64 on the device: of the newest token. Nothing here waits for its value
     start         the first middle block; the middle ends `local_blocks` before the newest token's block
-    returns       scores (n_blocks,) float32, -inf for blocks outside of the middle and for those that continue nothing
+    returns       the best blocks of the middle, (n_echoes,) int64; n_blocks where no other block continues anything
     """
     assert ids.dtype == position.dtype == torch.int64 and len(ids) <= n_blocks * block_size
     assert 9 * len(ids) + 9 < 2**24, "scores must be exact in float32"
     if not use_triton(backend, ids.device):
-        return find_echoes_reference(ids, position, start, local_blocks, block_size, n_blocks)
+        return find_echoes_reference(ids, position, start, local_blocks, block_size, n_blocks, n_echoes)
     assert ids.is_contiguous() and ECHO_TILE % block_size == 0
     scores = ids.new_empty(n_blocks, dtype=torch.float32)
     _echo_kernel[(cdiv(n_blocks * block_size, ECHO_TILE),)](
         ids, position, scores, start, local_blocks, len(ids), n_blocks,
         BLOCK_SIZE=block_size, TILE=ECHO_TILE, num_warps=4,
     )  # fmt: skip
-    return scores
+    echo = ids.new_empty(n_echoes)
+    _best_echoes_kernel[(1,)](
+        scores, echo, n_blocks, N_ECHOES=n_echoes, SIZE=triton.next_power_of_2(n_blocks), num_warps=8
+    )
+    return echo
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -528,88 +548,137 @@ def select_blocks(scores, k, backend="torch"):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 5. Sparse flash-decoding.   out[h] = softmax(q k / sqrt(D)) v over the tokens of the blocks in the row of h's KV head
+# 5. Rotary embedding.   q and k turn by the angles position * freq, two components at a time; k and v enter the cache
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def rotate_and_write_reference(qk, v, freq, scale, position, k_rows, v_rows, row):
+    """See `rotate_and_write`."""
+    angle, x = position * freq, qk.float()  # (D,), (Hq + Hk, D)
+    halves_swapped = x.roll(x.shape[1] // 2, 1)  # (Hq + Hk, D)
+    rotated = ((x * angle.cos() + halves_swapped * angle.sin()) * scale).to(qk.dtype)
+    k_rows[:, row[0]], v_rows[:, row[0]] = rotated[-len(v) :], v
+    return rotated
+
+
+# Grid: (Hq + Hk,). A program rotates one head, and writes K and V of a KV head into the cache. Traffic: each number
+# once; what counts is that five launches become one.
+@triton.jit(do_not_specialize=["n_heads"])
+def _rotate_kernel(
+    qk_ptr, v_ptr, freq_ptr, position_ptr, row_ptr, rotated_ptr, k_rows_ptr, v_rows_ptr,
+    scale, n_heads, stride_qkh, stride_vh, stride_rh, stride_rt, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    d = tl.arange(0, HEAD_DIM)
+    angle = tl.load(position_ptr).to(tl.float32) * tl.load(freq_ptr + d)  # (D,)
+    x = tl.load(qk_ptr + head * stride_qkh + d).to(tl.float32)
+    halves_swapped = tl.load(qk_ptr + head * stride_qkh + (d + HEAD_DIM // 2) % HEAD_DIM).to(tl.float32)
+    rotated = (x * tl.cos(angle) + halves_swapped * tl.sin(angle)) * scale
+    rotated = rotated.to(rotated_ptr.dtype.element_ty)
+    tl.store(rotated_ptr + head * HEAD_DIM + d, rotated)
+    if head >= n_heads:  # after the query heads come the KV heads
+        head -= n_heads
+        cell = head.to(tl.int64) * stride_rh + tl.load(row_ptr) * stride_rt + d
+        tl.store(k_rows_ptr + cell, rotated)
+        tl.store(v_rows_ptr + cell, tl.load(v_ptr + head * stride_vh + d))
+
+
+def rotate_and_write(qk, v, freq, scale, position, k_rows, v_rows, row, backend="torch"):
+    """Rotate the query and the keys of one token, and write its K and V into the cache.
+
+    qk            (Hq + Hk, D): query heads, then key heads; v (Hk, D)
+    freq          (D,) float32: radians per position. Component d turns with component (d + D / 2) % D, so the first
+                  half is negative; 0 for layers without rotation
+    scale         a factor of q and k
+    position      (1,) int64: of the token in the text; row (1,) int64: where its K and V go
+    k_rows        (Hk, rows, D) views of the cache; v_rows alike, with the same strides
+    returns       the rotated qk
+    """
+    assert position.dtype == row.dtype == torch.int64 and freq.dtype == torch.float32
+    assert k_rows.stride() == v_rows.stride() and qk.dtype == v.dtype == k_rows.dtype == v_rows.dtype
+    if not use_triton(backend, qk.device):
+        return rotate_and_write_reference(qk, v, freq, scale, position, k_rows, v_rows, row)
+    assert qk.stride(1) == v.stride(1) == freq.stride(0) == k_rows.stride(2) == 1
+    rotated = qk.new_empty(qk.shape)
+    _rotate_kernel[(len(qk),)](
+        qk, v, freq, position, row, rotated, k_rows, v_rows,
+        scale, len(qk) - len(v), qk.stride(0), v.stride(0), k_rows.stride(0), k_rows.stride(1),
+        HEAD_DIM=qk.shape[1], num_warps=1,
+    )  # fmt: skip
+    return rotated
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 6. Sparse flash-decoding.   out[h] = softmax(q k / sqrt(D)) v over the tokens of the blocks in the row of h's KV head
 #
 # A row of the table lists blocks: their numbers in k_blocks and v_blocks, which are the whole cache or the slots of an
 # offloaded one. -1 stands for no block. Rows of different heads list different numbers of tokens. The G queries of a KV
 # head share each block that is read.
 # --------------------------------------------------------------------------------------------------------------------
 
-MERGE_TILE = 32  # partial results that the merge holds at once
+DECODE_TILE = 32  # tokens of a tile: small ones fill the multiprocessors even where lists are short
+MIN_TILES = 2  # of a split: the second tile is on its way while the first one is multiplied
+MERGE_ELEMENTS = 4096  # of partial results that a program holds at once while it merges
 
 
 def sparse_decode_reference(q, k_blocks, v_blocks, table, lengths):
     """See `sparse_decode`. What follows a list in its last block must be finite."""
-    k, v, mask = gather_listed(k_blocks, v_blocks, table, lengths)  # (Hk, tokens, D), (Hk, tokens, D), (Hk, tokens)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    groups = q.view(len(table), -1, q.shape[1]).to(dtype) * q.shape[1] ** -0.5  # (Hk, G, D)
-    logits = groups @ k.to(dtype).mT + mask[:, None]  # (Hk, G, tokens)
-    lse = logits.logsumexp(-1)  # (Hk, G)
-    p = torch.exp(logits - lse[..., None])  # (Hk, G, tokens)
-    return (p @ v.to(dtype)).to(q.dtype).view(q.shape), lse.view(-1).float()
-
-
-def sparse_decode_on_cpu(q, k_blocks, v_blocks, table, lengths):
-    """The same in one operation of PyTorch. It approximates the exponentials of 16-bit inputs: the log-sum-exp is then
-    good to 5e-5, while the reference has float32's accuracy.
-    """
-    k, v, mask = gather_listed(k_blocks, v_blocks, table, lengths)  # (Hk, tokens, D), (Hk, tokens, D), (Hk, tokens)
-    groups = q.view(len(table), 1, -1, q.shape[1])  # (Hk, 1, G, D)
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike F's, it returns the log-sum-exp
-    out, lse = attend(groups, k[:, None], v[:, None], attn_mask=mask[:, None, None])  # (Hk, 1, G, D), (Hk, 1, G)
-    return out.view(q.shape), lse.view(-1)
-
-
-def gather_listed(k_blocks, v_blocks, table, lengths):
-    """Copy the listed blocks together: K and V, (Hk, tokens, D) each, and a mask to add to logits, (Hk, tokens): 0 for
-    the tokens of a list, else -inf. All lists get the length of the longest.
-    """
-    block_size = k_blocks.shape[1]
-    table = table[:, : int(cdiv(lengths, block_size).amax())]  # (Hk, n)
+    (heads, block_size), dtype = (len(table), k_blocks.shape[1]), torch.promote_types(q.dtype, torch.float32)
     token = torch.arange(table.shape[1] * block_size, device=table.device)
     listed = (token < lengths[:, None]) & (table >= 0).repeat_interleave(block_size, 1)  # (Hk, tokens)
-    block = torch.where(listed[:, ::block_size], table, -1)  # (Hk, n)
-    block = torch.where(block >= 0, block, block.amax(1, keepdim=True)).flatten()  # a listed one for the others
-    k, v = (blocks.index_select(0, block).view(len(table), -1, blocks.shape[2]) for blocks in (k_blocks, v_blocks))
-    return k, v, torch.where(listed, 0.0, float("-inf"))
+    block = torch.where(listed[:, ::block_size], table, -1)  # (Hk, width)
+    block = torch.where(block < 0, block.amax(1, keepdim=True), block).long()  # a listed one for the others
+    k, v = (blocks[block].flatten(1, 2).to(dtype) for blocks in (k_blocks, v_blocks))  # (Hk, tokens, D) each
+    groups = q.view(heads, -1, q.shape[1]).to(dtype) * q.shape[1] ** -0.5  # (Hk, G, D)
+    logits = (groups @ k.mT).masked_fill(~listed[:, None], float("-inf"))  # (Hk, G, tokens)
+    lse = logits.logsumexp(-1)  # (Hk, G)
+    p = torch.exp(logits - lse[..., None])  # (Hk, G, tokens)
+    return (p @ v).to(q.dtype).view(q.shape), lse.view(-1).float()
 
 
-# The lengths are known on the device only, so n_programs + Hk programs start, and each finds its share itself. All
-# lists are cut into tiles, and a list's tiles into splits; program p takes the p-th split of all. Example: lists of 5,
-# 1, 2 and 9 tiles and n_programs = 4 give tiles_per_split = ceil(17 / 4) = 5, splits = 1, 1, 1, 2 and
-# first_program = 0, 1, 2, 3. Programs 3 and 4 share the last list; programs 5 to 7 return at once.
-@triton.jit
-def _divide_work(lengths_ptr, heads, n_programs, TILE: tl.constexpr, MAX_HEADS: tl.constexpr):
-    head = tl.arange(0, MAX_HEADS)
-    length = tl.load(lengths_ptr + head, mask=head < heads, other=0)  # (MAX_HEADS,) tokens
-    tiles = tl.cdiv(length, TILE)
-    tiles_per_split = tl.cdiv(tl.sum(tiles, 0), n_programs)
-    splits = tl.cdiv(tiles, tiles_per_split)  # (MAX_HEADS,): n_programs + Hk in all, at most
-    first_program = tl.cumsum(splits, 0) - splits  # (MAX_HEADS,) the program that takes a head's first split
-    return head, first_program, splits, tiles_per_split
+def divide_work(lengths, block_size):
+    """Which program of a layer's `_decode_kernel` takes which part of which list, made once for many tokens.
+
+    All lists are cut into tiles, and a list's tiles into splits; program p takes the p-th split of all. Example: lists
+    of 5, 1, 2 and 9 tiles and 4 programs per layer give ceil(17 / 4) = 5 tiles a split and 1, 1, 1 and 2 splits:
+    programs 3 and 4 share the last list, and 5 to 7 have nothing to do.
+
+    lengths       (L, Hk) int64: the lists' lengths, in tokens. Lists that grow later have a longer last split
+    returns       (L, programs, 4) int32: head or -1, the first tile, the list's first program, its number of splits
+    """
+    programs = PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors(lengths.device)
+    tiles = cdiv(lengths, max(DECODE_TILE, block_size)).clamp(min=1)  # (L, Hk)
+    per_split = cdiv(tiles.sum(-1, keepdim=True), programs).clamp(min=MIN_TILES)  # (L, 1)
+    splits = cdiv(tiles, per_split)  # (L, Hk): programs + Hk in all, at most
+    end = splits.cumsum(-1)  # (L, Hk): the program after a list's last one
+    program = torch.arange(programs + lengths.shape[1], device=lengths.device).expand(len(lengths), -1).contiguous()
+    owner = torch.searchsorted(end, program, right=True)  # (L, programs): Hk for none
+    head = owner.clamp(max=lengths.shape[1] - 1)
+    first, n_splits = (end - splits).gather(-1, head), splits.gather(-1, head)
+    head = torch.where(owner == head, head, -1)
+    return torch.stack((head, (program - first) * per_split, first, n_splits), -1).int()
 
 
-# Grid: (n_programs + Hk,). A program walks its split of one list in tiles of TILE tokens with a running softmax; the
-# GROUP queries that share the list are the rows of one tl.dot, padded to 16. Traffic: it reads K and V of the listed
-# blocks once, and writes its normalised output and its log-sum-exp.
+# Grid: (programs,). A program walks its split of one list in tiles of TILE tokens with a running softmax; the GROUP
+# queries that share the list are the rows of one tl.dot, padded to 16. The last program of a list to end merges the
+# list's partial results, each weighted by its share of the exponentials. Traffic: it reads K and V of the listed blocks
+# once; partial results are a few percent of that.
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, partial_out_ptr, partial_lse_ptr,
-    heads, n_programs, scale, stride_qh, stride_table, stride_n, stride_t,
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, work_ptr, done_ptr, partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr,
+    scale, stride_qh, stride_table, stride_n, stride_t,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, MAX_HEADS: tl.constexpr, OPERAND: tl.constexpr,
+    TILE: tl.constexpr, OPERAND: tl.constexpr, QUERIES: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    every_head, every_first_program, every_splits, tiles_per_split = _divide_work(
-        lengths_ptr, heads, n_programs, TILE, MAX_HEADS
-    )
-    # (MAX_HEADS,): true at one head, or at none
-    owner = (program >= every_first_program) & (program < every_first_program + every_splits)
-    if tl.sum(owner.to(tl.int32), 0) == 0:
+    work_ptr += tl.program_id(0) * 4
+    head, first_tile = tl.load(work_ptr), tl.load(work_ptr + 1)
+    first_program, splits = tl.load(work_ptr + 2), tl.load(work_ptr + 3)
+    if head < 0:
         return
-    head = tl.sum(tl.where(owner, every_head, 0), 0)
-    split = program - tl.sum(tl.where(owner, every_first_program, 0), 0)
-    row_ptr, length = table_ptr + head * stride_table, tl.load(lengths_ptr + head)
+    row_ptr, length = table_ptr + head * stride_table, tl.load(lengths_ptr + head).to(tl.int32)
+    end_tile = tl.cdiv(length, TILE)  # of the list
+    if tl.program_id(0) + 1 < first_program + splits:
+        end_tile = tl.load(work_ptr + 5)  # where the next program's split begins
     g = tl.arange(0, GROUP_PAD)  # (GROUP_PAD,) query of the group
     d = tl.arange(0, HEAD_DIM)
     token = tl.arange(0, TILE)  # of a tile
@@ -620,12 +689,10 @@ def _decode_kernel(
     l = tl.zeros((GROUP_PAD,), tl.float32)
     acc = tl.zeros((GROUP_PAD, HEAD_DIM), tl.float32)
 
-    first_tile = split * tiles_per_split
-    last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(length, TILE))
     list_pos = first_tile * TILE + token  # (TILE,) of tokens in the list
     # (TILE,): block numbers, -1 for none
     block = tl.load(row_ptr + list_pos // BLOCK_SIZE, mask=list_pos < length, other=-1)
-    for _ in range(first_tile, last_tile):
+    for _ in range(first_tile, end_tile):
         listed = block >= 0  # (TILE,)
         kv_offset = block.to(tl.int64) * stride_n + token % BLOCK_SIZE * stride_t  # (TILE,)
         list_pos += TILE  # load the next tile's block numbers now, to hide their latency
@@ -641,78 +708,112 @@ def _decode_kernel(
         p = p.to(v.dtype).to(OPERAND)  # rounded as v is, in the interpreter too
         acc = tl.dot(p, v.to(OPERAND), acc * rescale[:, None], input_precision="ieee")
         m = m_new
-    partial = program * GROUP + g  # (GROUP_PAD,)
+    partial = tl.program_id(0) * GROUP + g  # (GROUP_PAD,)
     tl.store(partial_lse_ptr + partial, m + tl.log(l), mask=in_group)
     out = acc / tl.where(l > 0.0, l, 1.0)[:, None]  # 0 for a split of entries that are all -1
     tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + d[None, :], out, mask=in_group[:, None])
 
-
-# Grid: (heads, GROUP). Combines the partial results of one query, each weighted by its share of the exponentials.
-# Traffic: it reads the partial results, a few percent of the bytes of K and V, and writes the query's output.
-@triton.jit
-def _merge_kernel(
-    lengths_ptr, partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, heads, n_programs,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, MAX_HEADS: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    head, query = tl.program_id(0), tl.program_id(0) * GROUP + tl.program_id(1)
-    every_head, every_first_program, every_splits, _ = _divide_work(lengths_ptr, heads, n_programs, TILE, MAX_HEADS)
-    first_program = tl.sum(tl.where(every_head == head, every_first_program, 0), 0)
-    splits = tl.sum(tl.where(every_head == head, every_splits, 0), 0)
-    d = tl.arange(0, HEAD_DIM)
-    m = tl.full([], LOWEST, tl.float32)
-    l = tl.full([], 0.0, tl.float32)
-    acc = tl.zeros((HEAD_DIM,), tl.float32)
-    for tile in range(0, splits, SPLITS):
-        split = tile + tl.arange(0, SPLITS)  # (SPLITS,)
-        partial = (first_program + split) * GROUP + tl.program_id(1)  # (SPLITS,)
-        lse = tl.load(partial_lse_ptr + partial, mask=split < splits, other=float("-inf"))  # (SPLITS,)
-        m_new = tl.maximum(m, tl.max(lse, 0))
-        p = tl.exp(lse - m_new)  # (SPLITS,)
-        out_cell = partial[:, None] * HEAD_DIM + d[None, :]
-        out = tl.load(partial_out_ptr + out_cell, mask=(split < splits)[:, None], other=0.0)  # (SPLITS, D)
-        acc = acc * tl.exp(m - m_new) + tl.sum(out * p[:, None], 0)
+    tl.debug_barrier()  # all threads have stored; the atomic addition makes that visible to the program that merges
+    if tl.atomic_add(done_ptr + head, 1, sem="acq_rel") + 1 < splits:
+        return
+    tl.store(done_ptr + head, 0)  # for the next launch
+    query = tl.arange(0, QUERIES)  # GROUP, rounded up to a power of two
+    m = tl.full((QUERIES,), LOWEST, tl.float32)
+    l = tl.zeros((QUERIES,), tl.float32)
+    acc = tl.zeros((QUERIES, HEAD_DIM), tl.float32)
+    for first in range(0, splits, MERGE):
+        split = first + tl.arange(0, MERGE)  # (MERGE,)
+        valid = (split < splits)[:, None] & (query < GROUP)[None, :]  # (MERGE, QUERIES)
+        partial = (first_program + split)[:, None] * GROUP + query[None, :]  # (MERGE, QUERIES)
+        lse = tl.load(partial_lse_ptr + partial, mask=valid, other=float("-inf"), cache_modifier=".cg")
+        out_cell = partial[:, :, None] * HEAD_DIM + d[None, None, :]
+        out = tl.load(partial_out_ptr + out_cell, mask=valid[:, :, None], other=0.0, cache_modifier=".cg")
+        m_new = tl.maximum(m, tl.max(lse, 0))  # (QUERIES,)
+        p = tl.exp(lse - m_new[None, :])  # (MERGE, QUERIES)
+        acc = acc * tl.exp(m - m_new)[:, None] + tl.sum(out * p[:, :, None], 0)  # (QUERIES, D)
         l = l * tl.exp(m - m_new) + tl.sum(p, 0)
         m = m_new
-    tl.store(out_ptr + query * HEAD_DIM + d, (acc / l).to(out_ptr.dtype.element_ty))
-    tl.store(lse_ptr + query, m + tl.log(l))
+    out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
+    head_query = head * GROUP + query
+    tl.store(out_ptr + head_query[:, None] * HEAD_DIM + d[None, :], out, mask=(query < GROUP)[:, None])
+    tl.store(lse_ptr + head_query, m + tl.log(l), mask=query < GROUP)
 
 
-def sparse_decode(q, k_blocks, v_blocks, table, lengths, backend="torch"):
+@cache
+def finished_splits(device):
+    """Counters of `_decode_kernel`, which is 0 before and after each launch: of up to 1,024 KV heads, int32."""
+    return torch.zeros(1024, dtype=torch.int32, device=device)
+
+
+def sparse_decode(q, k_blocks, v_blocks, table, lengths, work=None, backend="torch"):
     """Attention of one token to the blocks of a table (README: attend).
 
     q          (Hq, D), rotated
     k_blocks   (blocks, b, D), v_blocks alike, with the same strides
     table      (Hk, width) int32: the blocks that each KV head attends to; -1 for none, which is skipped without a read
-    lengths    (Hk,) int32: tokens in each row of the table, all in full blocks but the last; -1 counts as a full block
+    lengths    (Hk,) int64: tokens in each row of the table, all in full blocks but the last; -1 counts as a full block
+    work       (programs, 4) int32: a layer's rows of `divide_work`, which the torch backend does not need
     returns    out (Hq, D) in q's dtype, and the log-sum-exp of scaled logits (Hq,) float32
     """
     (n_heads, head_dim), heads = q.shape, len(table)
     assert n_heads % heads == 0 and len(lengths) == heads and k_blocks.shape == v_blocks.shape
     if not use_triton(backend, q.device):
-        return (sparse_decode_on_cpu if q.is_cpu else sparse_decode_reference)(q, k_blocks, v_blocks, table, lengths)
+        return sparse_decode_reference(q, k_blocks, v_blocks, table, lengths)
     check_caches(q, k_blocks, v_blocks)
-    check_numbers(table, lengths)
+    check_numbers(table, work)
+    assert lengths.dtype == torch.int64 and lengths.is_contiguous() and work.is_contiguous() and heads <= 1024
     group, block_size = n_heads // heads, k_blocks.shape[1]
-    tile_blocks, stages = kv_tile(head_dim, block_size, q.element_size())
-    n_programs = PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors(q.device)
+    tile_blocks, stages = kv_tile(head_dim, block_size, q.element_size(), DECODE_TILE)
+    queries = triton.next_power_of_2(group)
     out, lse = q.new_empty((n_heads, head_dim)), q.new_empty(n_heads, dtype=torch.float32)
-    partial_out = q.new_empty((n_programs + heads, group, head_dim), dtype=torch.float32)
-    partial_lse = q.new_empty((n_programs + heads, group), dtype=torch.float32)
-    shape = dict(GROUP=group, HEAD_DIM=head_dim, TILE=tile_blocks * block_size, MAX_HEADS=triton.next_power_of_2(heads))
-    _decode_kernel[(n_programs + heads,)](
-        q, k_blocks, v_blocks, table, lengths, partial_out, partial_lse,
-        heads, n_programs, head_dim**-0.5, q.stride(0), table.stride(0), k_blocks.stride(0), k_blocks.stride(1),
-        **shape, GROUP_PAD=max(16, triton.next_power_of_2(group)), BLOCK_SIZE=block_size,
-        OPERAND=dot_operand(q.dtype), num_warps=8, num_stages=stages,
+    partial_out = q.new_empty((len(work), group, head_dim), dtype=torch.float32)
+    partial_lse = q.new_empty((len(work), group), dtype=torch.float32)
+    _decode_kernel[(len(work),)](
+        q, k_blocks, v_blocks, table, lengths, work, finished_splits(q.device), partial_out, partial_lse, out, lse,
+        head_dim**-0.5, q.stride(0), table.stride(0), k_blocks.stride(0), k_blocks.stride(1),
+        GROUP=group, GROUP_PAD=max(16, queries), QUERIES=queries, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        TILE=tile_blocks * block_size, MERGE=max(1, MERGE_ELEMENTS // (queries * head_dim)),
+        OPERAND=dot_operand(q.dtype), num_warps=4, num_stages=stages,
     )  # fmt: skip
-    _merge_kernel[(heads, group)](
-        lengths, partial_out, partial_lse, out, lse, heads, n_programs, **shape, SPLITS=MERGE_TILE, num_warps=4
-    )
     return out, lse
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# 6. Copying.   destination[to[i]] = source[from[i]]   for every i with from[i] >= 0
+# 7. SwiGLU.   y = silu(gate) * up,   silu(x) = x / (1 + exp(-x))
+# --------------------------------------------------------------------------------------------------------------------
+
+SWIGLU_TILE = 1024
+
+
+def swiglu_reference(gate_up):
+    """See `swiglu`."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+# Grid: (rows, tiles of TILE numbers). Traffic: each number once.
+@triton.jit(do_not_specialize=["n"])
+def _swiglu_kernel(gate_up_ptr, out_ptr, n, stride_row, TILE: tl.constexpr):
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)  # (TILE,)
+    gate = tl.load(gate_up_ptr + row * stride_row + i, mask=i < n, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * stride_row + n + i, mask=i < n, other=0.0).to(tl.float32)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * n + i, out.to(out_ptr.dtype.element_ty), mask=i < n)
+
+
+def swiglu(gate_up, backend="torch"):
+    """gate_up (rows, 2 n): the gates, then what they multiply -> (rows, n)."""
+    if not use_triton(backend, gate_up.device):
+        return swiglu_reference(gate_up)
+    assert gate_up.stride(1) == 1
+    rows, n = len(gate_up), gate_up.shape[1] // 2
+    out = gate_up.new_empty((rows, n))
+    _swiglu_kernel[(rows, cdiv(n, SWIGLU_TILE))](gate_up, out, n, gate_up.stride(0), TILE=SWIGLU_TILE, num_warps=4)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# 8. Copying.   destination[to[i]] = source[from[i]]   for every i with from[i] >= 0
 #
 # `assign_slots` decides what to copy, and where: a wanted block that a slot holds stays there, and the others take the
 # empty slots in order. A slot whose block is no longer wanted counts as empty from the next call on, not in this one,
@@ -836,9 +937,9 @@ def n_multiprocessors(device):
     return 132 if device.type == "meta" else 4
 
 
-def kv_tile(head_dim, block_size, element_size):
-    """How many blocks of K or V a program loads at once, and over how many pipeline stages."""
-    tokens = max(32, block_size, min(128, TILE_BYTES // (head_dim * element_size)))
+def kv_tile(head_dim, block_size, element_size, most=128):
+    """How many blocks of K or V, `most` tokens, a program loads at once, and over how many pipeline stages."""
+    tokens = max(32, block_size, min(most, TILE_BYTES // (head_dim * element_size)))
     fits = tokens * head_dim * element_size <= TILE_BYTES and not is_amd()
     return tokens // block_size, 3 if fits else 2
 

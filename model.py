@@ -19,7 +19,7 @@ import secrets
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 
 import huggingface_hub
@@ -72,7 +72,6 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.residual_dtype, self.kv_dtype = activation_dtypes(dtype, device)  # kv_dtype: of q, k, v and their cache
-        self.rope_by_matrix = torch.device(device).type != "cpu"  # for one token: saves launches on a GPU
         with torch.device("meta"):
             self.embed = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
             self.blocks = nn.ModuleList(Block(layer, config) for layer in range(config.n_layers))
@@ -93,18 +92,17 @@ class Llama(nn.Module):
         return self.embed.dtype
 
     @torch.inference_mode()
-    def hidden(self, tokens, positions, attend):
+    def hidden(self, tokens, positions, attend, fused=None):
         """tokens (T,) int64 at positions (T,) int64 -> the final, normed hidden states (T, C)."""
         x = F.embedding(tokens, self.embed).to(self.residual_dtype)  # (T, C)
-        angles = positions[:, None] * self.rope_freq  # (T, D); no table, because a context can be a million tokens
-        cos, sin = angles.cos(), angles.sin()  # (T, D), (T, D): the first half of sin is negated
-        if self.rope_scale != 1:
-            cos, sin = cos * self.rope_scale, sin * self.rope_scale  # (T, D), (T, D)
-        rope = partial(rotate, cos=cos, sin=sin)
-        if len(tokens) == 1 and self.rope_by_matrix:
-            rope = partial(torch.matmul, other=rotation_matrix(cos, sin).to(self.kv_dtype))
+        cos = sin = None
+        if not fused:
+            angles = positions[:, None] * self.rope_freq  # (T, D); no table, because a context can be a million tokens
+            cos, sin = angles.cos(), angles.sin()  # (T, D), (T, D): the first half of sin is negated
+            if self.rope_scale != 1:
+                cos, sin = cos * self.rope_scale, sin * self.rope_scale  # (T, D), (T, D)
         for block in self.blocks:
-            x = block(x, rope, attend, self.kv_dtype)  # (T, C)
+            x = block(x, cos, sin, attend, self.kv_dtype, fused)  # (T, C)
         return self.norm(x, product_dtype(self.head.weight, len(x)))  # (T, C)
 
     @torch.inference_mode()
@@ -113,10 +111,16 @@ class Llama(nn.Module):
         return self.head(hidden).float()  # (..., V)
 
     @torch.inference_mode()
-    def forward(self, tokens, positions, attend):
+    def forward(self, tokens, positions, attend, fused=None):
         """tokens (T,) int64 at positions (T,) int64 -> the last position's logits (V,) float32."""
         with fastest_backend(len(tokens), self.device):
-            return self.logits(self.hidden(tokens, positions, attend)[-1:])[0]  # (V,)
+            return self.logits(self.hidden(tokens, positions, attend, fused)[-1:])[0]  # (V,)
+
+    def rope(self, layer):
+        """A layer's radians per position (D,), the first half negated, and a factor of q and k."""
+        if self.blocks[layer].has_rope:
+            return self.rope_freq, self.rope_scale  # (D,)
+        return torch.zeros_like(self.rope_freq), 1.0  # (D,)
 
 
 class Block(nn.Module):
@@ -136,7 +140,7 @@ class Block(nn.Module):
         self.gate_up = Linear(d_model, 2 * d_ff, config.mlp_bias)  # the rows are gate, then up
         self.down = Linear(d_ff, d_model, config.mlp_bias)
 
-    def forward(self, x, rope, attend, kv_dtype):  # x (T, C), overwritten -> (T, C)
+    def forward(self, x, cos, sin, attend, kv_dtype, fused):  # x (T, C), overwritten -> (T, C)
         T, n_heads, n_kv_heads = x.shape[0], self.config.n_heads, self.config.n_kv_heads
         dtype = product_dtype(self.qkv.weight, T)
         heads = self.qkv(self.attn_norm(x, dtype)).view(T, -1, self.config.head_dim)  # (T, Hq + 2 Hk, D)
@@ -145,12 +149,17 @@ class Block(nn.Module):
         if self.q_norm is not None:
             q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
             qk = torch.cat((self.q_norm(q, kv_dtype), self.k_norm(k, kv_dtype)))  # (Hq + Hk, T, D)
-        if self.has_rope:
-            qk = rope(qk)  # (Hq + Hk, T, D)
+        if fused:
+            qk = fused.rotate(self.layer, qk, v)  # (Hq + Hk, T, D)
+        elif self.has_rope:
+            qk = rotate(qk, cos, sin)  # (Hq + Hk, T, D)
         q, k = qk.split((n_heads, n_kv_heads))  # (Hq, T, D), (Hk, T, D)
         out = attend(self.layer, q, k, v).transpose(0, 1).reshape(T, -1).to(dtype)  # (T, Hq * D)
         x = self.attn_out(out, x)  # (T, C)
-        gate, up = self.gate_up(self.mlp_norm(x, dtype)).chunk(2, dim=-1)  # (T, I), (T, I)
+        gate_up = self.gate_up(self.mlp_norm(x, dtype))  # (T, 2 I)
+        if fused:
+            return self.down(fused.multiply_gates(gate_up), x)  # (T, C)
+        gate, up = gate_up.chunk(2, dim=-1)  # (T, I), (T, I)
         return self.down(F.silu(gate).mul_(up), x)  # (T, C)
 
 
@@ -202,11 +211,6 @@ def rotate(x, cos, sin):
     """Apply RoPE in float32: x (heads, T, D), cos and sin (T, D), with the first half of sin negated -> x's shape."""
     halves_swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)  # (heads, T, D)
     return torch.addcmul(x * cos, halves_swapped, sin).to(x.dtype)  # (heads, T, D)
-
-
-def rotation_matrix(cos, sin):
-    """The matrix (D, D) of one token's RoPE, from cos and sin (1, D): x @ matrix is one launch, `rotate` is four."""
-    return cos[0].diag() + sin[0].diag().roll(cos.shape[1] // 2, 0)  # (D, D)
 
 
 def causal_attention(layer, q, k, v):

@@ -157,8 +157,8 @@ class Ours:
     def step(self):
         """Decode a token and return the one before, which the host reads after the launch, as in `generate`."""
         value = attnpred.read_later(self.token)
-        self.token = attnpred.sample(self.decoder.decode(self.token))
-        return value()
+        self.token = attnpred.sample(self.decoder.decode(self.token))[0]
+        return value()[0]
 
     def round(self):
         return [self.step() for _ in range(self.n_round)]
@@ -469,7 +469,7 @@ def bench_offload(args, config, device):
         cache.selected = 0
         for token in tokens[TEXT_TOKENS:].split(1):
             decoder.decode(token)
-        counts = {"selected": cache.selected, "of these copied": cache.fetched, "echoes": cache.echoes}
+        counts = {"selected": cache.selected, "of these copied": cache.fetched, "echoes": cache.echoes.sum()}
         counts |= {"of the echoes copied": cache.echoes_fetched, "written back": cache.written_back}
         mb = 1e-6 * cache.slots[0].nbytes / TEXT_STEPS
         rows.append({"text": what} | {f"{kind}, MB": f"{int(count) * mb:,.3f}" for kind, count in counts.items()})

@@ -17,12 +17,12 @@ from attnpred import Predictor
 
 
 def echo_paths(m, c, n_tokens, dtype, device, backend):
-    """Looks up earlier occurrences of the newest token, in a text of a thousand different tokens."""
+    """Looks up the echoes of the newest token, in a text of a thousand different tokens."""
     ids, position = torch.randint(1000, (n_tokens,), device=device), torch.tensor([n_tokens - 1], device=device)
     n_blocks, b = c.n_blocks(n_tokens), c.block_size
-    shape = ids, position, c.sink_tokens // b, c.local_tokens // b, b, n_blocks
+    shape = ids, position, c.sink_tokens // b, c.local_tokens // b, b, n_blocks, c.echo_blocks
     rivals = {"PyTorch": partial(kernels.find_echoes_reference, *shape)}
-    yield "find_echoes", ids.nbytes + 4 * n_blocks, 0, partial(kernels.find_echoes, *shape, backend), rivals
+    yield "find_echoes", ids.nbytes + 8 * c.echo_blocks, 0, partial(kernels.find_echoes, *shape, backend), rivals
 
 
 def softmax_then_max(q, k_cache, n_tokens, distance):
@@ -94,20 +94,16 @@ def prediction_paths(m, c, n_tokens, dtype, device, backend):
 
 
 def selection_paths(m, c, n_tokens, dtype, device, backend):
-    """Selects the best blocks of the whole model, and the echoes of a token."""
+    """Selects the best blocks of the whole model."""
     (start, end), heads = c.middle(n_tokens), m.n_layers * m.n_kv_heads
-    for name, n, k in (
-        ("of all layers", heads * (end - start), heads * c.topk_blocks),
-        ("echoes", c.n_blocks(n_tokens), c.echo_blocks),
-    ):
-        scores = torch.randn(1, n, device=device)
-        rivals = {"topk, then sort": partial(lambda s, k: s.topk(k, sorted=False).indices.sort(1).values, scores, k)}
-        call = partial(kernels.select_blocks, scores, k, backend)
-        yield f"select_blocks, {k} {name}", scores.nbytes + 4 * k, 0, call, rivals
+    scores, k = torch.randn(1, heads * (end - start), device=device), heads * c.topk_blocks
+    rivals = {"topk, then sort": lambda: scores.topk(k, sorted=False).indices.sort(1).values}
+    call = partial(kernels.select_blocks, scores, k, backend)
+    yield f"select_blocks, {k} of all layers", scores.nbytes + 4 * k, 0, call, rivals
 
 
 def table_of(counts, n_echoes, c, n_tokens, device):
-    """A table of addresses (Hk, width) and lengths in tokens (Hk,), int32 both, of random blocks.
+    """A table of addresses (Hk, width) int32 and lengths in tokens (Hk,) int64, of random blocks.
 
     KV head h attends to counts[h] blocks of the middle, to sink and local window, and to n_echoes others of the middle.
     """
@@ -120,7 +116,7 @@ def table_of(counts, n_echoes, c, n_tokens, device):
         listed = head * n_blocks + torch.cat([outside, blocks]).sort().values
         row[n_echoes + n_none :][: len(listed)] = listed
     lengths = (c.echo_blocks + torch.tensor(counts) + len(outside)) * c.block_size
-    return table.int().to(device), lengths.int().to(device)
+    return table.int().to(device), lengths.to(device)
 
 
 def attention_paths(m, c, n_tokens, dtype, device, backend):
@@ -140,7 +136,8 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
         ("uneven, no echoes", uneven, 0),
     ):
         table, lengths = table_of(counts, n_echoes, c, n_tokens, device)
-        call = partial(lambda *lists: kernels.sparse_decode(q, *pool, *lists, backend)[0], table, lengths)
+        work = kernels.divide_work(lengths[None], c.block_size)[0]
+        call = partial(lambda *lists: kernels.sparse_decode(q, *pool, *lists, backend)[0], table, lengths, work)
         rivals = {"SDPA over gathered blocks": partial(lambda address: sdpa(pool[:, address]), table.flatten().long())}
         rivals |= {"SDPA over all blocks": lambda: sdpa(pool)}
         outside = n_blocks - len(range(*c.middle(n_tokens)))  # blocks of sink and local window
@@ -148,6 +145,20 @@ def attention_paths(m, c, n_tokens, dtype, device, backend):
         elements = pool[:, :1].numel() * listed  # of K and V
         moved = elements * pool.element_size() + 2 * q.nbytes + 4 * table.numel()
         yield f"sparse_decode, {name}, one layer", moved, group * elements, call, rivals if n_echoes else {}
+
+
+def layer_paths(m, c, n_tokens, dtype, device, backend):
+    """Rotates a layer's q and k and writes K and V; multiplies its gates."""
+    qk, v = (torch.randn(n, m.head_dim, device=device).to(dtype) for n in (m.n_heads + m.n_kv_heads, m.n_kv_heads))
+    freq, cache = torch.randn(m.head_dim, device=device), torch.zeros(2, *v.shape[:1], 64, m.head_dim, device=device)
+    row = torch.zeros(1, dtype=torch.int64, device=device)
+    arguments = qk, v, freq, 1.0, row, *cache.to(dtype), row
+    rivals = {"PyTorch": partial(kernels.rotate_and_write_reference, *arguments)}
+    call = partial(kernels.rotate_and_write, *arguments, backend)
+    yield "rotate_and_write", 2 * qk.nbytes + v.nbytes * 3, 0, call, rivals
+    gate_up = torch.randn(1, 2 * m.d_ff, device=device).to(dtype)
+    rivals = {"PyTorch": partial(kernels.swiglu_reference, gate_up)}
+    yield "swiglu", gate_up.nbytes * 3 // 2, 0, partial(kernels.swiglu, gate_up, backend), rivals
 
 
 def copy_paths(m, c, n_tokens, dtype, device, backend):
@@ -164,4 +175,4 @@ def copy_paths(m, c, n_tokens, dtype, device, backend):
         yield f"copy_blocks, {name} of {k}", n * host[0].nbytes, 0, call, rivals
 
 
-PATHS = (echo_paths, pooling_paths, prediction_paths, selection_paths, attention_paths, copy_paths)
+PATHS = (echo_paths, pooling_paths, prediction_paths, selection_paths, layer_paths, attention_paths, copy_paths)

@@ -238,7 +238,11 @@ def matches(recorder, step):
     def match(p):
         return next((j for j in range(8) if j == p or ids[p - 1 - j] != ids[n - 1 - j]), 8)
 
-    return [max((match(p), p) for p in range(block * b, block * b + b)) for block in r.echoes[step] if block >= 0]
+    return [
+        max((match(p), p) for p in range(block * b, block * b + b))
+        for block in r.echoes[step]
+        if block < r.cache.capacity
+    ]
 
 
 def draw_echo(recorder, tokenizer, path):

@@ -384,13 +384,10 @@ class RivalDecoder(SparseDecoder):
         start, end = self.config.middle(self.n_tokens)
         chosen = self.choose(self.rank(layer, start, end, q)[None])  # (1, Hk, n)
         lists = cache.lists(cache.address[one], chosen, start, end, self.n_tokens)
-        cache.attended[one], table, cache.lengths[one], cache.left_out = lists
-        cache.table[one, :, self.config.echo_blocks :] = table
+        cache.attend_to(*lists, one)
         if self.config.echo_blocks:
-            block, old = self.echo_block, cache.table[one, :, : self.config.echo_blocks]  # (E,), (1, Hk, E)
-            new = (block >= 0) & ~cache.attended[one][..., block]  # (1, Hk, E)
-            cache.echoes += new.sum() - (old >= 0).sum()
-            old.copy_(torch.where(new, cache.address[one][..., block], -1))
+            cache.echoes[one] -= (cache.table[one, :, : self.config.echo_blocks] >= 0).int()
+            cache.attend_also(self.echo_block, one)
 
 
 # --------------------------------------------------------------------------------------------------------------------

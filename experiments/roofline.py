@@ -111,10 +111,18 @@ class Stub:
     def __init__(self, m: LlamaConfig):
         self.config, self.device, self.kv_dtype = m, META, DTYPE
 
-    def __call__(self, tokens, positions, attend):
-        for layer in range(self.config.n_layers):
-            attend(layer, *empty_heads(self.config, len(tokens)))
+    def __call__(self, tokens, positions, attend, fused=None):
+        m = self.config
+        for layer in range(m.n_layers):
+            q, k, v = empty_heads(m, len(tokens))
+            if fused:
+                fused.rotate(layer, torch.cat((q, k)), v)
+                fused.multiply_gates(torch.empty(1, 2 * m.d_ff, dtype=DTYPE, device=META))
+            attend(layer, q, k, v)
         return torch.empty(self.config.vocab_size, device=META)
+
+    def rope(self, layer):
+        return torch.empty(self.config.head_dim, device=META), 1.0
 
 
 def empty_heads(m, n_tokens):

@@ -41,6 +41,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import kernels
+
 HOST_WAITS = {  # operations whose result Python needs; tolist and numpy call resolve_conj
     "item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "resolve_conj",
 }  # fmt: skip
@@ -150,6 +152,7 @@ class Checker(TorchDispatchMode):
         )  # fmt: skip
         enter = self.patches.enter_context
         enter(mock.patch.multiple(torch.cuda, **cuda))
+        enter(mock.patch.object(kernels, "n_multiprocessors", lambda device: 4))
         enter(mock.patch.object(torch, "Generator", lambda device, make=torch.Generator: make()))
         for (module, name), touched in self.declared.items():
             enter(mock.patch.object(module, name, partial(self.launch, getattr(module, name), touched)))

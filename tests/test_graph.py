@@ -20,7 +20,8 @@ from attnpred import Config, SparseDecoder
 from tests.happens_before import HOST_WAITS
 from tests.helpers import random_predictor, tiny_llama
 
-LAUNCHERS = "find_echoes", "select_blocks", "sparse_decode", "copy_blocks"  # of a step; each runs its PyTorch reference
+# Of a step; each runs its PyTorch reference.
+LAUNCHERS = "find_echoes", "rotate_and_write", "sparse_decode", "swiglu", "copy_blocks"
 
 
 class FakeGraph:
@@ -67,6 +68,8 @@ class Capture(TorchDispatchMode):
 
     def launch(self, launcher, *args):
         operation = partial(launcher, *args)
+        if launcher.__name__ == "rotate_and_write":  # it writes K and V, too
+            return self.poison(torch.empty_like(args[0]), operation)
         if launcher.__name__ != "copy_blocks":
             with _disable_current_modes():
                 return self.poison(operation(), operation)
@@ -82,8 +85,10 @@ class Capture(TorchDispatchMode):
         name, operation = func.overloadpacket.__name__, partial(func, *args, **(kwargs or {}))
         assert name not in HOST_WAITS, f"{name}: the host waits for a step that is captured"
         if func._schema.is_mutable:
-            assert name.endswith("_"), f"{name} may not return its first argument"
             self.launches.append(operation)
+            if "out" in (kwargs or {}):
+                return kwargs["out"]
+            assert name.endswith("_"), f"{name} may not return its first argument"
             return args[0]
         out = operation()
         if storages(out) <= storages((args, kwargs)):  # a view
@@ -129,6 +134,7 @@ def fake_gpu():
         mock.patch.multiple(torch.cuda, **cuda),
         mock.patch.object(attnpred, "has_streams", lambda _: True),
         mock.patch.object(kernels, "use_triton", lambda *_: False),
+        mock.patch.object(kernels, "n_multiprocessors", lambda _: 4),
         mock.patch.object(FakeGraph, "made", []),
     ):
         yield
@@ -137,7 +143,6 @@ def fake_gpu():
 def decode(config, prompt_len, n_tokens, offload, graph):
     """Logits, recoveries and echoes after a prompt and n_tokens; how often each graph was replayed."""
     model = tiny_llama(n_layers=2, group=1, context_len=600)
-    model.rope_by_matrix = True  # as on a GPU
     tokens = torch.randint(3, (prompt_len + n_tokens,), generator=torch.Generator().manual_seed(0))
     with fake_gpu():
         decoder = SparseDecoder(config, model, random_predictor(), len(tokens), "triton", offload)
@@ -148,7 +153,7 @@ def decode(config, prompt_len, n_tokens, offload, graph):
         assert decoder.position.item() == len(tokens) - 1 and decoder.interval == config.interval(len(tokens))
         stats = decoder.stats
         del decoder  # while the streams are faked: it waits for its own
-        return torch.stack(logits), torch.stack(stats.recovery), stats.echoes, [g.replays for g in FakeGraph.made]
+        return torch.stack(logits), torch.stack(stats.recovery), stats.echoes.tolist(), [g.replays for g in FakeGraph.made]
 
 
 CONFIG = Config(

@@ -63,7 +63,7 @@ def test_watching_changes_nothing():
     middle = [blocks[..., start:end] == 1 for blocks in recorder.chosen]  # (L, Hk, n) per step
     changed = {i for i in range(1, 9) if not torch.equal(middle[i], middle[i - 1])}
     assert changed and changed <= {3, 6}  # steps 4 and 7, after the selections of steps 3 and 6
-    assert sum(int((blocks == 2).sum()) for blocks in recorder.chosen) == int(alone.cache.echoes)
+    assert sum(int((blocks == 2).sum()) for blocks in recorder.chosen) == int(alone.cache.echoes.sum())
     assert [id(row) for row in recorder.prediction[-1]] == [id(recorder.true_rows[i]) for i in (6, 7, 8)]
 
 
