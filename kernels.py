@@ -724,13 +724,13 @@ def _decode_kernel(
     for first in range(0, splits, MERGE):
         split = first + tl.arange(0, MERGE)  # (MERGE,)
         valid = (split < splits)[:, None] & (query < GROUP)[None, :]  # (MERGE, QUERIES)
-        partial = (first_program + split)[:, None] * GROUP + query[None, :]  # (MERGE, QUERIES)
-        lse = tl.load(partial_lse_ptr + partial, mask=valid, other=float("-inf"), cache_modifier=".cg")
-        out_cell = partial[:, :, None] * HEAD_DIM + d[None, None, :]
-        out = tl.load(partial_out_ptr + out_cell, mask=valid[:, :, None], other=0.0, cache_modifier=".cg")
+        cell = (first_program + split)[:, None] * GROUP + query[None, :]  # (MERGE, QUERIES)
+        lse = tl.load(partial_lse_ptr + cell, mask=valid, other=float("-inf"), cache_modifier=".cg")
+        out_cell = cell[:, :, None] * HEAD_DIM + d[None, None, :]
+        values = tl.load(partial_out_ptr + out_cell, mask=valid[:, :, None], other=0.0, cache_modifier=".cg")
         m_new = tl.maximum(m, tl.max(lse, 0))  # (QUERIES,)
         p = tl.exp(lse - m_new[None, :])  # (MERGE, QUERIES)
-        acc = acc * tl.exp(m - m_new)[:, None] + tl.sum(out * p[:, :, None], 0)  # (QUERIES, D)
+        acc = acc * tl.exp(m - m_new)[:, None] + tl.sum(values * p[:, :, None], 0)  # (QUERIES, D)
         l = l * tl.exp(m - m_new) + tl.sum(p, 0)
         m = m_new
     out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)

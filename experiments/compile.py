@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pandas as pd
+import torch
 
 import kernels
 from attnpred import Config, OneLineParser, exit_status
@@ -35,10 +36,11 @@ TARGETS = {
     "gfx90a": Target("hip", "gfx90a", 64, 64 * 1024),  # MI200
 }
 SMOLLM2 = replace(LLAMA_31_8B, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64)
+DTYPES = torch.bfloat16, torch.float16, torch.float32
 MODELS = {f"Llama-3.1-8B {n}K": (LLAMA_31_8B, 1024 * n) for n in (8, 32, 128)} | {"SmolLM2-135M 4K": (SMOLLM2, 4096)}
 
 
-def record(model, amd):
+def record(model, amd, dtype=DTYPES[0]):
     """The launches of a model's prompt and first tokens, resident and offloaded: a list of roofline.Launch.
 
     amd: whether the launchers choose their parameters for an AMD GPU.
@@ -46,7 +48,7 @@ def record(model, amd):
     (m, n_tokens), launches = MODELS[model], []
     with patch.object(kernels, "is_amd", lambda: amd):
         for offload in (False, True):
-            for counts in decode(Stub(m), Config(calibration_interval=4), n_tokens, 4, offload)[1]:
+            for counts in decode(Stub(m, dtype), Config(calibration_interval=4), n_tokens, 4, offload)[1]:
                 launches += counts.launches
     return launches
 
@@ -82,13 +84,14 @@ def pretend(name):
 def compile_all(targets):
     """Compile for the targets: a row (dict) for each distinct kernel and target."""
     rows = {}
-    for name, model in itertools.product(targets, MODELS):
+    for name, dtype, model in itertools.product(targets, DTYPES, MODELS):
         pretend(name)
         backend = TARGETS[name].backend
-        for launch in record(model, amd=backend == "hip"):
+        for launch in record(model, backend == "hip", dtype):
             compiled = launch.kernel.warmup(**launch.arguments, grid=launch.grid)
             if compiled.hash not in rows:
                 row = dict(kernel=launch.kernel.__name__, grid="×".join(map(str, launch.grid)), model=model)
+                row["dtype"] = str(dtype).removeprefix("torch.")
                 registers, spilled, shared = resources(compiled, backend)
                 row |= dict(target=name, registers=registers, spilled=spilled, shared=shared)
                 rows[compiled.hash] = row

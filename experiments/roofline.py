@@ -108,16 +108,16 @@ def counting(host=None):
 class Stub:
     """Replaces a Llama where only the attention is counted."""
 
-    def __init__(self, m: LlamaConfig):
-        self.config, self.device, self.kv_dtype = m, META, DTYPE
+    def __init__(self, m: LlamaConfig, dtype=DTYPE):
+        self.config, self.device, self.kv_dtype = m, META, dtype
 
     def __call__(self, tokens, positions, attend, fused=None):
         m = self.config
         for layer in range(m.n_layers):
-            q, k, v = empty_heads(m, len(tokens))
+            q, k, v = empty_heads(m, len(tokens), self.kv_dtype)
             if fused:
                 fused.rotate(layer, torch.cat((q, k)), v)
-                fused.multiply_gates(torch.empty(1, 2 * m.d_ff, dtype=DTYPE, device=META))
+                fused.multiply_gates(torch.empty(1, 2 * m.d_ff, dtype=self.kv_dtype, device=META))
             attend(layer, q, k, v)
         return torch.empty(self.config.vocab_size, device=META)
 
@@ -125,9 +125,9 @@ class Stub:
         return torch.empty(self.config.head_dim, device=META), 1.0
 
 
-def empty_heads(m, n_tokens):
+def empty_heads(m, n_tokens, dtype):
     """q, k, v of n_tokens, without memory: (heads, T, D) each."""
-    heads = torch.empty(n_tokens, m.n_heads + 2 * m.n_kv_heads, m.head_dim, dtype=DTYPE, device=META)
+    heads = torch.empty(n_tokens, m.n_heads + 2 * m.n_kv_heads, m.head_dim, dtype=dtype, device=META)
     return heads.transpose(0, 1).split((m.n_heads, m.n_kv_heads, m.n_kv_heads))
 
 
@@ -149,7 +149,7 @@ def decode(model, c: Config, n_tokens: int, steps: int, offload=False) -> tuple[
             else:
                 decoder.begin_prompt(torch.zeros(n_prompt, dtype=torch.int64, device=META))
                 for layer in range(model.config.n_layers):
-                    decoder.take_prompt(layer, *empty_heads(model.config, n_prompt))
+                    decoder.take_prompt(layer, *empty_heads(model.config, n_prompt, model.kv_dtype))
                 decoder.n_tokens = n_prompt
                 decoder.end_prompt()
         counts.append(one)

@@ -26,7 +26,8 @@ for n in (16240, 16241):  # the middle grows by a block
     hashes |= {launch.kernel.warmup(**launch.arguments, grid=launch.grid).hash for launch in counts.launches}
 assert len(hashes) == len(counts.launches) == 5, "compiled anew while the text grows"
 launches = [launch for launch in launches if launch.kernel.__name__ == "_copy_kernel"]
-compile.MODELS, compile.record = [model], lambda model, amd: launches
+compile.MODELS, compile.DTYPES = [model], compile.DTYPES[:1]
+compile.record = lambda model, amd, dtype: launches
 sys.exit(compile.main(["sm_90"]))
 """
 
@@ -38,9 +39,9 @@ def test_every_kernel_is_launched_and_one_is_compiled():
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     heads, _, row = done.stdout.splitlines()
-    assert heads == "| kernel | grid | model | target | registers | spilled | shared |"
+    assert heads == "| kernel | grid | model | dtype | target | registers | spilled | shared |"
     *names, registers, spilled, shared = (cell.strip() for cell in row.strip("|").split("|"))
-    assert names == ["_copy_kernel", "16", "SmolLM2-135M 4K", "sm_90"]
+    assert names == ["_copy_kernel", "16", "SmolLM2-135M 4K", "bfloat16", "sm_90"]
     assert 0 < int(registers) < 255 and int(spilled) == 0 and 0 <= int(shared) < 99 * 1024
 
 
