@@ -36,6 +36,7 @@ from weights.fetch_llm import DEFAULT_LLM, FetchError, fetch_default_llm
 DEFAULT_PREDICTOR = pathlib.Path(__file__).parent / "weights" / "predictor.safetensors"
 HISTORY_DTYPE = torch.float16  # of the history and of the contributions; predictions are computed in float32
 PREFILL_CHUNK = 2048  # tokens of the prompt that run together: a multiple of every block size
+OFFLOADED_CHUNK = 8192  # with the cache in host memory, from where each chunk needs all earlier K and V
 
 
 class InputError(Exception):
@@ -287,7 +288,8 @@ class SparseDecoder:
         On a terminal, standard error shows the progress through a prompt of several chunks.
         """
         self.begin_prompt(tokens)
-        chunks, form = tokens.split(PREFILL_CHUNK), "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+        size = OFFLOADED_CHUNK if isinstance(self.cache, OffloadedCache) else PREFILL_CHUNK
+        chunks, form = tokens.split(size), "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
         hide = True if len(chunks) == 1 else None  # None: unless standard error is a terminal
         for chunk in tqdm(chunks, "Reading the prompt", disable=hide, leave=False, bar_format=form):
             positions = torch.arange(self.n_tokens, self.n_tokens + len(chunk), device=tokens.device)
@@ -791,13 +793,18 @@ class OffloadedCache(KVCache):
         return torch.where(block < self.sink, block, self.sink + block % self.ring)
 
     def write_prompt(self, layer, first, k, v):
-        """As KVCache.write_prompt, `first` the start of a block. Earlier K and V are copied back from the host."""
+        """As KVCache.write_prompt, `first` the start of a block. Earlier K and V are copied back from the host.
+
+        Each head's are contiguous there, so that copies run at the link's rate; those of the chunk follow the others.
+        """
         b = self.config.block_size
         kv = F.pad(torch.stack((k, v), 1), (0, 0, 0, -k.shape[1] % b)).unflatten(2, (-1, b))  # (Hk, 2, blocks, b, D)
         blocks, start = kv.transpose(1, 2), first // b  # (Hk, blocks, 2, b, D)
         end = start + blocks.shape[1]
-        earlier = self.host[layer, :, :start].to(self.device)  # (Hk, start, 2, b, D)
-        self.host[layer, :, start:end].copy_(blocks)
+        earlier = torch.empty_like(self.host[layer, :, :start], device=self.device)  # (Hk, start, 2, b, D)
+        for host, old, new in zip(self.host[layer], earlier, blocks):
+            old.copy_(host[:start], non_blocking=True)
+            host[start:end].copy_(new.contiguous(), non_blocking=True)
         kept = [block for block in range(start, end) if block < self.sink or block >= end - self.ring]  # sink and tail
         block = torch.tensor(kept, device=self.device)  # (n,); a mask on the device would make the host wait
         self.fixed[layer][:, self.fixed_slot(block)] = blocks[:, block - start]
@@ -1099,7 +1106,9 @@ def check_memory(c: Config, m: LlamaConfig, n_tokens, dtype, device, offload):
     history = 2 * heads * c.history_len * n_blocks * HISTORY_DTYPE.itemsize
     rows = c.history_len * c.queries(c.interval(n_tokens))
     pooled = 3 * 4 * m.n_heads * rows * n_blocks  # of a layer of the prompt, in float32, and copies
-    activations = min(n_tokens, PREFILL_CHUNK) * (3 * m.d_ff + 4 * m.d_model) * dtype.itemsize
+    activations = (
+        min(n_tokens, OFFLOADED_CHUNK if offload else PREFILL_CHUNK) * (3 * m.d_ff + 4 * m.d_model) * dtype.itemsize
+    )
     needed = max(activations, sparse * pooled) + sparse * history
     slots = min(kv, 2 * heads * c.budget * m.head_dim * 2 * dtype.itemsize)
     for need, memory in ((needed + (slots if offload else kv), device), (kv if offload else 0, torch.device("cpu"))):

@@ -200,7 +200,7 @@ def test_a_prompt_in_chunks_equals_one_in_one_piece(config, prompt_len, chunk, o
     model, tokens = tiny_llama(n_layers=2, seed=seed), torch.randint(VOCABULARY, (prompt_len,))
     runs = []
     for size in (1024, chunk):
-        with mock.patch.object(attnpred, "PREFILL_CHUNK", size):
+        with mock.patch.multiple(attnpred, PREFILL_CHUNK=size, OFFLOADED_CHUNK=size):
             decoder = SparseDecoder(config, model, random_predictor(), prompt_len + 9, offload=offload)
             logits = decoder.prefill(tokens)
         cache = decoder.cache

@@ -1,12 +1,15 @@
 """The offloaded cache against the resident one, its slots and counters against plain Python."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import attnpred
-from attnpred import Config, InputError, KVCache, SparseDecoder
+from attnpred import Config, InputError, KVCache, Predictor, SparseDecoder
+from experiments import roofline
 from tests.helpers import random_predictor, tiny_llama
 from tests.test_attnpred import GROWS, HEADS, NOTHING, OUTGROWS, PROMPT_LENGTHS, SMALL, VOCABULARY, configurations
 
@@ -126,3 +129,17 @@ def test_memory_is_checked_before_anything_is_computed(monkeypatch, offload):
     check(8 * kv)
     with pytest.raises(InputError, match="GB are free: try a shorter prompt, fewer --max-new-tokens"):
         check(kv - 1)
+
+
+def test_a_prompt_crosses_the_link_as_often_as_it_must():
+    """K and V of each chunk go to the host once, and all earlier ones come back once per chunk and layer."""
+    m, token = roofline.LLAMA_31_8B, torch.zeros(1024, dtype=torch.int64, device="meta")
+    stub = roofline.Stub(dataclasses.replace(m, n_layers=2))
+    with roofline.counting() as counts:
+        decoder = SparseDecoder(Config(), stub, Predictor(), 1024, "triton", offload=True)
+        decoder.begin_prompt(token)
+        for chunk in (512, 256, 256):
+            for layer in range(2):
+                decoder.take_prompt(layer, *roofline.empty_heads(m, chunk, torch.bfloat16))
+            decoder.n_tokens += chunk
+    assert counts.link_bytes == 2 * (1024 + 512 + 768) * 2 * 8 * 128 * 2  # layers, tokens, K and V, heads, D, bytes
