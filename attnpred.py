@@ -586,13 +586,8 @@ class KVCache:
         self.whole = True  # nothing was selected yet, and K and V are one tensor: no table is needed
         self.left_out = 0  # blocks that are not attended, of all heads
         self.allocate((c.block_size, m.head_dim), dtype)
-        self.together = self.device.type == "cpu" and backend == "torch"  # see gather
-        if self.together:  # for the tokens of each row of the table; memory that is never written costs nothing
-            n_tokens = self.table.shape[2] * c.block_size
-            self.listed = torch.zeros(2, *self.heads, n_tokens, m.head_dim, dtype=dtype)  # (2, L, Hk, tokens, D)
-            self.mask = torch.zeros(*self.heads, n_tokens)  # (L, Hk, tokens): 0 for what is attended, else -inf
-            self.newest = torch.zeros(*self.heads, 1, dtype=torch.int64)  # the newest token's place in each row
-            self.longest = [0] * m.n_layers  # the longest row's tokens, less those of the text
+        on_cpu = self.device.type == "cpu" and backend == "torch"
+        self.working_set = WorkingSet(self, m.head_dim, dtype) if on_cpu else None
 
     def allocate(self, block, dtype):
         """Make the memory for K and V."""
@@ -615,19 +610,16 @@ class KVCache:
     def advance(self):
         """The next writes and reads belong to the next token."""
         self.counters += 1
-        if self.together and not self.whole:
-            self.newest += 1
-            self.mask.scatter_(2, self.newest, 0.0)
+        if self.working_set and not self.whole:
+            self.working_set.advance()
 
     def write(self, layer, k, v):
         """Store k, v (Hk, 1, D) of the current token."""
         k_rows, v_rows, row = self.token_rows(layer)
         k_rows.index_copy_(1, row, k)
         v_rows.index_copy_(1, row, v)
-        if self.together and not self.whole:
-            newest = self.newest[layer, :, :, None].expand_as(k)  # (Hk, 1, D)
-            self.listed[0, layer].scatter_(1, newest, k)
-            self.listed[1, layer].scatter_(1, newest, v)
+        if self.working_set and not self.whole:
+            self.working_set.write(layer, k, v)
 
     def token_rows(self, layer):
         """Where the current token's K and V go: two views (Hk, rows, D), and the row (1,) int64."""
@@ -638,16 +630,12 @@ class KVCache:
 
         While all blocks are attended, the torch backend needs no table, and gives no log-sum-exp (None).
         """
-        groups = q.view(self.heads[1], 1, -1, q.shape[1])  # (Hk, 1, G, D)
         if self.whole and self.backend == "torch":
             k, v = self.kv[:, layer].flatten(2, 3)[:, None, :, :n_tokens]  # (1, Hk, T, D) each
-            return F.scaled_dot_product_attention(groups.transpose(0, 1), k, v)[0].flatten(0, 1), None
-        if self.together:
-            n = self.longest[layer] + n_tokens
-            k, v = self.listed[:, layer, :, None, :n]  # (Hk, 1, n, D) each
-            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike F's, it returns the lse
-            out, lse = attend(groups, k, v, attn_mask=self.mask[layer, :, None, None, :n])  # (Hk, 1, G, D), (Hk, 1, G)
-            return out.view(q.shape), lse.view(-1)
+            groups = q.unflatten(0, (self.heads[1], -1))[None]  # (1, Hk, G, D)
+            return F.scaled_dot_product_attention(groups, k, v)[0].flatten(0, 1), None
+        if self.working_set:
+            return self.working_set.attend(layer, q, n_tokens)
         lists = self.table[layer], self.lengths[layer], self.work[layer]
         return kernels.sparse_decode(q, *self.blocks, *lists, self.backend)
 
@@ -656,8 +644,8 @@ class KVCache:
         entries = self.table[layers, :, : len(block)]  # (L', Hk, E)
         self.write_echoes(block, entries, layers)
         self.echoes[layers].add_(entries >= 0)
-        if self.together:
-            self.gather_echoes(entries, layers)
+        if self.working_set:
+            self.working_set.gather_echoes(entries, layers)
 
     def write_echoes(self, block, entries, layers):
         """Write the addresses of blocks (E,) to the table's entries (L', Hk, E), -1 for those attended already."""
@@ -704,8 +692,8 @@ class KVCache:
         self.table[layers, :, self.config.echo_blocks :] = table
         self.lengths[layers] = lengths
         self.whole, self.left_out = False, left_out
-        if self.together:
-            self.gather(layers)
+        if self.working_set:
+            self.working_set.gather(layers)
         elif self.backend == "triton":
             self.plan()
 
@@ -718,36 +706,66 @@ class KVCache:
         """Divide the work of the decode kernel for the next tokens."""
         self.work.copy_(kernels.divide_work(self.lengths, self.config.block_size))
 
-    # On a CPU, which reads fastest in order, the blocks of the table are copied together once a selection.
+    def take_over(self):
+        """There is nothing to wait for: a selection takes effect at once."""
+
+
+class WorkingSet:
+    """On a CPU, which reads fastest in order: the listed tokens of each head, copied together once a selection.
+
+    The rows are those of the table: the places of echoes first, then the other blocks, of which the newest one grows.
+    """
+
+    def __init__(self, cache: KVCache, head_dim, dtype):
+        self.cache, (layers, heads, width), b = cache, cache.table.shape, cache.config.block_size
+        self.kv = torch.zeros(2, layers, heads, width * b, head_dim, dtype=dtype)  # what is not written costs no memory
+        self.mask = torch.zeros(layers, heads, width * b)  # 0 for tokens that are attended, else -inf
+        self.newest = torch.zeros(layers, heads, 1, dtype=torch.int64)  # the newest token's place in each row
+        self.longest = [0] * layers  # the longest row's tokens, less those of the text
 
     def gather(self, layers):
-        """Copy the listed blocks of a slice of the layers together, and mark what is attended of them."""
-        b, n_tokens = self.config.block_size, int(self.position) + 1
-        for layer in range(self.heads[0])[layers]:
-            table, length = self.table[layer], self.lengths[layer, :, None]  # (Hk, width), (Hk, 1)
-            table = table[:, : kernels.cdiv(int(length.max()), b)]  # (Hk, n)
+        """Copy the listed blocks of a slice of the layers together."""
+        b, n_tokens = self.cache.config.block_size, int(self.cache.position) + 1
+        for layer in range(len(self.longest))[layers]:
+            length = self.cache.lengths[layer, :, None]  # (Hk, 1)
+            table = self.cache.table[layer, :, : kernels.cdiv(int(length.max()), b)]  # (Hk, n)
             token = torch.arange(table.shape[1] * b)
             listed = (token < length) & (table >= 0).repeat_interleave(b, 1)  # (Hk, n * b)
-            self.mask[layer].fill_(-torch.inf)[:, : len(token)].masked_fill_(listed, 0.0)
+            self.mask[layer] = -torch.inf
+            self.mask[layer, :, : len(token)].masked_fill_(listed, 0.0)
             block = torch.where(listed[:, ::b], table, -1)  # (Hk, n)
             block = torch.where(block < 0, block.amax(1, keepdim=True), block).flatten()  # a listed one for the others
-            for target, blocks in zip(self.listed[:, layer], self.blocks):
+            for target, blocks in zip(self.kv[:, layer], self.cache.blocks):
                 target[:, : len(token)] = blocks.index_select(0, block).view(len(table), -1, target.shape[2])
             self.newest[layer], self.longest[layer] = length - 1, int(length.max()) - n_tokens
 
     def gather_echoes(self, entries, layers):
-        """Copy the echoes of a token to the front of the listed blocks: entries (L', Hk, E)."""
-        b, n_echoes = self.config.block_size, entries.shape[2]
-        mask = torch.where(entries >= 0, 0.0, -torch.inf).repeat_interleave(b, 2)  # (L', Hk, E * b)
+        """Copy a token's echoes to their places: entries (L', Hk, E) of the table."""
+        b, n_echoes, new = self.cache.config.block_size, entries.shape[2], entries >= 0
+        mask = torch.where(new, 0.0, -torch.inf).repeat_interleave(b, 2)  # (L', Hk, E * b)
         self.mask[layers, :, : n_echoes * b] = mask
-        layer, head, echo = (entries >= 0).nonzero().unbind(1)  # (n,) each: those to copy
-        source = entries[layer, head, echo]  # (n,)
-        for target, blocks in zip(self.listed[:, layers], self.blocks):
-            front = target[:, :, : n_echoes * b].unflatten(2, (n_echoes, b))  # (L', Hk, E, b, D)
-            front[layer, head, echo] = blocks.index_select(0, source)  # (n, b, D)
+        index, source = new.nonzero(as_tuple=True), entries[new]  # (n,) each
+        for target, blocks in zip(self.kv[:, layers], self.cache.blocks):
+            target[:, :, : n_echoes * b].unflatten(2, (n_echoes, b))[index] = blocks.index_select(0, source)
 
-    def take_over(self):
-        """There is nothing to wait for: a selection takes effect at once."""
+    def advance(self):
+        self.newest += 1
+        self.mask.scatter_(2, self.newest, 0.0)
+
+    def write(self, layer, k, v):
+        """Append k, v (Hk, 1, D) of the newest token to each row."""
+        newest = self.newest[layer, :, :, None].expand_as(k)  # (Hk, 1, D)
+        self.kv[0, layer].scatter_(1, newest, k)
+        self.kv[1, layer].scatter_(1, newest, v)
+
+    def attend(self, layer, q, n_tokens):
+        """As KVCache.attend."""
+        n = self.longest[layer] + n_tokens
+        k, v = self.kv[:, layer, :, None, :n]  # (Hk, 1, n, D) each
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unlike F's, it returns the log-sum-exp
+        groups = q.view(len(k), 1, -1, q.shape[1])  # (Hk, 1, G, D)
+        out, lse = attend(groups, k, v, attn_mask=self.mask[layer, :, None, None, :n])  # (Hk, 1, G, D), (Hk, 1, G)
+        return out.view(q.shape), lse.view(-1)
 
 
 class OffloadedCache(KVCache):

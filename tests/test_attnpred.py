@@ -1,6 +1,7 @@
 """The method against a naive simulation of it, the command line on the real model, and bad input."""
 
 import io
+import itertools
 import os
 import pathlib
 import signal
@@ -248,6 +249,28 @@ def test_blocks_outside_the_table_are_never_read():
             decoder.cache.kv[:, :, :, :n_blocks][:, unread] = torch.nan
         runs.append(torch.stack([decoder.decode(token) for token in tokens]))
     assert decoder.cache.kv.isnan().any() and torch.equal(*runs) and decoder.cache.echoes.any()
+
+
+@given(configurations(), PROMPT_LENGTHS, st.booleans(), st.integers(0, 2**31))
+@example(OUTGROWS, 30, False, 1)
+@example(OUTGROWS, 120, True, 2)
+def test_a_cpus_working_set_is_the_table(config, prompt_len, offload, seed):
+    """After every token: the tokens that are attended are those of the table's blocks, bit for bit, in its order."""
+    model = tiny_llama(n_layers=2, seed=seed)
+    decoder = SparseDecoder(config, model, random_predictor(), prompt_len + 20, offload=offload)
+    decoder.prefill(torch.randint(VOCABULARY, (prompt_len,)))
+    cache, b = decoder.cache, config.block_size
+    for token in torch.randint(VOCABULARY, (20, 1)):
+        decoder.decode(token)
+        if cache.whole:
+            continue
+        work = cache.working_set
+        for layer, head in itertools.product(range(2), range(model.config.n_kv_heads)):
+            entries, length = cache.table[layer, head].tolist(), int(cache.lengths[layer, head])
+            cells = [(n, i) for j, n in enumerate(entries) for i in range(b) if n >= 0 and j * b + i < length]
+            attended = work.mask[layer, head, : work.longest[layer] + decoder.n_tokens] == 0
+            for kv, blocks in zip(work.kv[:, layer, head], cache.blocks):
+                assert torch.equal(kv[: len(attended)][attended], torch.stack([blocks[cell] for cell in cells]))
 
 
 def test_the_triton_backend_decodes_the_same(monkeypatch):
