@@ -357,23 +357,24 @@ def naive_selection(scores, k):
 @settings(max_examples=40)
 @given(
     st.sampled_from(list(SCORES)), st.integers(1, 3), st.sampled_from([1, 2, 255, 256, 257, 512]) | st.integers(3, 700),
-    st.floats(0, 1), SEEDS,
+    st.floats(0, 1), SEEDS, st.sampled_from([1, 2, 4]),
 )  # fmt: skip
-@example("ties", 2, 700, 0.5, 0)  # ties across three tiles
-@example("special", 2, 600, 1.0, 1)  # k = n
-@example("special", 2, 600, 0.4, 1)  # the last one is 0.0 or -0.0
-@example("normal", 2, 513, 0.0, 2)  # k = 1
-@example("one value", 1, 600, 0.6, 0)  # all NaN
-@example("one value", 1, 300, 0.9, 3)  # all -inf
-@example("one value", 2, 600, 0.7, 5)  # all -0.0
-@example("ties", 1, 2 * kernels.SELECT_TILE + 77, 0.4, 3)  # tiles of the real size
-def test_select_blocks(backend, kind, rows, n, share, seed):
+@example("ties", 2, 700, 0.5, 0, 2)  # ties across three tiles
+@example("special", 2, 600, 1.0, 1, 4)  # k = n
+@example("special", 2, 600, 0.4, 1, 4)  # the last one is 0.0 or -0.0
+@example("normal", 2, 513, 0.0, 2, 4)  # k = 1
+@example("one value", 1, 600, 0.6, 0, 2)  # all NaN
+@example("one value", 1, 300, 0.9, 3, 4)  # all -inf
+@example("one value", 2, 600, 0.7, 5, 4)  # all -0.0
+@example("ties", 1, 2 * kernels.SELECT_TILE + 77, 0.4, 3, 2)  # tiles of the real size
+def test_select_blocks(backend, kind, rows, n, share, seed, n_programs):
     values = SCORES[kind]((rows, n), rng(seed)).to(DEVICE)
     scores = Embedded(values)
     scores.whole.nan_to_num_(INF)  # the guards would be chosen first
     scores.view.copy_(values)
     k = max(1, round(share * n))
-    with guarded(scores.whole, SELECT_TILE=256 if n < kernels.SELECT_TILE else kernels.SELECT_TILE):
+    tile = 256 if n < kernels.SELECT_TILE else kernels.SELECT_TILE
+    with guarded(scores.whole, SELECT_TILE=tile, SELECT_PROGRAMS=n_programs):
         blocks = kernels.select_blocks(scores.view, k, backend)
     assert blocks.dtype == torch.int32
     assert_close(blocks, naive_selection(scores.view, k), name="blocks")

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import Phase, is_hypothesis_test, settings
 
 MAX_SHRINKS = 40  # cases tried after a failing one, to find a smaller one that fails
-PHASES = [[Phase.generate, Phase.shrink], [Phase.explicit]]  # hypothesis does not shrink explicit examples
+RUNS = [dict(phases=[Phase.generate, Phase.shrink]), dict(phases=[Phase.explicit])]  # explicit ones are not shrunk
 
 
 def pytest_addoption(parser):
@@ -158,8 +158,8 @@ class Judge:
         inner, used = test.hypothesis.inner_test, test._hypothesis_internal_use_settings
         test.hypothesis.inner_test = self.judged(inner)
         try:
-            for phases in PHASES:
-                test._hypothesis_internal_use_settings = settings(used, phases=phases, report_multiple_bugs=False)
+            for run in RUNS:
+                test._hypothesis_internal_use_settings = settings(used, **run, report_multiple_bugs=False)
                 test(**arguments)
         finally:
             test.hypothesis.inner_test, test._hypothesis_internal_use_settings = inner, used
