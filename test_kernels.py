@@ -145,7 +145,9 @@ def assert_close(actual, expected, allowed=0.0, name="out"):
     }
     text = f"{name}: {int(bad.sum())} of {bad.numel()} values are wrong, the first is {name}{[*row, column]}"
     for title, values in lines.items():
-        text += f"\n    {title:10}" + "".join(f"{value:14.8g}" for value in values[:4])
+        text += f"\n    {title:10}" + "".join(
+            f"{value:{14 if type(value) is int else '14.8g'}}" for value in values[:4]
+        )
     fresh = poisoned((), actual.dtype).item()
     if f"{fresh}" in map(str, lines["actual"]):
         text += f"\n    ({fresh} fills memory that must not be read, or was never written)"
@@ -356,10 +358,10 @@ def naive_selection(scores, k):
 @BACKENDS
 @settings(max_examples=40)
 @given(
-    st.sampled_from(list(SCORES)), st.integers(1, 3), st.sampled_from([1, 2, 255, 256, 257, 512]) | st.integers(3, 700),
+    st.sampled_from(list(SCORES)), st.integers(1, 3), st.integers(1, 200) | st.sampled_from([255, 256, 257, 512, 700]),
     st.floats(0, 1), SEEDS, st.sampled_from([1, 2, 4]),
 )  # fmt: skip
-@example("ties", 2, 700, 0.5, 0, 2)  # ties across three tiles
+@example("ties", 2, 700, 0.5, 0, 2)  # ties across many tiles
 @example("special", 2, 600, 1.0, 1, 4)  # k = n
 @example("special", 2, 600, 0.4, 1, 4)  # the last one is 0.0 or -0.0
 @example("normal", 2, 513, 0.0, 2, 4)  # k = 1
@@ -373,7 +375,7 @@ def test_select_blocks(backend, kind, rows, n, share, seed, n_programs):
     scores.whole.nan_to_num_(INF)  # the guards would be chosen first
     scores.view.copy_(values)
     k = max(1, round(share * n))
-    tile = 256 if n < kernels.SELECT_TILE else kernels.SELECT_TILE
+    tile = kernels.SELECT_TILE if n > kernels.SELECT_TILE else 256 if NATIVE else 32
     with guarded(scores.whole, SELECT_TILE=tile, SELECT_PROGRAMS=n_programs):
         blocks = kernels.select_blocks(scores.view, k, backend)
     assert blocks.dtype == torch.int32
@@ -421,7 +423,7 @@ def naive_sparse_decode(q, k, v, lists):
 
 @BACKENDS
 @given(
-    ATTENTION, st.lists(st.sampled_from([1, 200]) | st.integers(1, 200), min_size=1, max_size=5), st.booleans(),
+    ATTENTION, st.lists(st.integers(1, 200) | st.sampled_from([1, 200]), min_size=1, max_size=5), st.booleans(),
     SEEDS, st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 5), st.sampled_from([0.0, 0.5, 1.0]),
 )  # fmt: skip
 @example(Heads(torch.float32, 16, 8, 1), [1], False, 0, 1, False, 0, 0.0)  # one token
@@ -506,7 +508,7 @@ def test_assign_slots(rows, k, spare, filled, share, spread, seed):
 @BACKENDS
 @given(
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float64]),
-    st.sampled_from([2, 4, 32, 64, 2050]) | st.integers(1, 50).map(lambda n: 2 * n), st.integers(0, 30),
+    st.integers(1, 50).map(lambda n: 2 * n) | st.sampled_from([2, 4, 32, 64, 2050]), st.integers(0, 30),
     st.sampled_from([0.0, 0.4, 1.0]), st.sampled_from([0, 2, 8]), st.sampled_from([0, 2, 14]), SEEDS,
 )  # fmt: skip
 @example(torch.float16, 3000, 30, 0.5, 2, 0, 0)  # two tiles a row; two chunks of indices
@@ -514,15 +516,15 @@ def test_assign_slots(rows, k, spare, filled, share, spread, seed):
 @example(torch.int8, 1024, 3, 0.5, 8, 0, 2)  # fewer tiles than programs
 @example(torch.float32, 7, 100, 0.1, 3, 3, 3)  # several chunks, few of them to be copied; rows of 28 bytes
 def test_copy_blocks(backend, dtype, lanes, n, share, left, right, seed):
-    """Rows of `lanes` times 4 bytes, in wider ones. The bits are random: every kind of NaN is among them."""
+    """Rows of `lanes` times 4 bytes, in wider ones of two widths. The bits are random: any NaN is among them."""
     generator = rng(seed)
 
-    def random_rows(rows):
+    def random_rows(rows, right):
         bits = torch.randint(0, 256, (rows, 4 * (left + lanes + right)), generator=generator).to(torch.uint8)
         return bits.view(dtype).to(DEVICE)
 
     columns = slice(left * 4 // dtype.itemsize, (left + lanes) * 4 // dtype.itemsize)
-    source, whole = random_rows(7)[:, columns], random_rows(n + 4)
+    source, whole = random_rows(7, right)[:, columns], random_rows(n + 4, right + 2)
     destination = whole[1 : n + 3, columns]  # (n + 2, elements)
     source_index = torch.randint(0, 7, (n,), generator=generator)
     source_index[torch.rand(n, generator=generator) >= share] = -1

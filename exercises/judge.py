@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, is_hypothesis_test, settings
 
-MAX_SHRINKS = 40  # cases tried after a failing one, to find a smaller one that fails
+MAX_SHRINKS = 30  # cases tried after a failing one, to find a smaller one that fails
 RUNS = [dict(phases=[Phase.generate, Phase.shrink]), dict(phases=[Phase.explicit])]  # explicit ones are not shrunk
 
 
@@ -25,7 +25,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if file := config.getoption("--exercise"):
         judge = Judge(file)
-        config.option.maxfail = 1  # one verdict at a time
+        config.option.maxfail, config.option.disable_warnings = 1, True  # one verdict at a time
         config.pluginmanager.register(judge)
         config.add_cleanup(judge.remove)
 
@@ -136,8 +136,10 @@ class Judge:
             while frame and frame.f_code.co_filename != str(self.path):
                 frame = frame.f_back
             shape, strides = tuple(self.tensors[name].shape), self.tensors[name].stride()
-            self.stray = f"OUT OF BOUNDS: line {frame.f_lineno if frame else '?'} {verb} {name} + {offset}"
-            self.stray += f", but this tensor has the shape {shape} and the strides {strides}"
+            self.stray = (
+                f"OUT OF BOUNDS: line {frame.f_lineno} {verb} {name} {'-' if offset < 0 else '+'} {abs(offset)},"
+            )
+            self.stray += f" but this tensor has the shape {shape} and the strides {strides}."
 
     # ---- the tests
 
@@ -192,14 +194,14 @@ class Judge:
         lines += [f"{test}: {case}", ""]
         if isinstance(error, AssertionError):
             lines += str(error).partition("\nassert ")[0].splitlines()
+            if self.interpreted and not self.stray:
+                lines += ["Nothing was read or written out of bounds."]
         elif error:
             while error.__cause__:
                 error = error.__cause__
             lines += [f"{self.file}{line_of(error, self.path)}: {one_line(error)}"]
-        else:
-            lines += ["The values are right nevertheless, when this access is left out."]
-        if self.interpreted and not (error and not isinstance(error, AssertionError)):
-            lines += [self.stray or "Nothing was read or written out of bounds."]
+        if self.stray:
+            lines += [self.stray, *([] if error else ["The values are right if this access is left out."])]
         return "\n    ".join(lines)
 
     @pytest.hookimpl(wrapper=True)
