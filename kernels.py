@@ -659,10 +659,41 @@ def divide_work(lengths, block_size):
     return torch.stack((head, (program - first) * per_split, first, n_splits), -1).int()
 
 
+# The last program of a list to end merges the list's partial results, each weighted by its share of the exponentials.
+@triton.jit
+def _merge_splits(
+    head, first_program, splits, done_ptr, partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    tl.debug_barrier()  # all threads have stored; the atomic addition makes that visible to the program that merges
+    if tl.atomic_add(done_ptr + head, 1, sem="acq_rel") + 1 == splits:
+        tl.store(done_ptr + head, 0)  # for the next launch
+        query = tl.arange(0, QUERIES)  # GROUP, rounded up to a power of two
+        d = tl.arange(0, HEAD_DIM)
+        m = tl.full((QUERIES,), LOWEST, tl.float32)
+        l = tl.zeros((QUERIES,), tl.float32)
+        acc = tl.zeros((QUERIES, HEAD_DIM), tl.float32)
+        for first in range(0, splits, MERGE):
+            split = first + tl.arange(0, MERGE)  # (MERGE,)
+            valid = (split < splits)[:, None] & (query < GROUP)[None, :]  # (MERGE, QUERIES)
+            cell = (first_program + split)[:, None] * GROUP + query[None, :]  # (MERGE, QUERIES)
+            lse = tl.load(partial_lse_ptr + cell, mask=valid, other=float("-inf"), cache_modifier=".cg")
+            out_cell = cell[:, :, None] * HEAD_DIM + d[None, None, :]  # (MERGE, QUERIES, D)
+            out = tl.load(partial_out_ptr + out_cell, mask=valid[:, :, None], other=0.0, cache_modifier=".cg")
+            m_new = tl.maximum(m, tl.max(lse, 0))  # (QUERIES,)
+            p = tl.exp(lse - m_new[None, :])  # (MERGE, QUERIES)
+            acc = acc * tl.exp(m - m_new)[:, None] + tl.sum(out * p[:, :, None], 0)  # (QUERIES, D)
+            l = l * tl.exp(m - m_new) + tl.sum(p, 0)
+            m = m_new
+        merged = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
+        head_query = head * GROUP + query
+        tl.store(out_ptr + head_query[:, None] * HEAD_DIM + d[None, :], merged, mask=(query < GROUP)[:, None])
+        tl.store(lse_ptr + head_query, m + tl.log(l), mask=query < GROUP)
+
+
 # Grid: (programs,). A program walks its split of one list in tiles of TILE tokens with a running softmax; the GROUP
-# queries that share the list are the rows of one tl.dot, padded to 16. The last program of a list to end merges the
-# list's partial results, each weighted by its share of the exponentials. Traffic: it reads K and V of the listed blocks
-# once; partial results are a few percent of that.
+# queries that share the list are the rows of one tl.dot, padded to 16. Traffic: it reads K and V of the listed blocks
+# once; partial results, which it writes and merges, are a few percent of that.
 @triton.jit
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, work_ptr, done_ptr, partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr,
@@ -713,30 +744,10 @@ def _decode_kernel(
     out = acc / tl.where(l > 0.0, l, 1.0)[:, None]  # 0 for a split of entries that are all -1
     tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + d[None, :], out, mask=in_group[:, None])
 
-    tl.debug_barrier()  # all threads have stored; the atomic addition makes that visible to the program that merges
-    if tl.atomic_add(done_ptr + head, 1, sem="acq_rel") + 1 < splits:
-        return
-    tl.store(done_ptr + head, 0)  # for the next launch
-    query = tl.arange(0, QUERIES)  # GROUP, rounded up to a power of two
-    m = tl.full((QUERIES,), LOWEST, tl.float32)
-    l = tl.zeros((QUERIES,), tl.float32)
-    acc = tl.zeros((QUERIES, HEAD_DIM), tl.float32)
-    for first in range(0, splits, MERGE):
-        split = first + tl.arange(0, MERGE)  # (MERGE,)
-        valid = (split < splits)[:, None] & (query < GROUP)[None, :]  # (MERGE, QUERIES)
-        cell = (first_program + split)[:, None] * GROUP + query[None, :]  # (MERGE, QUERIES)
-        lse = tl.load(partial_lse_ptr + cell, mask=valid, other=float("-inf"), cache_modifier=".cg")
-        out_cell = cell[:, :, None] * HEAD_DIM + d[None, None, :]
-        values = tl.load(partial_out_ptr + out_cell, mask=valid[:, :, None], other=0.0, cache_modifier=".cg")
-        m_new = tl.maximum(m, tl.max(lse, 0))  # (QUERIES,)
-        p = tl.exp(lse - m_new[None, :])  # (MERGE, QUERIES)
-        acc = acc * tl.exp(m - m_new)[:, None] + tl.sum(values * p[:, :, None], 0)  # (QUERIES, D)
-        l = l * tl.exp(m - m_new) + tl.sum(p, 0)
-        m = m_new
-    out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
-    head_query = head * GROUP + query
-    tl.store(out_ptr + head_query[:, None] * HEAD_DIM + d[None, :], out, mask=(query < GROUP)[:, None])
-    tl.store(lse_ptr + head_query, m + tl.log(l), mask=query < GROUP)
+    _merge_splits(
+        head, first_program, splits, done_ptr, partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr,
+        GROUP, QUERIES, HEAD_DIM, MERGE,
+    )  # fmt: skip
 
 
 @cache
