@@ -5,13 +5,14 @@
     model.generate(**inputs)
 
 Reading order: `attach`, `attention` (what transformers calls), `SparseCache` (a text and its decoder). The model's code
-runs as it is: it hands q, k and v of a layer to `attention`, which hands them to a `SparseDecoder`. Prompts are read with
-dense attention. Under torchrun, with DistributedConfig(tp_size=N), each process has its share of the heads, and all
-heads of all processes compete for the budget (`choose_together`).
+runs as it is: it hands q, k and v of a layer to `attention`, which hands them to a `SparseDecoder`. Prompts are read
+with dense attention. Under torchrun, with DistributedConfig(tp_size=N), each process has its share of the heads, and
+all heads of all processes compete for the budget (`choose_together`).
 """
 
 import dataclasses
 import types
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -45,10 +46,12 @@ def attach(model, predictor=None, backend="auto", make_decoder=SparseDecoder, **
     require(not kinds, f"{name} has layers of {', '.join(sorted(kinds))}: only full attention is supported")
     require(not model.config.is_encoder_decoder, f"{name} has an encoder: only decoder-only models are supported")
     require(model._can_set_attn_implementation(), f"{name} does not call transformers' attention functions")
+    size, kv_heads = model._tp_size or 1, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    require(kv_heads % size == 0, f"{size} processes cannot share {kv_heads} KV heads: use a tp_size that divides them")
     before = model.config._attn_implementation
     state = SimpleNamespace(config=config, backend=backend, make_decoder=make_decoder, cache=None, before=before)
     state.predictor = predictor or load_predictor(DEFAULT_PREDICTOR)
-    state.group = model._device_mesh["tp"].get_group() if (model._tp_size or 1) > 1 else None
+    state.group = model._device_mesh["tp"].get_group() if size > 1 else None
     state.n_layers = text.num_hidden_layers
     for module in model.modules():
         module.attnpred = state  # `attention` is handed a module
@@ -70,7 +73,7 @@ def detach(model):
 
 
 def prepare_cache(model, config, model_kwargs, mode, batch_size, max_cache_length):
-    """Takes the place of a method that `generate` calls before the model runs: makes a SparseCache. Raises InputError."""
+    """What `generate` calls before the model runs, in place of the model's method. Raises InputError."""
     known = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     require(known, f"{mode.value} is not supported: decode greedily or sample")
     require(batch_size == 1 and config.num_return_sequences == 1, "one sequence at a time: give a batch of 1")
@@ -94,7 +97,7 @@ def begin_forward(model, args, kwargs):
     state.cache = cache if isinstance(cache, SparseCache) else None
     if state.cache:
         mask = kwargs.get("attention_mask")
-        require(mask is None or mask.all(), "padding is not supported: give the tokens alone")
+        require(mask is None or mask.dim() > 2 or mask.all(), "padding is not supported: give the tokens alone")
         cache.begin_forward(args[0] if args else kwargs.get("input_ids"))
 
 
@@ -138,6 +141,7 @@ class SparseCache(Cache):
         self.decoder = None  # made when the first q and k tell their shapes
         self.n_tokens = self.prompt_end = 0  # read so far, and when the prompt is read
         self.reading = self.running = False  # a prompt; the model
+        self.gathered_bytes = 0  # scores that other processes have sent to this one
 
     def begin_forward(self, ids):
         require(not self.running, "the model was interrupted in the middle of a token: start with a new cache")
@@ -192,8 +196,16 @@ class SparseCache(Cache):
             backend = "triton" if fits else "torch"
         decoder = s.make_decoder(s.config, model, s.predictor, self.capacity, backend)
         if s.group:
-            decoder.choose = choose_together(decoder.choose, s.group)
+            decoder.choose = partial(self.choose_together, decoder.choose)
         return decoder
+
+    def choose_together(self, choose, scores):
+        """`SparseDecoder.choose` among the heads of all processes: scores (L, Hk, n) -> (L, Hk, n) bool, Hk as here."""
+        group = self.state.group
+        parts = [torch.empty_like(scores) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, scores.contiguous(), group)
+        self.gathered_bytes += sum(part.nbytes for part in parts) - scores.nbytes
+        return choose(torch.cat(parts, 1)).chunk(group.size(), 1)[group.rank()]
 
 
 class SparseLayer(CacheLayerMixin):
@@ -223,15 +235,3 @@ class SparseLayer(CacheLayerMixin):
         raise InputError("a SparseCache cannot be cropped, reset, repeated or reordered: make a new one")
 
     crop = reset = reorder_cache = batch_repeat_interleave = batch_select_indices = refuse
-
-
-def choose_together(choose, group):
-    """`SparseDecoder.choose` for a model whose heads are shared by the processes of a group: all heads compete."""
-    size, rank = group.size(), group.rank()
-
-    def choose_of_all(scores):  # (L, Hk, n), Hk of this process -> (L, Hk, n) bool
-        parts = [torch.empty_like(scores) for _ in range(size)]
-        torch.distributed.all_gather(parts, scores.contiguous(), group)
-        return choose(torch.cat(parts, 1)).chunk(size, 1)[rank]
-
-    return choose_of_all

@@ -3,17 +3,31 @@
 Run as a script under torchrun, it is one of these processes.
 """
 
+import gc
+import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import tokenizers
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    TextStreamer,
+)
+from transformers.distributed import DistributedConfig
 
-from attnpred import Config, SparseDecoder
+from attnpred import DEFAULT_PREDICTOR, Config, InputError, SparseDecoder, generate, load_predictor
 from experiments.transformers_adapter import SparseCache, attach, detach
 from model import load_model
 from tests.helpers import random_predictor
+from weights.fetch_llm import fetch_default_llm
 
 FOLDER = pathlib.Path(__file__).parent.parent
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, vocab_size=61, max_position_embeddings=1024)
@@ -110,3 +124,199 @@ def test_kernels(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path, num_hidden_layers=1))
     attach(model, random_predictor(), "triton", **options)
     assert_same(decoded(model, **short), ours(tmp_path, Config(**options), **short)[0])
+
+
+def test_the_default_model_beyond_the_budget():
+    folder, text = fetch_default_llm(), (FOLDER / "kernels.py").read_text()
+    model, _ = load_model(str(folder), torch.float32, torch.device("cpu"))
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :500]
+    decoder = SparseDecoder(Config(budget=256), model, load_predictor(DEFAULT_PREDICTOR), 512)
+    wanted = list(generate(decoder, ids[0].tolist(), 12))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    attach(model, budget=256)
+    assert decoded(model, ids, 12)[0] == wanted and len(set(wanted)) > 6
+
+
+# Ways to call
+
+
+def test_sampling_streaming_and_pipeline(tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = tokenizer.decode(IDS[0])
+    options = dict(max_new_tokens=8, pad_token_id=0)
+
+    def run():
+        torch.manual_seed(1)
+        sampled = model.generate(IDS, do_sample=True, streamer=TextStreamer(tokenizer), **options)
+        pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, do_sample=False)
+        return sampled.tolist(), pipe(text, **options), capsys.readouterr().out
+
+    dense = run()
+    attach(model, random_predictor(), **COVERING)
+    assert run() == dense and dense[2] == tokenizer.decode(dense[0][0]) + "\n"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_chat_goes_on_with_a_cache(whole):
+    """While the text fits the budget decoding is dense, so that the longer prompt finds the same K, V and rows."""
+    model = tiny()
+    attach(model, random_predictor(), **SPARSE)
+    cache = SparseCache(model, 330)
+    turn = model.generate(IDS[:, :30], cache=cache, max_new_tokens=5, do_sample=False)  # (1, 35), of which 34 were read
+    text = torch.cat((turn, IDS[:, 30:]), 1)  # (1, 305)
+    more, mask = text if whole else text[:, 34:], torch.ones_like(text)
+    assert_same(decoded(model, more, cache=cache, attention_mask=mask), decoded(model, text))
+    assert torch.equal(cache.decoder.ids[:305], text[0]) and cache.decoder.selecting
+    assert cache.get_seq_length() == 328 and cache.decoder.stats.prefill_tokens == 301
+
+
+def test_embeddings_have_no_echoes():
+    model = tiny()
+    dense = decoded(model)
+    attach(model, random_predictor(), **SPARSE)
+    cache, embedded = SparseCache(model, 330), model.get_input_embeddings()(IDS)
+    found = decoded(model, None, inputs_embeds=embedded, cache=cache)
+    assert len(set(cache.decoder.ids[:300].tolist())) == 300 and int(cache.decoder.stats.echoes) == 0
+    attach(model, random_predictor(), **COVERING)
+    assert_same(decoded(model, None, inputs_embeds=embedded), dense)
+    assert found[0] != dense[0]
+
+
+def test_without_a_cache_of_ours_it_is_dense():
+    model = tiny()
+    dense = model(IDS).logits
+    attach(model, random_predictor(), **SPARSE)
+    torch.testing.assert_close(model(IDS).logits, dense, rtol=1e-3, atol=1e-3)
+
+
+def test_an_interrupted_text_is_over_and_the_next_one_is_not():
+    model = tiny()
+    attach(model, random_predictor(), **SPARSE)
+    wanted, cache = decoded(model), SparseCache(model, 330)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        decoded(model, cache=cache)
+    hook.remove()
+    assert_same(decoded(model), wanted)
+    with pytest.raises(InputError, match="interrupted"):
+        decoded(model, cache=cache)
+
+
+def test_nothing_else_keeps_keys_and_values():
+    def live_bytes():
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+    model = tiny(num_hidden_layers=1, heads=2, kv_heads=2, max_position_embeddings=8192)
+    attach(model, random_predictor(), **SPARSE)
+    before = live_bytes()
+    cache = SparseCache(model, 8192)
+    model.generate(torch.randint(1, 61, (1, 8000)), cache=cache, max_new_tokens=4)
+    assert cache.decoder.cache.kv.nbytes == 2 * 2 * 8192 * 16 * 4
+    assert live_bytes() - before < 1.4 * cache.decoder.cache.kv.nbytes
+
+
+def test_the_example(capsys):
+    example = (FOLDER / "experiments/README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(example, {})
+    assert "sky" in capsys.readouterr().out
+
+
+# Refusals
+
+REFUSED = {
+    "one sequence at a time": dict(ids=IDS.expand(2, -1)),
+    "give a batch of 1": dict(do_sample=True, num_return_sequences=2),
+    "beam_search is not supported": dict(num_beams=2),
+    "assisted_generation is not supported": dict(prompt_lookup_num_tokens=3),
+    "output_attentions is not supported": dict(output_attentions=True),
+    "use_cache=False is not supported": dict(use_cache=False),
+    "cache_implementation='static' is not supported": dict(cache_implementation="static"),
+    "a DynamicCache is not supported": dict(cache=DynamicCache()),
+    "padding is not supported": dict(attention_mask=(IDS > 5).long()),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_generate_refuses(message):
+    model = tiny()
+    attach(model, random_predictor(), **SPARSE)
+    with pytest.raises(InputError, match=message) as error:
+        decoded(model, **REFUSED[message])
+    assert "\n" not in str(error.value)
+
+
+MODELS_REFUSED = {
+    "layers of sliding_attention": ("gemma2", {}),
+    "has softcap: only plain attention": ("gemma2", dict(layer_types=3 * ["full_attention"])),
+    "has sliding_window: only plain attention": ("mistral", dict(sliding_window=64)),
+    "layers of linear_attention": ("qwen3_next", {}),
+    "has s_aux": ("gpt_oss", dict(layer_types=3 * ["full_attention"], num_local_experts=2, num_experts_per_tok=1)),
+    "does not call transformers' attention": ("bloom", {}),
+}
+
+
+@pytest.mark.parametrize("message", MODELS_REFUSED)
+def test_models_refused(message):
+    kind, changes = MODELS_REFUSED[message]
+    model = tiny(kind, **changes)
+    with pytest.raises(InputError, match=message):
+        attach(model, random_predictor(), **SPARSE)
+        decoded(model)
+
+
+def test_other_refusals():
+    model = tiny()
+    with pytest.raises(InputError, match="budge"):
+        attach(model, random_predictor(), budge=1)
+    model._tp_size = 4
+    with pytest.raises(InputError, match="4 processes cannot share 2 KV heads"):
+        attach(model, random_predictor())
+    model._tp_size = None
+    attach(model, random_predictor(), **SPARSE)
+    cache = SparseCache(model, 310)
+    with pytest.raises(InputError, match="room for 310 tokens"):
+        decoded(model, cache=cache)
+    with pytest.raises(InputError, match="cannot be cropped"):
+        cache.crop(1)
+    with pytest.raises(InputError, match="mask of your own"):
+        model(IDS, attention_mask=torch.zeros(1, 1, 300, 300), cache=SparseCache(model, 310))
+
+
+# Several processes
+
+
+def read_three_settings(folder, **options):
+    """Tokens and bytes gathered, with a covering budget and with M = 1 and 5 beyond it; for one process or several."""
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    results = []
+    for setting in COVERING, SPARSE | dict(calibration_interval=1), SPARSE | dict(calibration_interval=5):
+        attach(model, random_predictor(), **setting)
+        cache = SparseCache(model, 323)
+        results.append((decoded(model, cache=cache)[0], cache.gathered_bytes))
+    return results
+
+
+def test_two_processes_are_one(tmp_path):
+    """Each has two of four KV heads. Selection by each process for itself gives other tokens."""
+    folder = save_tiny(tmp_path / "model", heads=8, kv_heads=4)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["tests.test_transformers_adapter", str(folder)]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    tokens = [setting[0] for setting in read_three_settings(folder)]
+    start, ends = 1, [(n + 1 - 16) // 8 for n in range(300, 324)]  # the middle's blocks, when n tokens were read
+    gathered = [0] + [sum(3 * 2 * (end - start) * 4 for end in ends[::m]) for m in (1, 5)]  # L, Hk, n, float32
+    found = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "["]
+    assert found == 2 * [[list(pair) for pair in zip(tokens, gathered)]]
+
+
+if __name__ == "__main__":
+    found = read_three_settings(sys.argv[1], distributed_config=DistributedConfig(tp_size=2))
+    print(json.dumps(found), flush=True)
