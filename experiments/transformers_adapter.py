@@ -36,9 +36,12 @@ def attach(model, predictor=None, backend="auto", make_decoder=SparseDecoder, **
     torch, triton or auto; make_decoder: what makes a SparseDecoder for each text.
     """
     detach(model)
+    if backend == "auto":
+        backend = "triton" if has_streams(model.device) else "torch"
     try:
         config = Config(**options)
-    except TypeError as error:
+        kernels.use_triton(backend, model.device)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"attach: {error}") from None
     text = model.config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
@@ -48,15 +51,17 @@ def attach(model, predictor=None, backend="auto", make_decoder=SparseDecoder, **
     require(model._can_set_attn_implementation(), f"{name} does not call transformers' attention functions")
     size, kv_heads = model._tp_size or 1, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     require(kv_heads % size == 0, f"{size} processes cannot share {kv_heads} KV heads: use a tp_size that divides them")
-    before = model.config._attn_implementation
-    state = SimpleNamespace(config=config, backend=backend, make_decoder=make_decoder, cache=None, before=before)
+    state = SimpleNamespace(config=config, backend=backend, make_decoder=make_decoder, n_layers=text.num_hidden_layers)
     state.predictor = predictor or load_predictor(DEFAULT_PREDICTOR)
     state.group = model._device_mesh["tp"].get_group() if size > 1 else None
-    state.n_layers = text.num_hidden_layers
+    state.cache, state.before = (
+        None,
+        model.config._attn_implementation,
+    )  # the running text's, and what `detach` restores
     for module in model.modules():
         module.attnpred = state  # `attention` is handed a module
-    hooks = model.register_forward_pre_hook(begin_forward, with_kwargs=True), model.register_forward_hook(end_forward)
-    state.hooks = hooks
+    before, after = partial(model.register_forward_pre_hook, with_kwargs=True), model.register_forward_hook
+    state.hooks = before(begin_forward), after(end_forward)
     model._prepare_cache_for_generation = types.MethodType(prepare_cache, model)
     model.set_attn_implementation("attnpred")
 
@@ -82,13 +87,14 @@ def prepare_cache(model, config, model_kwargs, mode, batch_size, max_cache_lengt
     kind = config.cache_implementation
     require(kind is None, f"cache_implementation={kind!r} is not supported: leave it out")
     require(model_kwargs.get("attention_mask") is None, "padding is not supported: give the tokens alone")
-    cache = model_kwargs.setdefault("cache", None)
+    cache = model_kwargs.get("cache")
     if cache is None:
-        cache = model_kwargs["cache"] = SparseCache(model, max_cache_length)
-    require(
-        isinstance(cache, SparseCache), f"a {type(cache).__name__} is not supported: leave it out or give a SparseCache"
-    )
+        cache = SparseCache(model, max_cache_length)
+    kind = type(cache).__name__
+    require(isinstance(cache, SparseCache), f"a {kind} is not supported: leave it out or give a SparseCache")
+    cache.check_usable()
     cache.prompt_end = getattr(config, "_mask_length", 0)  # the text to be read, also where it comes in chunks
+    model_kwargs["cache"] = cache
 
 
 def begin_forward(model, args, kwargs):
@@ -143,8 +149,11 @@ class SparseCache(Cache):
         self.reading = self.running = False  # a prompt; the model
         self.gathered_bytes = 0  # scores that other processes have sent to this one
 
+    def check_usable(self):
+        require(not self.running, "the model was interrupted while it read the cache's text: start with a new cache")
+
     def begin_forward(self, ids):
-        require(not self.running, "the model was interrupted in the middle of a token: start with a new cache")
+        self.check_usable()
         self.ids, self.running, self.n_calls, self.n_new = ids, True, 0, 0
 
     @torch.no_grad()
@@ -153,17 +162,20 @@ class SparseCache(Cache):
         if self.n_calls == 0:
             self.begin(q, k)
         self.n_calls += 1
+        alike = (len(q), len(k), k.shape[2], k.device) == self.shape
+        require(alike, "layers with different heads or on different devices are not supported")
         return self.decoder.attend_prompt(layer, q, k, v) if self.reading else self.decoder.attend(layer, q, k, v)
 
     def begin(self, q, k):
         """Tokens come: of a prompt, or one to decode."""
         n_new, end = q.shape[1], self.n_tokens + q.shape[1]
-        require(end <= self.capacity, f"the cache has room for {self.capacity:,} tokens: make a larger SparseCache")
+        room = max(end, self.prompt_end) <= self.capacity
+        require(room, f"the cache has room for {self.capacity:,} tokens: make a larger SparseCache")
         if self.decoder is None:
             self.decoder = self.make_decoder(q, k)
         d, self.n_new = self.decoder, n_new
         ids = -3 - torch.arange(self.n_tokens, end, device=q.device) if self.ids is None else self.ids[0]  # (T,)
-        if not self.reading and (n_new > 1 or self.n_tokens == 0 or self.n_tokens < self.prompt_end):
+        if not self.reading and (n_new > 1 or self.n_tokens == 0):
             self.reading, self.prompt_end = True, max(self.prompt_end, end)
             d.begin_prompt(torch.full((self.prompt_end - self.n_tokens,), -3, device=q.device))
         if self.reading:
@@ -182,18 +194,20 @@ class SparseCache(Cache):
             d.end_token()
             return
         d.n_tokens = self.n_tokens
-        if self.n_tokens >= self.prompt_end:
+        self.reading = self.n_tokens < self.prompt_end
+        if not self.reading:
             d.end_prompt()
-            self.reading = False
 
     def make_decoder(self, q, k):
-        s, device, head_dim = self.state, q.device, q.shape[2]
+        s, head_dim = self.state, q.shape[2]
+        if has_streams(q.device):
+            current = q.device.index == torch.cuda.current_device()
+            require(current, f"Triton launches on the current device: call torch.cuda.set_device({q.device.index})")
+        self.shape = len(q), len(k), head_dim, k.device
         shape = Shape(len(self.layers), len(q), len(k), head_dim)
-        model = SimpleNamespace(config=shape, device=device, kv_dtype=k.dtype)
-        backend = s.backend
-        if backend == "auto":
-            fits = has_streams(device) and kernels.supports(head_dim, s.config.block_size, k.dtype.itemsize)
-            backend = "triton" if fits else "torch"
+        model = SimpleNamespace(config=shape, device=q.device, kv_dtype=k.dtype)
+        fits = kernels.supports(head_dim, s.config.block_size, k.dtype.itemsize)
+        backend = s.backend if fits else "torch"
         decoder = s.make_decoder(s.config, model, s.predictor, self.capacity, backend)
         if s.group:
             decoder.choose = partial(self.choose_together, decoder.choose)

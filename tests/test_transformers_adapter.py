@@ -273,8 +273,9 @@ def test_models_refused(message):
 
 def test_other_refusals():
     model = tiny()
-    with pytest.raises(InputError, match="budge"):
-        attach(model, random_predictor(), budge=1)
+    for options in dict(budge=1), dict(budget=3), dict(backend="cuda"):
+        with pytest.raises(InputError, match=next(iter(options))):
+            attach(model, random_predictor(), **options)
     model._tp_size = 4
     with pytest.raises(InputError, match="4 processes cannot share 2 KV heads"):
         attach(model, random_predictor())
@@ -283,6 +284,8 @@ def test_other_refusals():
     cache = SparseCache(model, 310)
     with pytest.raises(InputError, match="room for 310 tokens"):
         decoded(model, cache=cache)
+    with pytest.raises(InputError, match="room for 200 tokens"):
+        decoded(model, cache=SparseCache(model, 200), prefill_chunk_size=50)
     with pytest.raises(InputError, match="cannot be cropped"):
         cache.crop(1)
     with pytest.raises(InputError, match="mask of your own"):
