@@ -228,6 +228,8 @@ REFUSED = {
     "text nowhere cannot be read": ["texts", *SHORT, "--texts", "nowhere"],
     "text text.txt has 600 tokens, 801 are needed": ["texts", *SHORT, "--lengths", "800"],
     "has no results of this": ["table"],
+    "give budget= in place of bytes=": ["lm-eval", "--grid", "ours bytes=1/8"],
+    "have no known future": ["lm-eval", "--grid", "future"],
     "cannot use": ["texts", *SHORT, "--results", "text.txt/results"],
 }
 
