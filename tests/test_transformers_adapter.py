@@ -171,6 +171,17 @@ def test_chat_goes_on_with_a_cache(whole):
     assert cache.get_seq_length() == 328 and cache.decoder.stats.prefill_tokens == 301
 
 
+def test_a_short_turn_moves_the_history_up():
+    """20 tokens are five queries, 4 apart, and four of them make a row."""
+    model = tiny()
+    attach(model, random_predictor(), **SPARSE)
+    cache = SparseCache(model, 330)
+    model(IDS[:, :200], cache=cache)
+    before = cache.decoder.history.rows.clone()
+    model(IDS[:, 200:220], cache=cache)
+    assert torch.equal(cache.decoder.history.rows[:, :-2], before[:, 2:])
+
+
 def test_embeddings_have_no_echoes():
     model = tiny()
     dense = decoded(model)
