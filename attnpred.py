@@ -309,12 +309,13 @@ class SparseDecoder:
     # The prompt
 
     def begin_prompt(self, tokens):
-        """The history gets rows of the prompt's last H * M tokens, or fewer: Q queries for each M of them."""
-        c, m, n_tokens = self.config, self.model.config, len(tokens)
-        self.ids[:n_tokens] = tokens
-        self.stats.prefill_tokens = n_tokens
+        """Append tokens (T,). The history gets rows of their last H * M, or fewer: Q queries for each M of them."""
+        c, m, n_tokens = self.config, self.model.config, self.n_tokens + len(tokens)
+        self.ids[self.n_tokens : n_tokens] = tokens
+        self.stats.prefill_tokens += len(tokens)
         self.set_interval(n_tokens)
-        n_queries = min(c.history_len * c.queries(self.interval), kernels.cdiv(n_tokens, self.distance))
+        self.queries = []
+        n_queries = min(c.history_len * c.queries(self.interval), kernels.cdiv(len(tokens), self.distance))
         self.first_query = n_tokens - 1 - (n_queries - 1) * self.distance  # the position of the oldest one
         shape = m.n_layers, m.n_heads, n_queries, m.head_dim
         self.prompt_queries = torch.zeros(shape, dtype=self.model.kv_dtype, device=tokens.device)
@@ -434,7 +435,7 @@ class SparseDecoder:
 
     def choose(self, scores):
         """The L * Hk * K best scores of the whole model: scores (L, Hk, n) -> (L, Hk, n) bool."""
-        chosen, k = torch.zeros_like(scores, dtype=torch.bool), len(self.history.rows) * self.config.topk_blocks
+        chosen, k = torch.zeros_like(scores, dtype=torch.bool), math.prod(scores.shape[:2]) * self.config.topk_blocks
         if k:
             chosen.view(-1)[kernels.select_blocks(scores.view(1, -1), k, self.backend)[0].long()] = True
         return chosen

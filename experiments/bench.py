@@ -132,6 +132,7 @@ CONTENDERS = {  # name: (a function that returns its Config, whether its cache i
     "sparse": (replace, False),
     "sparse, offloaded": (replace, True),
     "transformers": (dense, False),
+    "adapter": (replace, False),
 }
 ON_CPU, ON_GPU = ["dense", "sparse", "transformers"], ["dense", "sparse", "sparse, offloaded"]
 
@@ -217,6 +218,26 @@ class Transformers:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
 
+class Adapter(Ours):
+    """transformers' model with transformers_adapter.py: its cache has the decoder of `Ours`."""
+
+    def __init__(self, model, config, n_tokens, context, n_round, backend):
+        from experiments.transformers_adapter import SparseCache, attach
+
+        shape = SimpleNamespace(config=model.config, device=model.device, kv_dtype=model.dtype)
+        super().__init__(shape, config, n_tokens, context, n_round, backend, False)
+        self.theirs = as_transformers(model)
+        attach(self.theirs, predictor(), **vars(config))
+        self.cache = SparseCache(self.theirs, context)
+        self.cache.decoder, self.cache.n_tokens = self.decoder, n_tokens
+
+    @torch.inference_mode()
+    def step(self):
+        logits = self.theirs(self.token[None], cache=self.cache, use_cache=True).logits  # (1, 1, V)
+        value, self.token = self.token.item(), logits[0, -1].argmax(-1, keepdim=True)
+        return value
+
+
 def contender_of(name, model, config, context, args):
     """Returns a function that makes the contender of that name. Raises InputError if the context is too short.
 
@@ -231,6 +252,8 @@ def contender_of(name, model, config, context, args):
         raise InputError(f"{n_steps} tokens are decoded at {context}: use longer --contexts or fewer --rounds")
     if name == "transformers":
         return partial(Transformers, model, context - n_steps, n_round)
+    if name == "adapter":
+        return partial(Adapter, model, c, context - n_steps, context, n_round, args.backend)
     return partial(Ours, model, c, context - n_steps, context, n_round, args.backend, offload)
 
 
@@ -315,7 +338,7 @@ def speed_rows(args, models, config, bandwidth):
             row["bytes"] = roofline.weight_bytes(model.config, model.dtype.itemsize) + contender.kv_bytes()
             row |= dict(context=context, tokens_s=1e3 / row["ms"], gb_s=1e-6 * row["bytes"] / row["ms"])
             row["of_copy"] = 1e9 * row["gb_s"] / bandwidth
-            if row["name"] == "sparse" and args.backend == "torch":
+            if row["name"] in ("sparse", "adapter") and args.backend == "torch":
                 row["stages"] = stage_ms(contender)
             done.append(row)
             del contender
@@ -363,7 +386,7 @@ def bench_speed(args, config, device):
     show(rows, SPEED_COLUMNS)
     if timed := [row for row in rows if "stages" in row]:
         stages = [stage for stage in timed[0]["stages"] if any(row["stages"][stage] for row in timed)]
-        columns = {head: SPEED_COLUMNS[head] for head in ("context", "weights")}
+        columns = {head: SPEED_COLUMNS[head] for head in ("context", "weights", "")}
         show(timed, columns | {f"{stage}, ms": f"{{stages[{stage}]:,.2f}}" for stage in stages})
     if args.trace:
         model, context = models[args.dtypes[-1]], args.contexts[-1]

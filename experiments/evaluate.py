@@ -8,7 +8,7 @@
 
 texts     The prompt is read densely, once for all settings. Then each setting decodes the text's own next tokens one by
           one. Each token gives a KL divergence from full attention's prediction, and a negative log-likelihood.
-lm-eval   Runs tasks of the `lm-eval` package that generate text, with their own metrics (lm_eval_adapter.py).
+lm-eval   Runs tasks of the `lm-eval` package that generate text, with their own metrics (transformers_adapter.py).
 table     Prints the tables of earlier results and computes nothing.
 
 A grid is a method, or several with commas, and values for Config's fields by name, or by symbol for M, Q and E. All
@@ -204,6 +204,12 @@ def with_budgets(settings, model, n_prompt, n_new) -> list[Setting]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def make_decoder(method, *args, **options):
+    """A decoder that selects by a method."""
+    kind = PaperDecoder if method == "paper" else RivalDecoder
+    return kind(*args, rival=make_rival(method), **options)
+
+
 @torch.inference_mode()
 def prefill_together(model, predictor, settings, tokens, n_prompt, n_new, measure_every=0):
     """Read tokens (T,) densely, once for all settings.
@@ -213,9 +219,8 @@ def prefill_together(model, predictor, settings, tokens, n_prompt, n_new, measur
     """
     decoders = []
     for setting in settings:
-        options = dict(rival=make_rival(setting.method), measure_every=measure_every)
-        make_decoder = PaperDecoder if setting.method == "paper" else RivalDecoder
-        decoders.append(make_decoder(setting.config, model, predictor, n_prompt + n_new, **options))
+        shape = setting.config, model, predictor, n_prompt + n_new
+        decoders.append(make_decoder(setting.method, *shape, measure_every=measure_every))
         decoders[-1].begin_prompt(tokens[:n_prompt])
 
     def attend(layer, q, k, v):  # (Hq, T, D), (Hk, T, D), (Hk, T, D)
@@ -364,8 +369,9 @@ def digest(data):
     return hashlib.sha256(data if isinstance(data, bytes) else json.dumps(data).encode()).hexdigest()[:12]
 
 
-def run_texts(args, store, model, tokenizer, predictor):
+def run_texts(args, store, predictor):
     """Measure the settings that the store does not have yet, for each text and length. Raises InputError."""
+    model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
     context, needed = model.config.context_len, max(args.lengths) + 1
     require(needed <= context + 1, f"--lengths must fit the model's context of {context} tokens")
     texts = {name: tokenizer.encode(read_text(name), special_tokens=False)[:needed] for name in args.texts}
@@ -385,26 +391,38 @@ def run_texts(args, store, model, tokenizer, predictor):
                 store.add(setting, values, measured)
 
 
-def prefill_alone(model, predictor, setting, tokens, n_new):
-    """Read the prompt, tokens (T,). Returns a decoder with room for n_new tokens, and the next token's logits (V,)."""
-    (decoder,), logits = prefill_together(model, predictor, [setting], tokens, len(tokens), n_new)
-    return decoder, logits[0]
-
-
-def run_lm_eval(args, store, model, tokenizer, predictor):
+def run_lm_eval(args, store, predictor):
     """Add a row of `scores` per task and setting. RULER's tasks make texts of `--lengths` tokens of the tokenizer."""
+    for setting in args.settings:
+        require(not setting.bytes_share, "lm-eval has texts of many lengths: give budget= in place of bytes=")
+        require(setting.method != "future", "lm-eval's texts have no known future: leave that method out")
     try:
-        from experiments import lm_eval_adapter
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        from experiments.transformers_adapter import attach
     except ImportError as error:
-        raise InputError(f"lm-eval needs {error.name}: pip install lm-eval") from None
-    metadata = {"tokenizer": args.model or str(fetch_default_llm()), "max_seq_lengths": args.lengths}
-    manager, length = lm_eval_adapter.find_tasks(args.lm_tasks, args.include_path, metadata), model.config.context_len
+        raise InputError(f"lm-eval needs {error.name}: pip install -r requirements-dev.txt") from None
+    path = args.model or str(fetch_default_llm())
+    metadata = {"tokenizer": path, "max_seq_lengths": args.lengths}
+    manager = TaskManager(include_path=args.include_path, metadata=metadata)
     for task in args.lm_tasks:
-        values = dict(task=args.task, text=task, sha256=digest([args.limit, args.lengths]), n_prompt=length, n_new=0)
-        for setting in store.missing(with_budgets(args.settings, model, length - 1, 1), values):
-            read_prompt = partial(prefill_alone, model, predictor, setting)
-            scores = lm_eval_adapter.scores(task, manager, args.limit, model, tokenizer, read_prompt)
-            store.add(setting, values, dict(scores=scores))
+        known = manager.match_tasks([task])
+        require(known, f"task {task!r} of lm-eval is unknown: give the folder of your own with --include-path")
+    lm = HFLM(path, dtype=args.dtype, device="cpu", batch_size=1)
+    lm.loglikelihood = lm.loglikelihood_rolling = refuse_ratings
+    for task in args.lm_tasks:
+        values = dict(task=args.task, text=task, sha256=digest([args.limit, args.lengths]), n_prompt=0, n_new=0)
+        for setting in store.missing(args.settings, values):
+            attach(lm.model, predictor, make_decoder=partial(make_decoder, setting.method), **vars(setting.config))
+            options = dict(tasks=[task], task_manager=manager, limit=args.limit, bootstrap_iters=0)
+            found = lm_eval.simple_evaluate(lm, **options)["results"][task]
+            store.add(setting, values, dict(scores={k: v for k, v in found.items() if isinstance(v, float)}))
+
+
+def refuse_ratings(requests):
+    raise InputError("tasks of lm-eval that rate given answers are not supported: use one that generates text")
 
 
 TASKS = {"texts": run_texts, "lm-eval": run_lm_eval}
@@ -444,8 +462,7 @@ def run(args):
     name = pathlib.Path(args.model).name if args.model else "default"
     store = Store(args.results, dict(model=name, dtype=args.dtype, predictor=weights))
     if args.task in TASKS:
-        model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
-        TASKS[args.task](args, store, model, tokenizer, predictor)
+        TASKS[args.task](args, store, predictor)
     found = {task: [row for row in store.rows if row["task"] == task] for task in TASKS if args.task in (task, "table")}
     require(any(found.values()), f"{args.results} has no results of this --model, --dtype and --predictor")
     for task, rows in found.items():

@@ -152,10 +152,10 @@ def rows_of(tmp_path, command, *options):
 
 
 def test_speed_pays_for_whole_intervals(tmp_path, capsys):
-    names = "dense", "sparse", "sparse, offloaded", "transformers"
+    names = "dense", "sparse", "sparse, offloaded", "transformers", "adapter"
     options = "--contexts", "256", "--rounds", "2", "--calibration-interval", "16", "--dtypes", "float32", "bfloat16"
     rows = rows_of(tmp_path, "speed", *options, "--contenders", *names)
-    assert [row["name"] for row in rows] == [*names, *names] and rows[0]["speedup"] == rows[4]["speedup"] == 1
+    assert [row["name"] for row in rows] == [*names, *names] and rows[0]["speedup"] == rows[5]["speedup"] == 1
     for row, cells in zip(rows, table(capsys.readouterr().out), strict=True):
         assert row["config"]["budget"] == 56 and row["weights"] == "random weights in the shape of toy"
         assert row["ms"] == sum(row["rounds"]) / len(row["rounds"]) > 0 and row["tokens_s"] == 1e3 / row["ms"]
@@ -163,9 +163,10 @@ def test_speed_pays_for_whole_intervals(tmp_path, capsys):
         assert cells["ms per token"] == f"{row['ms']:,.1f}" and cells["tokens/s"] == f"{row['tokens_s']:,.1f}"
         assert cells["GB/s read (of a copy's)"].startswith(f"{1e-6 * row['bytes'] / row['ms']:,.1f} (")
         assert cells["same tokens as"] == row.get("same_as", "–")
-    dense, sparse, _, transformers = rows[:4]
+    dense, sparse, _, transformers, adapter = rows[:5]
     assert len(sparse["rounds"]) == 2 and len(sparse["answer"]) == 16
     assert "same_as" not in sparse and transformers["same_as"] == "dense"
+    assert adapter["same_as"] == "sparse" and adapter["stages"]["attention"] > 0
     ratios = [dense_ms / ms for dense_ms, ms in zip(dense["rounds"], sparse["rounds"])]
     assert sparse["speedup"] == sum(ratios) / 2
     assert sparse["stages"].keys() == bench.STAGES.keys() | {"rest of the model"} and min(sparse["stages"].values()) > 0

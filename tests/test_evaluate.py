@@ -4,17 +4,17 @@ import json
 import pathlib
 import random
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from attnpred import InputError, SparseDecoder
+from attnpred import DEFAULT_PREDICTOR, InputError, SparseDecoder, generate, load_predictor
 from experiments import evaluate, tables
 from experiments.evaluate import Setting, Store, counted_bytes, main, parse_grid, read_on
-from model import causal_attention
+from model import causal_attention, load_model
 from tests.helpers import LetterTokenizer, assert_refused, random_predictor, tiny_llama
+from tests.test_transformers_adapter import save_tiny
 
 SHAPE = "block_size=8 history_len=8 sink_tokens=8 local_tokens=16"
 TOKENS = torch.randint(0, 61, (200,), generator=torch.Generator().manual_seed(3))
@@ -186,46 +186,33 @@ MADE_TEXTS = """
 import datasets
 
 def texts(tokenizer, max_seq_lengths, **_):
-    return {"test": datasets.Dataset.from_list([{"question": n * "a"} for n in max_seq_lengths])}
+    rows = [dict(question=q[-n:], answer=a) for n in max_seq_lengths for q, a in %s]
+    return {"test": datasets.Dataset.from_list(rows)}
 """  # as RULER's tasks make theirs
 
 
 def test_lm_eval_on_a_local_task(tiny, capsys, monkeypatch):
+    """lm-eval's own model, which uses the adapter for transformers, gives the answer of our own loop."""
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tiny / "cache"))
-    (tiny / "made.py").write_text(MADE_TEXTS)
+    setting, question = f"ours budget=56 {SHAPE}", "".join(random.Random(1).choices("abcdefghij", k=90))
+    model, tokenizer = load_model(str(save_tiny(tiny / "model")), torch.float32, torch.device("cpu"))
+    decoder = SparseDecoder(*[s.config for s in parse_grid(setting)], model, load_predictor(DEFAULT_PREDICTOR), 100)
+    answer = tokenizer.decode(list(generate(decoder, tokenizer.encode(question), 6)))
+    assert decoder.selecting and len(answer) == 6 and "z" not in answer  # z ends a text
+    (tiny / "made.py").write_text(MADE_TEXTS % [(question, answer)])
     task = dict(task="write", output_type="generate_until", metric_list=[dict(metric="exact_match")], test_split="test")
-    task |= dict(doc_to_text="{{question}}", doc_to_target="d", generation_kwargs=dict(until=["!"], max_gen_toks=4))
+    task |= dict(doc_to_text="{{question}}", doc_to_target="{{answer}}", generation_kwargs=dict(max_gen_toks=6))
     yaml = json.dumps(task)[:-1] + ', "custom_dataset": !function made.texts}'  # JSON is YAML
     (tiny / "write.yaml").write_text(yaml)
-    command = ["lm-eval", "--grid", "full,ours", "--include-path", str(tiny), "--lengths", "30", "20"]
+    command = ["lm-eval", "--grid", setting, "--grid", f"streaming-llm budget=56 {SHAPE}", "--include-path", str(tiny)]
+    command += ["--lengths", "90", "--model", str(tiny / "model"), "--dtype", "float32"]
     assert main([*command, "--lm-tasks", "write"]) == 0
-    assert [(row["text"], [*row["scores"]]) for row in results(tiny)] == 2 * [("write", ["exact_match,none"])]
-    assert "| ours | 1024 |" in capsys.readouterr().out
-
-
-def test_generated_text_is_the_greedy_one():
-    """Compared with dense passes. The prompt loses its beginning if the context is too short for it and the answer."""
-    pytest.importorskip("lm_eval")
-    from experiments.lm_eval_adapter import SparseLM
-
-    model, tokenizer = tiny_llama(context_len=16), LetterTokenizer()
-    read_prompt = partial(evaluate.prefill_alone, model, random_predictor(), *parse_grid("full"))
-    lm = SparseLM(model, tokenizer, read_prompt)
-    tokens = tokenizer.encode("some words")
-    for _ in range(6):
-        hidden = model.hidden(torch.tensor(tokens), torch.arange(len(tokens)), causal_attention)
-        tokens.append(model.logits(hidden)[-1].argmax().item())
-    answer = tokenizer.decode(tokens[10:])
-    assert lm.generate("lost some words", dict(until=answer[0] + "!", max_gen_toks=6)) == answer
-    assert lm.generate("some words", dict(until=["!", answer[3]], max_gen_toks=6)) == answer[: answer.index(answer[3])]
-    model.config = replace(model.config, eos_token_ids=(tokens[12],))
-    assert lm.generate("some words", dict(max_gen_toks=6)) == answer[:2]
-    with pytest.raises(InputError, match="that sample"):
-        lm.generate("some words", dict(do_sample=True))
+    assert [row["scores"]["exact_match,none"] for row in results(tiny)] == [1.0, 0.0]
+    assert "local_tokens=16 | 56 | 1.000 |" in capsys.readouterr().out
     with pytest.raises(InputError, match="that rate"):
-        lm.loglikelihood([])
+        evaluate.refuse_ratings([])
 
 
 REFUSED = {
@@ -241,6 +228,8 @@ REFUSED = {
     "text nowhere cannot be read": ["texts", *SHORT, "--texts", "nowhere"],
     "text text.txt has 600 tokens, 801 are needed": ["texts", *SHORT, "--lengths", "800"],
     "has no results of this": ["table"],
+    "give budget= in place of bytes=": ["lm-eval", "--grid", "ours bytes=1/8"],
+    "have no known future": ["lm-eval", "--grid", "future"],
     "cannot use": ["texts", *SHORT, "--results", "text.txt/results"],
 }
 
