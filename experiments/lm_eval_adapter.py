@@ -4,13 +4,15 @@ The prompt of a request is read densely; every later token is decoded with the s
 are supported, because the score of a given answer depends mostly on the token after the prompt, which is always dense.
 """
 
+import sys
+
 import lm_eval
 import torch
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from attnpred import InputError
+from attnpred import InputError, require
 
 
 class SparseLM(LM):
@@ -31,7 +33,12 @@ class SparseLM(LM):
         if options.get("do_sample") and options.get("temperature", 1):
             raise InputError("tasks of lm-eval that sample are not supported: use one that decodes greedily")
         stops, limit = options.get("until") or [], options.get("max_gen_toks", 256)
-        tokens = torch.tensor(self.tokenizer.encode(context)[-(self.model.config.context_len - limit) :])  # (T,)
+        room = self.model.config.context_len - limit
+        require(room >= 1, f"max_gen_toks {limit} of the task leaves no room for a prompt: set a smaller one")
+        tokens = self.tokenizer.encode(context, control_tokens=False)
+        if len(tokens) > room:
+            print(f"evaluate: a prompt of {len(tokens)} tokens is cut to its last {room}", file=sys.stderr)
+        tokens = torch.tensor(tokens[-room:])  # (T,)
         decoder, logits = self.read_prompt(tokens, limit)
         ids, text = [], ""
         while len(ids) < limit and (token := logits.argmax().item()) not in self.model.config.eos_token_ids:
@@ -47,6 +54,25 @@ class SparseLM(LM):
         raise InputError("tasks of lm-eval that rate given answers are not supported: use one that generates text")
 
     loglikelihood_rolling = loglikelihood
+
+
+class Questions(SparseLM):
+    """Answers nothing, and keeps what was asked."""
+
+    def __init__(self):
+        super().__init__(None, None, None)
+        self.asked = []
+
+    def generate(self, context, options):
+        self.asked.append((context, options))
+        return ""
+
+
+def content(task, manager, limit) -> list:
+    """What identifies the texts of a task: its prompts, options and targets."""
+    lm = Questions()
+    samples = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0)["samples"]
+    return [lm.asked, *([sample["target_hash"] for sample in part] for part in samples.values())]
 
 
 def find_tasks(names, include_path, metadata) -> TaskManager:
