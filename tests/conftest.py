@@ -1,7 +1,9 @@
-"""Without a GPU, Triton's kernels run in its interpreter, which must be asked for before Triton is first imported. All
-random numbers are the same in every run, those of hypothesis included."""
+"""Without a GPU, Triton's kernels run in its interpreter, which must be asked for before Triton is first imported. Each
+process of pytest has one thread. All random numbers are the same in every run, those of hypothesis included."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported
 
 import pytest
 import torch
