@@ -14,7 +14,7 @@ table     Prints the tables of earlier results and computes nothing.
 A grid is a method, or several with commas, and values for Config's fields by name, or by symbol for M, Q and E. All
 combinations of comma-separated values are compared. `bytes=1/8` finds the budget with which the setting reads an eighth
 of the bytes that dense attention reads. The methods are ours, paper (`PaperDecoder`), full, and the rivals by name;
-`decayed-mean:0.6` has a decay of .6, and `quest+echo` attends to our echoes beside Quest's selection.
+`decayed-rms:0.6` has a decay of .6, and `quest+echo` attends to our echoes beside Quest's selection.
 
 Results are lines of JSON, one per text and setting. Each is appended when it is measured, so a run that was stopped can
 be continued by the same command. Runs that share a file take turns. A row of `texts` has
@@ -85,7 +85,7 @@ class Setting:
 
 
 def make_rival(method):
-    """The Rival of a method such as "quest" or "decayed-mean:0.6"; None for those in METHODS. Raises InputError."""
+    """The Rival of a method such as "quest" or "decayed-rms:0.6"; None for those in METHODS. Raises InputError."""
     name, _, parameter = method.removesuffix("+echo").partition(":")
     if method in METHODS:
         return None

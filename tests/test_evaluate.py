@@ -22,9 +22,9 @@ TOKENS = torch.randint(0, 61, (200,), generator=torch.Generator().manual_seed(3)
 GRIDS = [  # every way to count bytes
     "ours budget=64 M=1,3,auto",
     "ours budget=64 E=0,2 Q=1",
-    "full,paper,quest,quest+echo,snapkv,snapkv+echo,ada-snapkv,h2o,streaming-llm,oracle,future budget=64",
+    "full,paper,quest,quest+echo,snapkv,snapkv+echo,ada-snapkv,streaming-llm,oracle,future budget=64",
     "quest,oracle,snapkv,streaming-llm budget=64 Q=16 M=1",  # options that they have no use for
-    "decayed-mean:0.5,decayed-mean:0,decayed-rms:0.5 budget=64 M=3",
+    "decayed-rms:0.5,decayed-rms:0 budget=64 M=3",
     "ours,mean-std+echo budget=56,152",  # nothing selected, and outgrown while decoding
     "mean-std,paper budget=24,152",
 ]
@@ -86,15 +86,15 @@ def test_texts_table():
     rows = [texts_row("paper", 64, [0.4, 0.8], 2e6, text="b"), texts_row("ours", 64, [0.1, 0.2], 1e6, recovery=[0.5])]
     rows += [texts_row("ours", 128, [0.3, 0.3], 3e6), texts_row("paper", 64, [0.5, 0.5], 2e6)]
     rows += [texts_row("ours", 96, [0.2, 0.4], 1e6, bytes_share="1/8")]
-    rows += [texts_row("h2o", 96, [1.2, 0.6], 1e6, bytes_share="1/8")]
+    rows += [texts_row("quest", 96, [1.2, 0.6], 1e6, bytes_share="1/8")]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.texts(rows).split("\n")[2:]]
     head, _, *body = lines
-    order = [["ours", "96"], ["h2o", "96"], ["ours", "64"], ["ours", "128"], ["paper", "64"]]
+    order = [["ours", "96"], ["quest", "96"], ["ours", "64"], ["ours", "128"], ["paper", "64"]]
     assert [line[2:0:-1] for line in body] == order  # by bytes, at equal bytes by KL
-    best, h2o, ours, _, paper = (dict(zip(head, line)) for line in body)
+    best, quest, ours, _, paper = (dict(zip(head, line)) for line in body)
     assert (ours["MB"], ours["KL"], ours["recovery"]) == ("1.00", "0.1500", "0.500")
-    assert (h2o["KL ratio"], h2o["bytes"]) == ("3.0000", "1/8") and "of the way" not in head
-    assert h2o["ratio 95 %"] == "1.5000 to 6.0000" and best["ratio 95 %"] == "1.0000 to 1.0000"
+    assert (quest["KL ratio"], quest["bytes"]) == ("3.0000", "1/8") and "of the way" not in head
+    assert quest["ratio 95 %"] == "1.5000 to 6.0000" and best["ratio 95 %"] == "1.0000 to 1.0000"
     assert paper["KL"] == "0.5500" and paper["KL ratio"] == "–"  # paper was measured on more texts
     swapped = [texts_row("ours", 64, [0.2, 0.4], 2e6, text=text) for text in "ab"]  # paper's texts, in another order
     assert "1.8333" in tables.texts([rows[0], rows[3], *swapped])
