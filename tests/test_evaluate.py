@@ -102,6 +102,8 @@ def test_texts_table():
     assert "50%" in tables.texts([*ends, texts_row("ours", 96, [0.08**0.5], 1e6, bytes_share="1/8")])
     changed = tables.texts([texts_row("ours", 96, [0.0], 1e6), texts_row("ours", 96, [0.0], 1e6, sha256="later")])
     assert "of 2 texts" in changed and "ratio" not in changed  # to a KL of zero
+    later = texts_row("paper", 96, [0.4], 1e6, sha256="later")  # another text of the same name: no ratio
+    assert "2.0000" not in tables.texts([texts_row("ours", 96, [0.2], 1e6), later])
 
 
 # Grids
