@@ -1,8 +1,11 @@
 """Without a GPU, Triton's kernels run in its interpreter, which must be asked for before Triton is first imported. All
-random numbers are the same in every run, those of hypothesis included. `--exercise` is in exercises/judge.py."""
+random numbers are the same in every run, those of hypothesis included. Each process of pytest has one thread.
+`--exercise` is in exercises/judge.py."""
 
 import os
 from contextlib import suppress
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported
 
 import pytest
 import torch

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import attnpred
 import kernels
-from attnpred import Config, InputError, OneLineParser, Predictor, ShownDefaults, load_predictor
-from model import causal_attention, load_model
+from attnpred import Config, InputError, OneLineParser, Predictor, ShownDefaults, load_predictor, require
+from model import causal_attention, checkpoint_targets, load_model
 from weights.fetch_llm import DEFAULT_LLM, fetch_default_llm
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -113,13 +113,13 @@ def draw_contexts(documents, split, lengths, count, n_windows, window_tokens, to
         names, ids = [], []
         for text, name in itertools.islice(shuffled[kind], 2 * len(pools[kind])):  # each document at most twice
             names.append(name)
-            ids += tokenizer.encode(text + "\n\n", special_tokens=False)
+            ids += tokenizer.encode(text + "\n\n", special_tokens=False, control_tokens=False)
             if len(ids) >= length:
                 break
         else:
             raise InputError(f"the {split} split has only {len(ids)} tokens for a context of {length}: give more text")
         chat = (index + index // len(pools)) % 3 == 2 and tokenizer.has_chat_template
-        tokens = chat_tokens(tokenizer, ids, length, rng) if chat else ids[:length]
+        tokens = chat_about(tokenizer, ids, length, rng) if chat else ids[:length]
         low = min(max(window_tokens, 1024), length)
         ends = sorted({rng.randint(low, length) for _ in range(n_windows - 1)} | {length})
         yield f"{split} {index}: {'chat about ' if chat else ''}{kind} {', '.join(names)}", tokens, ends
@@ -131,16 +131,16 @@ def endless(pool, rng):
         yield from reversed(rng.sample(pool, len(pool)))
 
 
-def chat_tokens(tokenizer, ids, length, rng):
+def chat_about(tokenizer, ids, length, rng):
     """Exactly `length` tokens: a document, the request to repeat a passage of it, and that passage as the answer."""
     answer_len = min(256, length // 4)
     start = rng.randint(0, max(0, length - 3 * answer_len))
     answer = ids[start : start + answer_len]
     opening = tokenizer.decode(answer[:12])
     question = f"\n\nRepeat the passage that begins with: {opening}"
-    frame = tokenizer.encode(tokenizer.chat([{"role": "user", "content": question}]))
+    frame = tokenizer.chat_tokens([{"role": "user", "content": question}])
     document = tokenizer.decode(ids[: length - answer_len - len(frame)])
-    prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": document + question}]))
+    prompt = tokenizer.chat_tokens([{"role": "user", "content": document + question}])
     return (prompt + answer + ids)[:length]
 
 
@@ -190,9 +190,11 @@ def collect(args):
     installed = f"CPython {sys.version.split()[0]} and the packages beside it, without torch"
     settings = {name: str(getattr(args, name)) for name in WINDOW_SETTINGS}
     settings["llm"] = pathlib.Path(args.model).name if args.model else DEFAULT_LLM
+    settings["weights"] = digest_of_model(model)
     settings["corpus"] = "own files" if args.text else installed
+    settings["texts"] = digest(*sorted(text for members in documents.values() for _, text in members))
     data = make_folder(args.data)
-    for path in sorted(data.glob("*.safetensors"))[:1]:
+    for path in data.glob("*.safetensors"):
         check_settings(Window(path).metadata, settings, f"{data} was collected", "give another --data")
     work = []
     for split, count in (("train", args.contexts), ("validation", args.validation_contexts)):
@@ -215,12 +217,42 @@ def config_of_rows(settings) -> Config:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Files: each notes the settings that it was made with, and a run that continues it must have the same
+# Files: each notes options and digests of the data that it was made from; a run that continues it must have the same
 # --------------------------------------------------------------------------------------------------------------------
 
-WINDOW_SETTINGS = "seed", "lengths", "windows", "text", "dtype", "block_size", "interval", "queries"
+WINDOW_SETTINGS = "seed", "lengths", "windows", "dtype", "block_size", "interval", "queries"
 METHOD_SETTINGS = "block_size", "history_len", "calibration_interval", "calibration_queries"
-TRAIN_SETTINGS = "data", "seed", "dtype", "init_from", "loss", "steps", "lr", "validate_every"
+TRAIN_SETTINGS = "seed", "dtype", "loss", "steps", "lr", "validate_every"
+
+
+def digest(*parts) -> str:
+    """The first 12 hexadecimal digits of a SHA-256 of the bytes of tensors, and of the JSON of other data."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            found.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:
+            found.update(json.dumps(part).encode())
+    return found.hexdigest()[:12]
+
+
+def digest_of_model(model) -> str:
+    """A digest of a Llama's configuration and weights."""
+    return digest(repr(model.config), *itertools.chain(*checkpoint_targets(model).items()))
+
+
+def digest_of_windows(windows) -> str:
+    """A digest of the rows and the settings of windows."""
+    return digest(*(part for window in windows for part in (sorted(window.metadata.items()), window.rows[:])))
+
+
+def noted_in(path, name):
+    """A value in the metadata of a safetensors file, or None."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(name)
+    except (OSError, safetensors.SafetensorError):
+        return None
 
 
 def make_folder(path) -> pathlib.Path:
@@ -271,9 +303,11 @@ class Window:
             metadata = self.metadata = file.metadata()
             self.config, n_tokens = config_of_rows(metadata), int(metadata["n_tokens"])
             self.rows = file.get_slice("rows")  # (layers, Hk, ROWS, N)
+            self.n_layers, _, self.n_rows, n_blocks = self.rows.get_shape()
+            if n_blocks != self.config.n_blocks(n_tokens):
+                raise ValueError(f"{n_tokens} tokens in {n_blocks} blocks")
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} is not a window of `collect` ({error}): remove it, and collect again") from None
-        self.n_layers, _, self.n_rows, n_blocks = self.rows.get_shape()
         interval = self.config.calibration_interval
         lengths = range(n_tokens - self.n_rows * interval + 1, n_tokens + 1, interval)  # at each row's first token
         self.middle = [self.config.middle(length) for length in lengths]
@@ -432,52 +466,68 @@ def validate(windows, weights, config, device="cpu"):
 def open_windows(folder, split):
     """The windows of a split with at least MIN_MIDDLE_BLOCKS blocks to choose from at their first selection."""
     windows = [Window(path) for path in sorted(pathlib.Path(folder).glob(f"{split}-*.safetensors"))]
-    windows = [window for window in windows if window.in_middle[Config.history_len].sum() >= MIN_MIDDLE_BLOCKS]
-    if not windows:
-        enough = f"with {MIN_MIDDLE_BLOCKS} blocks to choose from"
-        raise InputError(f"{folder} has no {split} windows {enough}: run `collect`, or collect longer contexts")
+    windows = [window for window in windows if window.in_middle[Config.history_len :][:1].sum() >= MIN_MIDDLE_BLOCKS]
+    enough = f"with {MIN_MIDDLE_BLOCKS} blocks to choose from"
+    require(windows, f"{folder} has no {split} windows {enough}: run `collect`, or collect longer contexts")
     return windows
 
 
 def train(args):
     """Fit the predictor to the windows in --data; --out gets the weights that leave out the least in validation."""
     out = pathlib.Path(args.out)
+    suffix_fits = out.suffix == ".safetensors" and not out.is_dir()
+    require(suffix_fits, f"--out {out} must be a file whose name ends in .safetensors")
     checkpoint = out.with_suffix(".checkpoint")
     make_folder(out.parent)
     device, dtype, _ = attnpred.choose_device(args)
     training, validation = open_windows(args.data, "train"), open_windows(args.data, "validation")
-    config = training[0].config
+    config, collected = training[0].config, training[0].metadata
+    same = {name: value for name, value in collected.items() if name not in ("origin", "n_tokens")}
+    for window in training + validation:
+        check_settings(window.metadata, same, f"a window in {args.data} was collected", "collect into one folder each")
     predictor = load_predictor(args.init_from) if args.init_from else starting_point(args.seed)
     predictor.load_state_dict(scaled(predictor.state_dict(), INPUT_SCALE))
     parameters = dict(predictor.to(device).requires_grad_(True).named_parameters())
     optimizer = torch.optim.Adam(predictor.parameters(), lr=args.lr, betas=(0.9, 0.98))
     average = {name: p.detach().clone() for name, p in parameters.items()}  # running mean of the weights
     settings = {name: str(getattr(args, name)) for name in TRAIN_SETTINGS}
-    curve, done = [], 0
+    settings["start"] = digest(*itertools.chain(*predictor.state_dict().items()))
+    settings["data"] = digest_of_windows(training + validation)
+    curve, best, done = [], None, 0  # best: weights and metadata
+
+    def write_results():
+        write_tensors(out, *best)
+        write_atomically(out.with_suffix(".json"), json.dumps(curve, indent=1).encode())
+
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, settings, device)
         predictor.load_state_dict(state["predictor"])
         optimizer.load_state_dict(state["optimizer"])
-        average, curve, done = state["average"], state["curve"], state["done"]
+        average, curve, best, done = state["average"], state["curve"], state["best"], state["done"]
+        ours = not out.exists() or noted_in(out, "training") == digest(settings)
+        require(ours, f"{out} exists and is not of this training: give another --out")
+        write_results()  # they may have been deleted since, or never written
     elif out.exists():
         raise InputError(f"{out} exists, without a checkpoint to continue from: give another --out")
 
     def assess(loss, step):
-        """Validate, add a row to the curve, write the weights if they leave out the least so far, and a checkpoint."""
+        """Validate, and add a row to the curve. The checkpoint is written first: if a write fails, it may continue."""
+        nonlocal best
         weights = {name: w.cpu() for name, w in scaled(average, 1 / INPUT_SCALE).items()}
         measured = validate(validation, weights, config, device)
         curve.append({"step": step, "loss": loss} | measured)
         errors = [sum(row[name] for name in measured) for row in curve]
         if errors[-1] == min(errors):
-            metadata = {name: training[0].metadata[name] for name in ("llm", "corpus")}
+            metadata = {name: collected.get(name) for name in ("llm", "corpus")}
             metadata |= {name: getattr(config, name) for name in METHOD_SETTINGS}
-            metadata |= {"seed": args.seed, "loss": args.loss, "steps": step}
+            metadata |= {"seed": args.seed, "loss": args.loss, "steps": step, "training": digest(settings)}
             metadata["validation"] = json.dumps({name: round(value, 4) for name, value in measured.items()})
-            write_tensors(out, weights, metadata)
-        write_atomically(out.with_suffix(".json"), json.dumps(curve, indent=1).encode())
+            best = weights, metadata
         state = {"predictor": predictor.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-        torch.save(state | {"curve": curve, "done": step, "settings": settings}, buffer := io.BytesIO())
+        state |= {"curve": curve, "best": best, "done": step, "settings": settings}
+        torch.save(state, buffer := io.BytesIO())
         write_atomically(checkpoint, buffer.getvalue())
+        write_results()
 
     running = curve[-1]["loss"] if done else None  # running mean of the loss
     bar = tqdm(range(done, args.steps), "training", args.steps, initial=done, unit="step", disable=None)
@@ -524,10 +574,20 @@ def load_checkpoint(path, settings, device):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def number(kind, low, high=math.inf):
+    """An argparse type: a number of that kind, int or float, from low to below high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < high:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} in [{low}, {high:g})"
+    return parse
+
+
+positive = number(int, 1)
 
 
 def parse_args(argv):
@@ -540,7 +600,7 @@ def parse_args(argv):
         sub = commands.add_parser(function.__name__, help=text, description=text, formatter_class=ShownDefaults)
         sub.set_defaults(function=function, backend="torch")  # training differentiates the references of kernels.py
         sub.add_argument("--data", default="data", help="folder of the windows")
-        sub.add_argument("--seed", type=int, default=0, help="seed of all random draws")
+        sub.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="seed of all random draws")
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
         dtypes = ["auto", "float32", "bfloat16"]
         sub.add_argument("--dtype", default="auto", choices=dtypes, help="of the LLM or convolutions; auto: bfloat16")
@@ -561,7 +621,12 @@ def parse_args(argv):
     add("--init-from", metavar="FILE", help="start from this predictor, such as one that the authors published")
     add("--loss", default="relative", choices=LOSSES, help="relative: (target - s)^2 / s for score s; mse: the paper's")
     add("--steps", type=positive, default=12000, help="training steps")
-    add("--lr", type=float, default=1e-3, help="highest learning rate; it rises over 50 steps and falls as a cosine")
+    add(
+        "--lr",
+        type=number(float, 0),
+        default=1e-3,
+        help="highest learning rate; it rises over 50 steps and falls as a cosine",
+    )
     add("--validate-every", type=positive, default=2000, help="steps from one validation and checkpoint to the next")
     return parser.parse_args(argv)
 

@@ -10,6 +10,7 @@ numbers. A context's keys, values and history are random, because a step's time 
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -54,6 +55,8 @@ def shape_of(name) -> LlamaConfig:
 def models_of(args, device):
     """{name of a dtype: model}, the default model or one with random weights. Raises InputError."""
     models, shape, limit = {}, SHAPES[args.model_shape], shape_of(args.model_shape).context_len
+    if "transformers" in args.contenders and not importlib.util.find_spec("transformers"):
+        raise InputError("this comparison needs transformers: pip install -r requirements-dev.txt")
     if max(args.contexts) > limit:
         raise InputError(f"--contexts {max(args.contexts)}: the model's context is {limit:,} tokens")
     for name in args.dtypes:
@@ -169,11 +172,9 @@ class Ours:
 
 
 def as_transformers(model):
-    """transformers' LlamaForCausalLM with the model's weights, which are not copied. Raises InputError."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("this comparison needs transformers: pip install -r requirements-dev.txt") from None
+    """transformers' LlamaForCausalLM with the model's weights, which are not copied."""
+    import transformers
+
     m = model.config
     rope = (m.rope_scaling or {"rope_type": "default"}) | {"rope_theta": m.rope_theta}
     config = transformers.LlamaConfig(
@@ -483,7 +484,8 @@ def bench_offload(args, config, device):
         raise InputError(f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens counted: use a smaller one")
     (model, tokenizer), rows = load_model(str(fetch_default_llm()), torch.bfloat16, device), []
     for name, what in TEXTS.items():
-        tokens = torch.tensor(tokenizer.encode(read_text(name))[: TEXT_TOKENS + TEXT_STEPS], device=model.device)
+        ids = tokenizer.encode(read_text(name), control_tokens=False)
+        tokens = torch.tensor(ids[: TEXT_TOKENS + TEXT_STEPS], device=model.device)
         assert len(tokens) == TEXT_TOKENS + TEXT_STEPS, f"{name} is too short"
         decoder = SparseDecoder(config, model, predictor(), len(tokens), "torch", offload=True)
         decoder.prefill(tokens[:TEXT_TOKENS])
@@ -561,7 +563,8 @@ def make_parser():
     ):
         name = command.__name__.removeprefix("bench_")
         sub = commands.add_parser(name, help=command.__doc__)
-        sub.set_defaults(bench=command, device="auto", dtype="auto", backend="auto", rounds=1, out=None)
+        sub.set_defaults(device="auto", dtype="auto", backend="auto")
+        sub.set_defaults(bench=command, rounds=1, out=None, contenders=["transformers"])
         add = sub.add_argument
         add("--contexts", type=int, nargs="+", default=contexts, metavar="TOKENS", help="context lengths")
         add("--model-shape", choices=SHAPES, default=shape, help="smollm2-135m has its weights, others random ones")

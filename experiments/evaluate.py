@@ -14,12 +14,12 @@ table     Prints the tables of earlier results and computes nothing.
 A grid is a method, or several with commas, and values for Config's fields by name, or by symbol for M, Q and E. All
 combinations of comma-separated values are compared. `bytes=1/8` finds the budget with which the setting reads an eighth
 of the bytes that dense attention reads. The methods are ours, paper (`PaperDecoder`), full, and the rivals by name;
-`decayed-mean:0.6` has a decay of .6, and `quest+echo` attends to our echoes beside Quest's selection.
+`decayed-rms:0.6` has a decay of .6, and `quest+echo` attends to our echoes beside Quest's selection.
 
 Results are lines of JSON, one per text and setting. Each is appended when it is measured, so a run that was stopped can
-be continued by the same command, and several runs may share a file. A row of `texts` has
+be continued by the same command. Runs that share a file take turns. A row of `texts` has
 
-    task text sha256 n_prompt n_new model dtype predictor       the text, the model and the predictor's weights
+    task text sha256 n_prompt n_new dtype model predictor       the text, and digests of its tokens and of both weights
     setting method bytes_share, and Config's fields by name     `setting` is the method and its changes, but the budget
     kl nll same                                                 lists, one value per decoded token: nats, nats, 0 or 1
     recovery                                                    a list, one mean over layers and heads per measured step
@@ -32,26 +32,28 @@ Reading order: `Setting` and `parse_grid`, `counted_bytes`, `prefill_together` a
 
 import argparse
 import bisect
-import hashlib
 import importlib.metadata
 import itertools
 import json
 import pathlib
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from tqdm import tqdm
 
 import attnpred
 from attnpred import Config, InputError, OneLineParser, require
 from experiments import tables
 from experiments.rivals import RIVALS, PaperDecoder, RivalDecoder
-from model import causal_attention, load_model
-from weights.fetch_llm import fetch_default_llm
+from model import causal_attention, load_model, not_finite
+from train_predictor import digest, digest_of_model, make_folder
+from weights.fetch_llm import fetch_default_llm, wait_for
 
 GRIDS = {  # the default of --grid for each task
     "texts": [
@@ -83,7 +85,7 @@ class Setting:
 
 
 def make_rival(method):
-    """The Rival of a method such as "quest" or "decayed-mean:0.6"; None for those in METHODS. Raises InputError."""
+    """The Rival of a method such as "quest" or "decayed-rms:0.6"; None for those in METHODS. Raises InputError."""
     name, _, parameter = method.removesuffix("+echo").partition(":")
     if method in METHODS:
         return None
@@ -263,6 +265,8 @@ def read_on(model, predictor, settings, tokens, n_prompt, measure_every=16):
     """
     n_new = len(tokens) - 1 - n_prompt
     decoders, dense = prefill_together(model, predictor, settings, tokens[:-1], n_prompt, n_new, measure_every)
+    if not dense.isfinite().all():
+        raise not_finite(model.dtype)
     kl, nll, same = [], [], []  # n_new tensors (M,) each; the token after the prompt is left out, as it is dense
     for token, target, full in zip(tokens[n_prompt:-1], tokens[n_prompt + 1 :], dense[1:]):
         logits = decode_together(model, decoders, token.expand(len(decoders)))  # (M, V)
@@ -288,30 +292,24 @@ def rounded(x):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Store:
-    """A file of JSON lines. `rows` are those of one identity, a dict of model, dtype and predictor. Raises InputError.
+def sole_user(path):
+    """A context in which no other run writes the results file; waits for it. Creates the file. Raises InputError."""
+    path = pathlib.Path(path)
+    try:
+        make_folder(path.parent)
+        path.open("ab").close()
+        return wait_for(FileLock(path.with_name(f".{path.name}.lock")), f"writes {path}")
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): give another file with --results") from None
 
-    An incomplete line, of a run that was stopped while it wrote, is ignored.
-    """
+
+class Store:
+    """A results file. `rows` are those of one identity, a dict of model, dtype and predictor. Raises InputError."""
 
     def __init__(self, path, identity):
-        self.path, self.identity, rows = pathlib.Path(path), identity, []
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-            lines = self.path.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot use {path} ({error}): give another file with --results") from None
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and row.keys() >= identity.keys():
-                rows.append(row)
-        require(rows or not lines, f"{path} holds no results: give another file with --results")
+        self.path, self.identity = pathlib.Path(path), identity
         wanted = (identity, identity | dict(predictor=""))  # see `key`
-        self.rows = [row for row in rows if any(row.items() >= one.items() for one in wanted)]
+        self.rows = [row for row in tables.read_results(path) if any(row.items() >= one.items() for one in wanted)]
 
     def key(self, setting, values):
         """The entries that identify a row."""
@@ -328,7 +326,7 @@ class Store:
         """Append a row to the file. Raises InputError."""
         row = self.key(setting, values) | dict(setting=setting.name) | measured
         try:
-            with self.path.open("ab", buffering=0) as file:  # a single write, so that several runs may share the file
+            with self.path.open("ab") as file:
                 file.write(f"\n{json.dumps(row)}".encode())  # \n first: it ends the line of a run that was stopped
         except OSError as error:
             raise InputError(f"cannot write {self.path} ({error.strerror}): earlier results stay") from None
@@ -364,17 +362,12 @@ def read_text(name):
         raise InputError(f"text {name} is not UTF-8 (byte {error.start}): convert it first")
 
 
-def digest(data):
-    """The first 12 hexadecimal digits of a SHA-256, of bytes or of the JSON of other data."""
-    return hashlib.sha256(data if isinstance(data, bytes) else json.dumps(data).encode()).hexdigest()[:12]
-
-
-def run_texts(args, store, predictor):
+def run_texts(args, store, model, tokenizer, predictor):
     """Measure the settings that the store does not have yet, for each text and length. Raises InputError."""
-    model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
     context, needed = model.config.context_len, max(args.lengths) + 1
     require(needed <= context + 1, f"--lengths must fit the model's context of {context} tokens")
-    texts = {name: tokenizer.encode(read_text(name), special_tokens=False)[:needed] for name in args.texts}
+    encode = partial(tokenizer.encode, special_tokens=False, control_tokens=False)
+    texts = {name: encode(read_text(name))[:needed] for name in args.texts}
     for name, tokens in texts.items():
         enough = len(tokens) == needed
         require(enough, f"text {name} has {len(tokens)} tokens, {needed} are needed: use shorter --lengths")
@@ -391,7 +384,7 @@ def run_texts(args, store, predictor):
                 store.add(setting, values, measured)
 
 
-def run_lm_eval(args, store, predictor):
+def run_lm_eval(args, store, model, tokenizer, predictor):
     """Add a row of `scores` per task and setting. RULER's tasks make texts of `--lengths` tokens of the tokenizer."""
     for setting in args.settings:
         require(not setting.bytes_share, "lm-eval has texts of many lengths: give budget= in place of bytes=")
@@ -413,12 +406,32 @@ def run_lm_eval(args, store, predictor):
     lm = HFLM(path, dtype=args.dtype, device="cpu", batch_size=1)
     lm.loglikelihood = lm.loglikelihood_rolling = refuse_ratings
     for task in args.lm_tasks:
-        values = dict(task=args.task, text=task, sha256=digest([args.limit, args.lengths]), n_prompt=0, n_new=0)
+        options = dict(tasks=[task], task_manager=manager, limit=args.limit, bootstrap_iters=0)
+        values = dict(task=args.task, text=task, sha256=digest(texts_of_task(options)), n_prompt=0, n_new=0)
         for setting in store.missing(args.settings, values):
             attach(lm.model, predictor, make_decoder=partial(make_decoder, setting.method), **vars(setting.config))
-            options = dict(tasks=[task], task_manager=manager, limit=args.limit, bootstrap_iters=0)
             found = lm_eval.simple_evaluate(lm, **options)["results"][task]
             store.add(setting, values, dict(scores={k: v for k, v in found.items() if isinstance(v, float)}))
+
+
+def texts_of_task(options) -> list:
+    """What identifies the texts of a task of lm-eval: its prompts, their options and the targets."""
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+
+    asked = []
+
+    class Questions(LM):
+        """Answers nothing, and keeps what was asked."""
+
+        def generate_until(self, requests):
+            asked.extend(request.args for request in requests)
+            return [""] * len(requests)
+
+        loglikelihood = loglikelihood_rolling = lambda self, requests: refuse_ratings(requests)
+
+    samples = simple_evaluate(Questions(), **options)["samples"]
+    return [asked, *([sample["target_hash"] for sample in part] for part in samples.values())]
 
 
 def refuse_ratings(requests):
@@ -458,11 +471,13 @@ def parse_args(argv):
 
 def run(args):
     predictor = attnpred.load_predictor(args.predictor)
-    weights = digest(b"".join(w.contiguous().numpy().tobytes() for w in predictor.state_dict().values()))
-    name = pathlib.Path(args.model).name if args.model else "default"
-    store = Store(args.results, dict(model=name, dtype=args.dtype, predictor=weights))
-    if args.task in TASKS:
-        TASKS[args.task](args, store, predictor)
+    require(args.task in TASKS or pathlib.Path(args.results).is_file(), f"there is no results file {args.results}")
+    with sole_user(args.results) if args.task in TASKS else nullcontext():
+        model, tokenizer = load_model(args.model or str(fetch_default_llm()), getattr(torch, args.dtype), "cpu")
+        identity = dict(model=digest_of_model(model), dtype=args.dtype, predictor=digest(*predictor.parameters()))
+        store = Store(args.results, identity)
+        if args.task in TASKS:
+            TASKS[args.task](args, store, model, tokenizer, predictor)
     found = {task: [row for row in store.rows if row["task"] == task] for task in TASKS if args.task in (task, "table")}
     require(any(found.values()), f"{args.results} has no results of this --model, --dtype and --predictor")
     for task, rows in found.items():

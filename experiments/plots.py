@@ -22,9 +22,10 @@ import torch
 from matplotlib.colors import ListedColormap, PowerNorm
 
 import attnpred
-from attnpred import InputError, OneLineParser, exit_status
+from attnpred import InputError, OneLineParser, exit_status, require
 from experiments.bench import output_file
 from experiments.rivals import RivalDecoder
+from experiments.tables import read_results
 from model import load_model
 from train_predictor import write_atomically
 from weights.fetch_llm import fetch_default_llm
@@ -292,6 +293,7 @@ def draw_pareto(rows, path):
         if len(values := {*points[name]} - {""}) > 1:  # the predictor of a rival is ""
             raise InputError(f"results of more than one {name} ({', '.join(sorted(values))}): give those of one")
     points = points[(points.setting != "full") & ~points.setting.str.contains(" ")]  # methods without changes
+    require(len(points), "there are no results of `evaluate texts` for a method without changes, other than full")
     points["KL"], points["MB"] = points.kl.map(np.mean), points.read_bytes / 1e6
     points["level"] = points.bytes_share.where(points.bytes_share != "", points.budget.astype(str))
     means = points.groupby(["n_prompt", "setting", "level"])[["MB", "KL"]].mean()
@@ -322,7 +324,7 @@ def draw_training(rows, path):
     left.set(title="loss, running mean", xlabel="step")
     for name, start in rows[0].items():
         if name not in ("step", "loss"):
-            right.plot(steps, [r[name] / start for r in rows], marker=".", label=f"{name}: from {start:.4f}")
+            right.plot(steps, [r[name] / (start or 1) for r in rows], marker=".", label=f"{name}: from {start:.4f}")
     right.set(title="attention left out in validation, over the start's", xlabel="step")
     right.legend(fontsize=7)
     save(figure, path, dpi=90)
@@ -388,15 +390,13 @@ def draw_kernels(rows, path):
 FROM_FILES = {"speed": draw_speed, "kernels": draw_kernels, "pareto": draw_pareto, "training": draw_training}
 
 
-def read_rows(paths):
-    """The rows (dicts) of all files. A file is a JSON list, or has a JSON object per line. Raises InputError."""
-    rows = []
-    for path in paths:
-        try:
-            text = pathlib.Path(path).read_text()
-            rows += json.loads(text) if text.startswith("[") else [json.loads(row) for row in text.split("\n") if row]
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as JSON: {error}") from None
+def read_list(path) -> list[dict]:
+    """The rows in a file that holds a JSON list. Raises InputError."""
+    try:
+        rows = json.loads(pathlib.Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    require(isinstance(rows, list), f"{path} is no JSON list")
     return rows
 
 
@@ -425,9 +425,11 @@ def run(argv):
         return draw_echo(recorder, tokenizer, args.out)
     if rest:
         raise InputError(f"unknown option {rest[0]} (--help lists the options)")
+    read = read_results if args.command == "pareto" else read_list
+    rows = [row for file in args.files for row in read(file)]
     try:
-        FROM_FILES[args.command](read_rows(args.files), args.out)
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        FROM_FILES[args.command](rows, args.out)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, ArithmeticError) as error:
         raise InputError(f"{args.files} do not hold the numbers of {args.command} ({error!r})") from None
 
 

@@ -48,7 +48,6 @@ class Rival:
     has_history = False  # True: every M-th token, a true row enters the history
     needs_query = False  # True: it selects with the query of each token, so nothing can be prefetched
     needs_future = False  # True: `foresee` gets the whole text
-    needs_rows = False  # True: `observe` gets what each token attends to
     share = "head"  # what shares a budget: "head" (every head has its own K blocks), "layer", or "ours"
 
     def __init__(self):
@@ -59,9 +58,6 @@ class Rival:
 
     def foresee(self, q, k, n_prompt, block_size):
         """Takes a layer's q (Hq, T, D), k (Hk, T, D) of the whole text, of which n_prompt tokens are the prompt."""
-
-    def observe(self, layer, row):
-        """Takes the largest probability of each block, of one token's attention to the selected blocks: (Hk, N)."""
 
     def score(self, decoder, layer, middle, q) -> torch.Tensor:
         """Scores of the blocks in the slice `middle`, of a shape that broadcasts to (Hk, n).
@@ -75,13 +71,13 @@ class Rival:
         return 0
 
 
-class DecayedMean(Rival):
-    """A baseline: scores a block by the sum of its history rows, weighted by decay ** age.
+class DecayedRMS(Rival):
+    """A baseline: scores a block by the sum of its squared history rows, weighted by decay ** age.
 
-    With a decay of 0 that is the last row, with 1 the plain mean.
+    It ranks as a decayed root mean square does. With a decay of 0 that is the last row, with 1 no row decays.
     """
 
-    config, has_history, share, power = Config(), True, "ours", 1
+    config, has_history, share = Config(), True, "ours"
 
     def __init__(self, decay=0.9):
         super().__init__()
@@ -90,17 +86,11 @@ class DecayedMean(Rival):
     def score(self, decoder, layer, middle, q):
         rows = decoder.rows(layer)[..., middle]  # (Hk, H, n)
         age = torch.arange(rows.shape[1] - 1, -1, -1, device=rows.device)  # (H,)
-        return torch.einsum("hrn,r->hn", rows**self.power, self.decay**age)
+        return torch.einsum("hrn,r->hn", rows**2, self.decay**age)
 
     def bytes_per_block(self, vector_bytes):
         """The newest row, and a running sum of the earlier ones, in 16 bits."""
         return 2 * 2
-
-
-class DecayedRMS(DecayedMean):
-    """A baseline: DecayedMean of the squared rows, which ranks as a decayed root mean square does."""
-
-    power = 2
 
 
 class Oracle(Rival):
@@ -194,42 +184,6 @@ class StreamingLLM(Rival):
         return torch.arange(middle.start, middle.stop, dtype=torch.float32, device=decoder.model.device)
 
 
-class H2O(Rival):
-    """Selects half of the blocks by the attention they received so far and half by recency.
-
-    Zhang et al. 2023, arXiv 2306.14048. A block that was not selected is never selected again. The paper sums each
-    token's attention and drops tokens during the prompt, too; here a block's attention is that of its largest token, as
-    in the history, and the prompt is dense, as for all rivals.
-    """
-
-    needs_rows = True
-    chunk_rows = 256  # a prompt's query rows are pooled in pieces of this size
-
-    def prefill(self, q, k_cache, n_tokens):
-        """Returns each block's attention so far (Hk, N)."""
-        total = torch.zeros(len(q), k_cache.shape[1], device=q.device)  # (Hq, N)
-        for end in range(n_tokens, 0, -self.chunk_rows):
-            pooled, _ = kernels.pool_history(q[:, max(0, end - self.chunk_rows) : end], k_cache, end)  # (Hq, rows, N)
-            total[:, : pooled.shape[-1]] += pooled.sum(1)
-        return total.unflatten(0, (len(k_cache), -1)).mean(1)
-
-    def observe(self, layer, row):
-        total = self.notes[layer]  # (Hk, N of the token before)
-        self.notes[layer] = F.pad(total, (0, row.shape[1] - total.shape[1])) + row
-
-    def score(self, decoder, layer, middle, q):
-        total = self.notes[layer]  # (Hk, N)
-        dropped = ~decoder.attended(layer, total.shape[1])  # (Hk, N)
-        total[:, middle] = total[:, middle].masked_fill(dropped[:, middle], 0.0)
-        heavy = total[:, middle].argsort(descending=True, stable=True).argsort()  # (Hk, n): rank, 0 the heaviest
-        recent = torch.arange(heavy.shape[1] - 1, -1, -1, device=total.device)  # (n,): rank, 0 the most recent
-        return -torch.minimum(heavy, recent).float()  # for every K, the first K alternate between both kinds
-
-    def bytes_per_block(self, vector_bytes):
-        """The rows of 16 tokens, and a running sum of the earlier ones, in 16 bits."""
-        return 2 * (1 + 16)
-
-
 class SnapKV(Rival):
     """Scores blocks once, by the attention of the prompt's last queries, max-pooled over neighbouring tokens.
 
@@ -270,13 +224,11 @@ class AdaKV(SnapKV):
 RIVALS = {
     "oracle": Oracle,
     "future": Future,
-    "decayed-mean": DecayedMean,
     "decayed-rms": DecayedRMS,
     "quest": Quest,
     "mean-std": MeanStd,
     "snapkv": SnapKV,
     "ada-snapkv": AdaKV,
-    "h2o": H2O,
     "streaming-llm": StreamingLLM,
 }
 
@@ -365,11 +317,6 @@ class RivalDecoder(SparseDecoder):
             self.select_now(layer, q[:, 0])
         out = super().attend(layer, q, k, v)  # (Hq, 1, D)
         n_blocks = self.config.n_blocks(self.n_tokens)
-        if self.rival and self.rival.needs_rows:
-            mask = self.attended(layer, n_blocks).repeat_interleave(len(q) // len(k), 0)  # (Hq, N)
-            _, rows = attend_masked(q[:, 0], *self.cache.kv[:, layer], mask, self.n_tokens)  # (Hq, N)
-            rows = rows.unflatten(0, (len(k), -1)).square().mean(1).sqrt()  # (Hk, N)
-            self.rival.observe(layer, rows)
         if self.measure_every and (self.n_tokens - self.stats.prefill_tokens) % self.measure_every == 0:
             if layer == 0:
                 self.recovery.append([])

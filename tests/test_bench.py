@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import experiments
 import kernels
 from attnpred import Config, InputError, SparseDecoder, Stats
 from experiments import bench, hot_paths, roofline
@@ -218,7 +220,8 @@ def test_link_is_counted(monkeypatch, capsys):
     monkeypatch.setattr(bench, "read_text", texts.get)
     alone = [0] * 190 + [*range(10)] + [10 + i for i in range(17)]  # the last 17 tokens occur once
 
-    def encode(text):
+    def encode(text, control_tokens):
+        assert not control_tokens
         return alone if text[0] == "7" else [(i * i) % 61 for i in range(217)]
 
     model = tiny_llama(d_model=512, head_dim=512)
@@ -287,6 +290,18 @@ def test_readme_shows_the_launches(capsys):
 def test_bad_input_is_one_line(options, message, capsys, monkeypatch):
     monkeypatch.setattr(bench, "load_model", lambda *args: (tiny_llama(), None))
     assert_refused(bench.main, "bench", options, message, capsys)
+
+
+def test_a_missing_package_is_named_before_anything_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "load_model", None)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    for command in (["speed", "--contenders", "dense", "transformers"], ["prefill"]):
+        assert_refused(bench.main, "bench", [*command, "--contexts", "128"], "this comparison needs transf", capsys)
+    assert sys.excepthook is experiments.name_what_is_missing
+    sys.excepthook(ModuleNotFoundError, ModuleNotFoundError(name="pandas"), None)
+    assert capsys.readouterr().err == "the package pandas is missing: pip install -r requirements-dev.txt\n"
+    sys.excepthook(ZeroDivisionError, ZeroDivisionError("x"), None)
+    assert "ZeroDivisionError: x" in capsys.readouterr().err
 
 
 INTERPRETED = "--backend triton --contexts 128 --history-len 5 --calibration-interval 2".split()

@@ -1,5 +1,6 @@
 """Recording does not change a run, pictures show what was measured, and every kind of file can be drawn."""
 
+import io
 import json
 import re
 
@@ -20,9 +21,9 @@ SHAPE = dict(
 
 @pytest.fixture
 def figures(monkeypatch):
-    """All figures that are saved."""
+    """All figures, which are neither rendered nor saved."""
     saved = []
-    monkeypatch.setattr(plots.plt, "close", saved.append)
+    monkeypatch.setattr(plots, "save", lambda figure, *args, **options: saved.append(figure))
     return saved
 
 
@@ -127,6 +128,7 @@ def test_an_echo_is_drawn(tmp_path, figures):
     """The bars count heads; each line has the match of a block, and what follows it there."""
     _, tokens, out, recorder = recorded()
     plots.draw_echo(recorder, LetterTokenizer(), tmp_path / "echo.png")
+    figures[0].savefig(io.BytesIO())  # any text can be rendered
     top, bottom = figures[0].axes
     letters = LetterTokenizer().decode(tokens + out)
     (_, context, following), *lines = zip(*3 * [iter(text.get_text() for text in bottom.texts)])
@@ -142,10 +144,18 @@ def test_an_echo_is_drawn(tmp_path, figures):
 
 
 RESULT = dict(model="tiny", dtype="float32", predictor="")  # as of a rival
-RESULT |= dict(setting="ours", budget=512, n_prompt=4096, n_new=4, bytes_share="", text="a")
+RESULT |= dict(setting="ours", budget=512, n_prompt=4096, n_new=4, bytes_share="", text="a", sha256="a")
 TEXTS = [
     RESULT
-    | dict(task="texts", text=text, setting=setting, budget=budget, kl=[kl / budget] * 4, read_bytes=budget * 1e4)
+    | dict(
+        task="texts",
+        text=text,
+        sha256=text,
+        setting=setting,
+        budget=budget,
+        kl=[kl / budget] * 4,
+        read_bytes=budget * 1e4,
+    )
     for setting in ("ours", "paper", "quest", "quest+echo")
     for text, kl in (("a", 1.0), ("b", 3.0))
     for budget in (512, 256)
@@ -169,13 +179,12 @@ FILES = {
 
 @pytest.mark.parametrize("picture", FILES)
 def test_pictures_of_files(picture, tmp_path):
-    """From two files: a list, and an object per line."""
-    (first, *others), path = FILES[picture], tmp_path / f"{picture}.png"
-    (tmp_path / "list.json").write_text(json.dumps([first], indent=1))
-    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, others)))
-    files = [str(tmp_path / name) for name in ("list.json", "lines.json")]
-    assert set(FILES) == set(plots.FROM_FILES) and plots.read_rows(files) == FILES[picture]
-    assert plots.main([picture, *files, "--out", str(path)]) == 0
+    """From two files, of an object per line if `evaluate` wrote them, else of a list."""
+    files, path = [tmp_path / "first.json", tmp_path / "others.json"], tmp_path / f"{picture}.png"
+    for file, rows in zip(files, (FILES[picture][:1], FILES[picture][1:])):
+        file.write_text("\n".join(map(json.dumps, rows)) if picture == "pareto" else json.dumps(rows, indent=1))
+    assert set(FILES) == set(plots.FROM_FILES)
+    assert plots.main([picture, *map(str, files), "--out", str(path)]) == 0
     assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size < 200_000
 
 
@@ -192,6 +201,13 @@ def test_what_is_drawn_of_speed_is_what_was_measured(tmp_path, figures):
         assert drawn["sparse: bandwidth's limit"] == [2 * n for n in drawn["sparse"]]
     assert {tuple(line.get_ydata()) for line in memory.lines} == {(12.8, 409.6)}
     assert [bar.get_height() for bar in stages.patches] == [4, 4, 6, 6] and len(figures[1].axes) == 1
+
+
+def test_a_validation_loss_of_zero_is_drawn(tmp_path, figures):
+    plots.draw_training(
+        [{"step": 0, "loss": 1.0, "left out": 0.0}, {"step": 1, "loss": 0.5, "left out": 0.0}], tmp_path
+    )
+    assert list(figures[0].axes[1].lines[0].get_ydata()) == [0, 0]
 
 
 def test_pareto_points_are_means_over_texts(tmp_path, figures):
@@ -234,6 +250,8 @@ def test_a_run_from_the_command_line(tmp_path, capsys):
         (["run", "--prompt", "x", "--out", "run.jpg"], "ending in .png"),
         (["run", "--prompt", "x", "--out", "run.png", "--dense"], "leave out --dense"),
         (["speed", "none.json", "--out", "x.png"], "cannot be read"),
+        (["pareto", "none.json", "--out", "x.png"], "cannot read none.json"),
+        (["pareto", "some.json", "--out", "x.png"], "some.json holds no results"),
         (["speed", "some.json", "--out", "x.png"], "do not hold the numbers of speed"),
         (["speed", "some.json", "--out", "x.png", "--budget", "512"], "unknown option"),
     ],

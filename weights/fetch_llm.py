@@ -41,7 +41,7 @@ def fetch_default_llm() -> Path:
         return FOLDER
     scratch = FOLDER.with_name(f".{DEFAULT_LLM}.partial")
     try:
-        with wait_for(FileLock(FOLDER.with_name(f".{DEFAULT_LLM}.lock"))):
+        with wait_for(FileLock(FOLDER.with_name(f".{DEFAULT_LLM}.lock")), f"fetches {DEFAULT_LLM}"):
             if is_complete():
                 return FOLDER
             shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
@@ -64,12 +64,12 @@ def is_complete() -> bool:
     return all((FOLDER / name).is_file() for name in FILES)
 
 
-def wait_for(lock: FileLock):
-    """Acquire the lock and return its context; say so if another process has it."""
+def wait_for(lock: FileLock, what: str):
+    """Acquire the lock and return its context; if another process has it, say what that does."""
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        print(f"Waiting for another process that fetches {DEFAULT_LLM} ({lock.lock_file})", file=sys.stderr, flush=True)
+        print(f"Waiting for another process that {what} ({lock.lock_file})", file=sys.stderr, flush=True)
         return lock.acquire()
 
 
