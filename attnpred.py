@@ -20,7 +20,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import safetensors.torch
@@ -841,7 +841,10 @@ def host_memory(shape, dtype, device, owner) -> torch.Tensor:
     if device.type == "cuda" and memory.numel():
         cuda = torch.cuda.cudart()
         error = int(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-        require(not error, f"{memory.nbytes / 1e9:,.2f} GB of host memory cannot be pinned")
+        if error:
+            with suppress(RuntimeError):  # CUDA keeps the error until the next launch reports it
+                torch.ones(1, device=device)
+        require(not error, f"{memory.nbytes / 1e9:,.2f} GB of host memory cannot be pinned: try a shorter text")
         weakref.finalize(owner, lambda: (torch.cuda.synchronize(device), cuda.cudaHostUnregister(memory.data_ptr())))
     return memory
 
