@@ -1014,8 +1014,11 @@ def check_memory(c: Config, m: LlamaConfig, n_tokens, dtype, device, offload):
     history = 2 * heads * c.history_len * n_blocks * HISTORY_DTYPE.itemsize
     rows = c.history_len * c.queries(c.interval(n_tokens))
     pooled = 3 * 4 * m.n_heads * rows * n_blocks  # of a layer of the prompt, in float32, and copies
-    activations = min(n_tokens, PREFILL_CHUNK) * (3 * m.d_ff + 4 * m.d_model) * dtype.itemsize
-    needed = max(activations, sparse * pooled) + sparse * history
+    queries = m.n_layers * m.n_heads * rows * m.head_dim * dtype.itemsize  # the prompt's, of the history's rows
+    activations = min(n_tokens, PREFILL_CHUNK) * (3 * m.d_ff + 5 * m.d_model) * dtype.itemsize
+    if dtype == torch.float32 and has_streams(device):  # causal_attention repeats K and V for each query head
+        activations += 2 * m.n_heads * n_tokens * m.head_dim * dtype.itemsize
+    needed = max(activations, sparse * pooled) + sparse * (history + queries)
     slots = min(kv, 2 * heads * c.budget * m.head_dim * 2 * dtype.itemsize)
     for need, memory in ((needed + (slots if offload else kv), device), (kv if offload else 0, torch.device("cpu"))):
         free = free_memory(memory)

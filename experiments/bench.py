@@ -10,9 +10,11 @@ numbers. A context's keys, values and history are random, because a step's time 
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
+import signal
 import statistics
 import sys
 import time
@@ -95,13 +97,43 @@ def show(rows, columns=None):
     print(markdown(pd.DataFrame(cells)) + "\n")
 
 
-def seconds(call, device):
-    """The median time of a call in seconds. On a GPU, the L2 cache is cold."""
+def seconds(call, device, graph=True):
+    """The median time of a call in seconds. On a GPU, the L2 cache is cold.
+
+    graph: on a GPU, replay a CUDA graph of the call, because a launch from Python can take longer than its kernel
+    """
     if device.type == "cuda":
         from triton.testing import do_bench
 
+        call()  # compiles, and prepares libraries
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                call()
+            call = captured.replay
         return 1e-3 * do_bench(call, return_mode="median")
     return Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).blocked_autorange().median
+
+
+def reason(error):
+    """One line about an exception, which leaves a row out but not the table."""
+    if isinstance(error, InputError):
+        raise error
+    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else repr(error).splitlines()[0]
+
+
+def collect(rows, columns, args):
+    """The rows of an iterator. They are written to --out as they come, and shown at the end, also at an early one."""
+    done = []
+    try:
+        for row in rows:
+            done.append(args.setup | row)
+            if args.out:
+                write_atomically(args.out, json.dumps(done, indent=1).encode())
+    finally:
+        if done:
+            show(done, columns)
+    return done
 
 
 def ceilings(dtype, device, size=1 << 28, n=4096):
@@ -239,7 +271,7 @@ def race(makers, rounds, device):
 
     Returns a row for each contender: {"dtype", "name", "rounds": [ms per token], "ms": their median, "answer": the
     tokens of the first round, "contender", and of a GPU "memory_mb": allocated at the peak of the first round}.
-    Contenders that run out of memory are left out.
+    Contenders that run out of memory, or fail in another way, are left out.
     """
 
     def warmed_up(make):
@@ -255,8 +287,8 @@ def race(makers, rounds, device):
         try:
             rows.append(warmed_up(make) | dict(dtype=dtype, name=name))
             continue
-        except torch.OutOfMemoryError:
-            print(f"bench: {name}, {dtype}: out of memory, left out", file=sys.stderr)
+        except Exception as error:
+            print(f"bench: {name}, {dtype}: {reason(error)}, left out", file=sys.stderr)
         torch.cuda.empty_cache()  # outside of the except clause, whose exception refers to the contender
     for row in rows * rounds:  # in each round, all contenders take turns
         begun = time.perf_counter()
@@ -302,7 +334,8 @@ def stage_ms(contender):
 def speed_rows(args, models, config, bandwidth):
     """Yield a row per context, dtype and contender. models: {name of a dtype: model}; bandwidth: a copy's, bytes/s."""
     device = next(iter(models.values())).device
-    keys = [(dtype, name) for dtype in models for name in args.contenders]
+    names = sorted(args.contenders, key=lambda name: name != "dense")  # first what the others are compared with
+    keys = [(dtype, name) for dtype in models for name in names]
     for dtype, name in keys if args.backend == "torch" else ():
         contender_of(name, models[dtype], config, min(args.contexts), args)().step()  # libraries allocate at first
     for context in args.contexts:
@@ -319,7 +352,6 @@ def speed_rows(args, models, config, bandwidth):
                 row["stages"] = stage_ms(contender)
             done.append(row)
             del contender
-        for row in done:
             same_weights = {other["name"]: other for other in done if other["dtype"] == row["dtype"]}
             if base := same_weights.get("dense"):
                 pairs = zip(base["rounds"], row["rounds"])
@@ -358,9 +390,8 @@ def write_trace(make, path):
 def bench_speed(args, config, device):
     """measure ms per token of several ways to decode, and peak memory"""
     models, bandwidth = models_of(args, device), ceilings(torch.float32, device, n=64)["copy"]
-    rows = list(speed_rows(args, models, config, bandwidth))
+    rows = collect(speed_rows(args, models, config, bandwidth), SPEED_COLUMNS, args)
     print(f"A copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written.\n")
-    show(rows, SPEED_COLUMNS)
     if timed := [row for row in rows if "stages" in row]:
         stages = [stage for stage in timed[0]["stages"] if any(row["stages"][stage] for row in timed)]
         columns = {head: SPEED_COLUMNS[head] for head in ("context", "weights")}
@@ -368,7 +399,6 @@ def bench_speed(args, config, device):
     if args.trace:
         model, context = models[args.dtypes[-1]], args.contexts[-1]
         write_trace(contender_of(args.contenders[-1], model, config, context, args), args.trace)
-    return rows
 
 
 def bench_prefill(args, config, device):
@@ -382,22 +412,24 @@ def bench_prefill(args, config, device):
     def theirs(model, tokens):
         return [model(tokens[None], use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()]
 
-    readers, rows = {}, []
+    readers = {}
     for dtype, model in models_of(args, device).items():
         readers[dtype, "ours"] = partial(ours, model)
         readers[dtype, "transformers"] = partial(theirs, as_transformers(model))
-    for context in args.contexts:
-        tokens = torch.randint(model.config.vocab_size, (context,), device=device)
-        for read in readers.values():
-            read(tokens[:128])  # libraries allocate at first
-        makers = {key: partial(SimpleNamespace, round=partial(read, tokens)) for key, read in readers.items()}
-        for row in race(makers, args.rounds, device):  # a round reads the whole prompt
-            del row["contender"]
-            rows.append(row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"])))
+
+    def rows():
+        for context in args.contexts:
+            tokens = torch.randint(model.config.vocab_size, (context,), device=device)
+            for read in readers.values():
+                read(tokens[:128])  # libraries allocate at first
+            makers = {key: partial(SimpleNamespace, round=partial(read, tokens)) for key, read in readers.items()}
+            for row in race(makers, args.rounds, device):  # a round reads the whole prompt
+                del row["contender"]
+                yield row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"]))
+
     columns = {head: SPEED_COLUMNS[head] for head in ("context", "weights", "")}
     columns |= {"tokens/s, fastest round": SPEED_COLUMNS["tokens/s"]}
-    show(rows, columns | {head: SPEED_COLUMNS[head] for head in ("peak memory beside weights, MB",)})
-    return rows
+    collect(rows(), columns | {head: SPEED_COLUMNS[head] for head in ("peak memory beside weights, MB",)}, args)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -409,7 +441,12 @@ def kernel_row(path, context, device, ceilings_found):
     """Time a tuple of hot_paths.py and its rivals. Returns a row with rates and their shares of the ceilings."""
     name, moved, multiply_adds, call, rivals = path
     print(f"bench: {name}, {context} tokens", file=sys.stderr)
-    took, others = seconds(call, device), {rival: seconds(other, device) for rival, other in rivals.items()}
+    took, others = seconds(call, device), {}
+    for rival, other in rivals.items():
+        try:
+            others[rival] = seconds(other, device, graph=not name.startswith("copy"))  # such a rival waits for the host
+        except Exception as error:
+            print(f"bench: {rival}: {reason(error)}, left out", file=sys.stderr)
     copy = ceilings_found["host copy" if name.startswith("copy") else "copy"]
     matmul = ceilings_found["matmul tf32" if name.startswith("predict") else "matmul"]
     row = dict(path=name, context=context, us=1e6 * took, gb_s=1e-9 * moved / took, of_copy=moved / took / copy)
@@ -439,14 +476,16 @@ def bench_kernels(args, config, device):
         f"copy {rates['copy']:,.0f} GB/s, host to device {rates['host copy']:,.0f} GB/s, matrix product "
         f"{2e-3 * rates['matmul']:,.1f} TFLOP/s, of float32 {2e-3 * rates['matmul tf32']:,.1f} (a GPU uses tf32)\n"
     )
-    rows = [
-        kernel_row(path, context, device, ceilings_found)
-        for context in args.contexts
-        for paths in PATHS
-        for path in paths(shape_of(args.model_shape), config, context, dtype, device, args.backend)
-    ]
-    show(rows, KERNEL_COLUMNS)
-    return rows
+
+    def rows():
+        for context, paths in itertools.product(args.contexts, PATHS):
+            try:
+                for path in paths(shape_of(args.model_shape), config, context, dtype, device, args.backend):
+                    yield kernel_row(path, context, device, ceilings_found)
+            except Exception as error:
+                print(f"bench: {paths.__name__}, {context} tokens: {reason(error)}, left out", file=sys.stderr)
+
+    collect(rows(), KERNEL_COLUMNS, args)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -562,13 +601,10 @@ def run(args):
         raise InputError("--contexts must be at least 128 tokens, and --rounds at least 1")
     device, _, args.backend = attnpred.choose_device(args)
     config = attnpred.config_of(args)
-    rows = args.bench(args, config, device)
-    if rows:
-        setup = conditions(args, config, device)
-        print("{device}, {threads} threads, {weights}, budget {config[budget]}".format(**setup))
-    if args.out:
-        rows = [setup | row for row in rows]
-        write_atomically(args.out, json.dumps(rows, indent=1).encode())
+    args.setup = conditions(args, config, device)
+    args.bench(args, config, device)
+    if args.command in ("speed", "prefill", "kernels"):
+        print("{device}, {threads} threads, {weights}, budget {config[budget]}".format(**args.setup))
 
 
 def main(argv=None) -> int:
@@ -576,4 +612,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # at a time limit, too, the table is printed
     sys.exit(main())

@@ -1,6 +1,7 @@
 """The command line and the decoder on fake GPUs: see fake_gpu.py for what these refuse."""
 
 import gc
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 import attnpred
 import kernels
 from attnpred import Config, SparseDecoder
+from experiments import roofline
+from model import causal_attention
 from tests.fake_gpu import FakeGpu, to_device
 from tests.helpers import assert_refused, random_predictor, tiny_llama
 from tests.test_model import random_model
@@ -63,6 +66,7 @@ def test_the_command_answers_as_on_a_cpu(folder, device, offload, capsys):
 def test_the_command_runs_its_kernels(folder, capsys, monkeypatch):
     """In bfloat16, the default, and with a budget that the text outgrows."""
     monkeypatch.setattr(kernels, "n_multiprocessors", lambda device: 1)  # few programs for the interpreter
+    monkeypatch.setattr(attnpred, "PREFILL_CHUNK", 32)
     with FakeGpu() as gpu:
         status = answer(folder, "--offload", "--budget", "64", "--max-new-tokens", "5")
         assert status == 0, capsys.readouterr().err
@@ -86,6 +90,29 @@ def test_the_command_refuses_in_one_line(folder, case, capsys):
         assert_refused(lambda arguments: answer(folder, *arguments), "attnpred", arguments.split(), complaint, capsys)
         torch.ones(1, device="cuda").add_(1)  # no error of CUDA is left for what comes next
     assert_nothing_is_left(gpu)
+
+
+def test_expanded_keys_need_memory(monkeypatch):
+    """In float32, attention on a GPU repeats K and V for each of 32 query heads of 128: 4.3 GB for 128K tokens."""
+    m, complaints = roofline.LLAMA_31_8B, []
+    monkeypatch.setattr(attnpred, "free_memory", lambda device: 0)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(attnpred.InputError) as error:
+            attnpred.check_memory(Config(), m, 1 << 17, torch.float32, torch.device(device), offload=False)
+        complaints.append(float(re.search(r"needs ([\d.]+) GB", str(error.value))[1]))
+    assert 34 < complaints[0] < 37 and 3.8 < complaints[1] - complaints[0] < 4.4
+
+
+@pytest.mark.parametrize("past", [0, 5])
+def test_amd_gets_a_mask_of_its_own(past, monkeypatch):
+    """The mask that AMD's kernel understands is that of the other GPUs."""
+    q, kv = torch.rand(4, 3, 16), torch.rand(2, 2, 3 + past, 16)
+    expected = causal_attention(0, q, *kv)
+    for hip in (None, "6.4"):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        with FakeGpu():
+            found = causal_attention(0, q.to("cuda"), *kv.to("cuda")).cpu()
+        torch.testing.assert_close(found, expected)
 
 
 # --------------------------------------------------------------------------------------------------------------------
