@@ -25,16 +25,13 @@ from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import pandas as pd
 import torch
 from torch.utils.benchmark import Timer
 
 import attnpred
 from attnpred import InputError, OneLineParser, SparseDecoder
 from experiments import roofline
-from experiments.evaluate import read_text
 from experiments.hot_paths import PATHS
-from experiments.tables import markdown
 from model import Llama, LlamaConfig, checkpoint_targets, load_model
 from train_predictor import write_atomically
 from weights.fetch_llm import fetch_default_llm
@@ -42,6 +39,8 @@ from weights.fetch_llm import fetch_default_llm
 TEXTS = {"api": "API documentation", "gpl": "a licence in prose"}  # `offload` counts on these texts of evaluate.py
 TEXT_TOKENS, TEXT_STEPS = 4096, 64  # tokens of a prompt, and tokens that are decoded after it
 SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B}  # None: the default model, with its weights
+TOY = dict(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64)
+SHAPES["toy"] = replace(roofline.LLAMA_31_8B, **TOY)  # to try a command out
 
 # --------------------------------------------------------------------------------------------------------------------
 # Models, measuring and printing
@@ -89,12 +88,13 @@ def show(rows, columns=None):
 
     def cell(form, row):
         try:
-            return form.format(**row)
+            return form.format(row, **row)
         except KeyError:
-            return None
+            return "–"
 
-    cells = [{head: cell(form, row) for head, form in columns.items()} for row in rows] if columns else rows
-    print(markdown(pd.DataFrame(cells)) + "\n")
+    columns = columns or {head: f"{{0[{head}]}}" for head in rows[0]}
+    lines = [columns, ["---"] * len(columns), *([cell(form, row) for form in columns.values()] for row in rows)]
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n", flush=True)
 
 
 def seconds(call, device, graph=True):
@@ -495,6 +495,8 @@ def bench_kernels(args, config, device):
 
 def bench_offload(args, config, device):
     """count bytes over the link, on API documentation and on prose"""
+    from experiments.evaluate import read_text
+
     if config.fits(TEXT_TOKENS):
         raise InputError(f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens counted: use a smaller one")
     (model, tokenizer), rows = load_model(str(fetch_default_llm()), torch.bfloat16, device), []
