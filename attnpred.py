@@ -20,7 +20,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import safetensors.torch
@@ -955,7 +955,10 @@ def host_memory(shape, dtype, device, owner) -> torch.Tensor:
     if device.type == "cuda" and memory.numel():
         cuda = torch.cuda.cudart()
         error = int(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-        require(not error, f"{memory.nbytes / 1e9:,.2f} GB of host memory cannot be pinned")
+        if error:
+            with suppress(RuntimeError):  # CUDA keeps the error until the next launch reports it
+                torch.ones(1, device=device)
+        require(not error, f"{memory.nbytes / 1e9:,.2f} GB of host memory cannot be pinned: try a shorter text")
         weakref.finalize(owner, lambda: (torch.cuda.synchronize(device), cuda.cudaHostUnregister(memory.data_ptr())))
     return memory
 
@@ -1125,10 +1128,12 @@ def check_memory(c: Config, m: LlamaConfig, n_tokens, dtype, device, offload):
     history = 2 * heads * c.history_len * n_blocks * HISTORY_DTYPE.itemsize
     rows = c.history_len * c.queries(c.interval(n_tokens))
     pooled = 3 * 4 * m.n_heads * rows * n_blocks  # of a layer of the prompt, in float32, and copies
-    activations = (
-        min(n_tokens, OFFLOADED_CHUNK if offload else PREFILL_CHUNK) * (3 * m.d_ff + 4 * m.d_model) * dtype.itemsize
-    )
-    needed = max(activations, sparse * pooled) + sparse * history
+    queries = m.n_layers * m.n_heads * rows * m.head_dim * dtype.itemsize  # the prompt's, of the history's rows
+    chunk = min(n_tokens, OFFLOADED_CHUNK if offload else PREFILL_CHUNK)
+    activations = chunk * (3 * m.d_ff + 5 * m.d_model) * dtype.itemsize
+    if dtype == torch.float32 and has_streams(device):  # causal_attention repeats K and V for each query head
+        activations += 2 * m.n_heads * n_tokens * m.head_dim * dtype.itemsize
+    needed = max(activations, sparse * pooled) + sparse * (history + queries)
     slots = min(kv, 2 * heads * c.budget * m.head_dim * 2 * dtype.itemsize)
     for need, memory in ((needed + (slots if offload else kv), device), (kv if offload else 0, torch.device("cpu"))):
         free = free_memory(memory)

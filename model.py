@@ -224,6 +224,8 @@ def causal_attention(layer, q, k, v):
     if q.dtype == torch.float32:  # no fused kernel shares float32 K and V in a group
         k, v, group = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), 1  # (Hq, T', D)
     mask = causal_lower_right(T, past + T) if past else None  # not materialised; it selects a fused kernel
+    if past and torch.version.hip:  # AMD's fused kernel would align that mask at the upper left
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
     qkv = q[None], k[None], v[None]  # (1, Hq, T, D), (1, Hk, T', D), (1, Hk, T', D)
     return F.scaled_dot_product_attention(*qkv, mask, is_causal=not past, enable_gqa=group > 1)[0]  # (Hq, T, D)
 

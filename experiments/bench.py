@@ -11,9 +11,11 @@ numbers. A context's keys, values and history are random, because a step's time 
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
+import signal
 import statistics
 import sys
 import time
@@ -24,16 +26,13 @@ from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import pandas as pd
 import torch
 from torch.utils.benchmark import Timer
 
 import attnpred
 from attnpred import InputError, OneLineParser, SparseDecoder
 from experiments import roofline
-from experiments.evaluate import read_text
 from experiments.hot_paths import PATHS
-from experiments.tables import markdown
 from model import Llama, LlamaConfig, checkpoint_targets, load_model
 from train_predictor import write_atomically
 from weights.fetch_llm import fetch_default_llm
@@ -41,6 +40,8 @@ from weights.fetch_llm import fetch_default_llm
 TEXTS = {"api": "API documentation", "gpl": "a licence in prose"}  # `offload` counts on these texts of evaluate.py
 TEXT_TOKENS, TEXT_STEPS = 4096, 64  # tokens of a prompt, and tokens that are decoded after it
 SHAPES = {"smollm2-135m": None, "llama-3.1-8b": roofline.LLAMA_31_8B}  # None: the default model, with its weights
+TOY = dict(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64)
+SHAPES["toy"] = replace(roofline.LLAMA_31_8B, **TOY)  # to try a command out
 
 # --------------------------------------------------------------------------------------------------------------------
 # Models, measuring and printing
@@ -90,21 +91,52 @@ def show(rows, columns=None):
 
     def cell(form, row):
         try:
-            return form.format(**row)
+            return form.format(row, **row)
         except KeyError:
-            return None
+            return "–"
 
-    cells = [{head: cell(form, row) for head, form in columns.items()} for row in rows] if columns else rows
-    print(markdown(pd.DataFrame(cells)) + "\n")
+    columns = columns or {head: f"{{0[{head}]}}" for head in rows[0]}
+    lines = [columns, ["---"] * len(columns), *([cell(form, row) for form in columns.values()] for row in rows)]
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n", flush=True)
 
 
-def seconds(call, device):
-    """The median time of a call in seconds. On a GPU, the L2 cache is cold."""
+def seconds(call, device, graph=True):
+    """The median time of a call in seconds. On a GPU, the L2 cache is cold.
+
+    graph: on a GPU, replay a CUDA graph of the call, because a launch from Python can take longer than its kernel
+    """
     if device.type == "cuda":
         from triton.testing import do_bench
 
+        call()  # compiles, and prepares libraries
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                call()
+            call = captured.replay
         return 1e-3 * do_bench(call, return_mode="median")
     return Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads()).blocked_autorange().median
+
+
+def reason(error):
+    """One line about an exception, which leaves a row out but not the table."""
+    if isinstance(error, InputError):
+        raise error
+    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else repr(error).splitlines()[0]
+
+
+def collect(rows, columns, args):
+    """The rows of an iterator. They are written to --out as they come, and shown at the end, also at an early one."""
+    done = []
+    try:
+        for row in rows:
+            done.append(args.setup | row)
+            if args.out:
+                write_atomically(args.out, json.dumps(done, indent=1).encode())
+    finally:
+        if done:
+            show(done, columns)
+    return done
 
 
 def ceilings(dtype, device, size=1 << 28, n=4096):
@@ -263,7 +295,7 @@ def race(makers, rounds, device):
 
     Returns a row for each contender: {"dtype", "name", "rounds": [ms per token], "ms": their median, "answer": the
     tokens of the first round, "contender", and of a GPU "memory_mb": allocated at the peak of the first round}.
-    Contenders that run out of memory are left out.
+    Contenders that run out of memory, or fail in another way, are left out.
     """
 
     def warmed_up(make):
@@ -279,8 +311,8 @@ def race(makers, rounds, device):
         try:
             rows.append(warmed_up(make) | dict(dtype=dtype, name=name))
             continue
-        except torch.OutOfMemoryError:
-            print(f"bench: {name}, {dtype}: out of memory, left out", file=sys.stderr)
+        except Exception as error:
+            print(f"bench: {name}, {dtype}: {reason(error)}, left out", file=sys.stderr)
         torch.cuda.empty_cache()  # outside of the except clause, whose exception refers to the contender
     for row in rows * rounds:  # in each round, all contenders take turns
         begun = time.perf_counter()
@@ -326,7 +358,8 @@ def stage_ms(contender):
 def speed_rows(args, models, config, bandwidth):
     """Yield a row per context, dtype and contender. models: {name of a dtype: model}; bandwidth: a copy's, bytes/s."""
     device = next(iter(models.values())).device
-    keys = [(dtype, name) for dtype in models for name in args.contenders]
+    names = sorted(args.contenders, key=lambda name: name != "dense")  # first what the others are compared with
+    keys = [(dtype, name) for dtype in models for name in names]
     for dtype, name in keys if args.backend == "torch" else ():
         contender_of(name, models[dtype], config, min(args.contexts), args)().step()  # libraries allocate at first
     for context in args.contexts:
@@ -343,7 +376,6 @@ def speed_rows(args, models, config, bandwidth):
                 row["stages"] = stage_ms(contender)
             done.append(row)
             del contender
-        for row in done:
             same_weights = {other["name"]: other for other in done if other["dtype"] == row["dtype"]}
             if base := same_weights.get("dense"):
                 pairs = zip(base["rounds"], row["rounds"])
@@ -382,9 +414,8 @@ def write_trace(make, path):
 def bench_speed(args, config, device):
     """measure ms per token of several ways to decode, and peak memory"""
     models, bandwidth = models_of(args, device), ceilings(torch.float32, device, n=64)["copy"]
-    rows = list(speed_rows(args, models, config, bandwidth))
+    rows = collect(speed_rows(args, models, config, bandwidth), SPEED_COLUMNS, args)
     print(f"A copy moves {bandwidth / 1e9:,.1f} GB/s, read plus written.\n")
-    show(rows, SPEED_COLUMNS)
     if timed := [row for row in rows if "stages" in row]:
         stages = [stage for stage in timed[0]["stages"] if any(row["stages"][stage] for row in timed)]
         columns = {head: SPEED_COLUMNS[head] for head in ("context", "weights", "")}
@@ -392,7 +423,6 @@ def bench_speed(args, config, device):
     if args.trace:
         model, context = models[args.dtypes[-1]], args.contexts[-1]
         write_trace(contender_of(args.contenders[-1], model, config, context, args), args.trace)
-    return rows
 
 
 def bench_prefill(args, config, device):
@@ -406,22 +436,24 @@ def bench_prefill(args, config, device):
     def theirs(model, tokens):
         return [model(tokens[None], use_cache=True, logits_to_keep=1).logits[0, -1].argmax().item()]
 
-    readers, rows = {}, []
+    readers = {}
     for dtype, model in models_of(args, device).items():
         readers[dtype, "ours"] = partial(ours, model)
         readers[dtype, "transformers"] = partial(theirs, as_transformers(model))
-    for context in args.contexts:
-        tokens = torch.randint(model.config.vocab_size, (context,), device=device)
-        for read in readers.values():
-            read(tokens[:128])  # libraries allocate at first
-        makers = {key: partial(SimpleNamespace, round=partial(read, tokens)) for key, read in readers.items()}
-        for row in race(makers, args.rounds, device):  # a round reads the whole prompt
-            del row["contender"]
-            rows.append(row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"])))
+
+    def rows():
+        for context in args.contexts:
+            tokens = torch.randint(model.config.vocab_size, (context,), device=device)
+            for read in readers.values():
+                read(tokens[:128])  # libraries allocate at first
+            makers = {key: partial(SimpleNamespace, round=partial(read, tokens)) for key, read in readers.items()}
+            for row in race(makers, args.rounds, device):  # a round reads the whole prompt
+                del row["contender"]
+                yield row | dict(context=context, tokens_s=1e3 * context / min(row["rounds"]))
+
     columns = {head: SPEED_COLUMNS[head] for head in ("context", "weights", "")}
     columns |= {"tokens/s, fastest round": SPEED_COLUMNS["tokens/s"]}
-    show(rows, columns | {head: SPEED_COLUMNS[head] for head in ("peak memory beside weights, MB",)})
-    return rows
+    collect(rows(), columns | {head: SPEED_COLUMNS[head] for head in ("peak memory beside weights, MB",)}, args)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -433,7 +465,12 @@ def kernel_row(path, context, device, ceilings_found):
     """Time a tuple of hot_paths.py and its rivals. Returns a row with rates and their shares of the ceilings."""
     name, moved, multiply_adds, call, rivals = path
     print(f"bench: {name}, {context} tokens", file=sys.stderr)
-    took, others = seconds(call, device), {rival: seconds(other, device) for rival, other in rivals.items()}
+    took, others = seconds(call, device), {}
+    for rival, other in rivals.items():
+        try:
+            others[rival] = seconds(other, device, graph=not name.startswith("copy"))  # such a rival waits for the host
+        except Exception as error:
+            print(f"bench: {rival}: {reason(error)}, left out", file=sys.stderr)
     copy = ceilings_found["host copy" if name.startswith("copy") else "copy"]
     matmul = ceilings_found["matmul tf32" if name.startswith("predict") else "matmul"]
     row = dict(path=name, context=context, us=1e6 * took, gb_s=1e-9 * moved / took, of_copy=moved / took / copy)
@@ -463,14 +500,16 @@ def bench_kernels(args, config, device):
         f"copy {rates['copy']:,.0f} GB/s, host to device {rates['host copy']:,.0f} GB/s, matrix product "
         f"{2e-3 * rates['matmul']:,.1f} TFLOP/s, of float32 {2e-3 * rates['matmul tf32']:,.1f} (a GPU uses tf32)\n"
     )
-    rows = [
-        kernel_row(path, context, device, ceilings_found)
-        for context in args.contexts
-        for paths in PATHS
-        for path in paths(shape_of(args.model_shape), config, context, dtype, device, args.backend)
-    ]
-    show(rows, KERNEL_COLUMNS)
-    return rows
+
+    def rows():
+        for context, paths in itertools.product(args.contexts, PATHS):
+            try:
+                for path in paths(shape_of(args.model_shape), config, context, dtype, device, args.backend):
+                    yield kernel_row(path, context, device, ceilings_found)
+            except Exception as error:
+                print(f"bench: {paths.__name__}, {context} tokens: {reason(error)}, left out", file=sys.stderr)
+
+    collect(rows(), KERNEL_COLUMNS, args)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -480,6 +519,8 @@ def bench_kernels(args, config, device):
 
 def bench_offload(args, config, device):
     """count bytes over the link, on API documentation and on prose"""
+    from experiments.evaluate import read_text
+
     if config.fits(TEXT_TOKENS):
         raise InputError(f"--budget {config.budget} covers the {TEXT_TOKENS:,} tokens counted: use a smaller one")
     (model, tokenizer), rows = load_model(str(fetch_default_llm()), torch.bfloat16, device), []
@@ -588,13 +629,10 @@ def run(args):
         raise InputError("--contexts must be at least 128 tokens, and --rounds at least 1")
     device, _, args.backend = attnpred.choose_device(args)
     config = attnpred.config_of(args)
-    rows = args.bench(args, config, device)
-    if rows:
-        setup = conditions(args, config, device)
-        print("{device}, {threads} threads, {weights}, budget {config[budget]}".format(**setup))
-    if args.out:
-        rows = [setup | row for row in rows]
-        write_atomically(args.out, json.dumps(rows, indent=1).encode())
+    args.setup = conditions(args, config, device)
+    args.bench(args, config, device)
+    if args.command in ("speed", "prefill", "kernels"):
+        print("{device}, {threads} threads, {weights}, budget {config[budget]}".format(**args.setup))
 
 
 def main(argv=None) -> int:
@@ -602,4 +640,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # at a time limit, too, the table is printed
     sys.exit(main())

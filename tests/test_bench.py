@@ -7,8 +7,8 @@ import pathlib
 import re
 import subprocess
 import sys
+import tarfile
 import weakref
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,16 +19,14 @@ import torch.nn.functional as F
 import experiments
 import kernels
 from attnpred import Config, InputError, SparseDecoder, Stats
-from experiments import bench, hot_paths, roofline
+from experiments import bench, evaluate, hot_paths, roofline
 from tests.helpers import assert_refused, random_predictor, tiny_llama
 
 CPU = torch.device("cpu")
 ROOT = pathlib.Path(bench.__file__).parents[1]
 SHAPE = dict(block_size=8, history_len=8, sink_tokens=8, local_tokens=16, budget=56, echo_blocks=2)
 LLAMA = roofline.LLAMA_31_8B
-TOY = dict(n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_model=32, d_ff=48, vocab_size=64)
 SMALL = "--model-shape toy --block-size 8 --sink-tokens 8 --local-tokens 16 --budget 56 --echo-blocks 2".split()
-bench.SHAPES["toy"] = replace(LLAMA, **TOY)
 
 
 def test_work_by_hand():
@@ -139,6 +137,12 @@ def test_transformers_computes_the_same():
     assert {parameter.untyped_storage().data_ptr() for parameter in theirs.model.parameters()} <= pointers
 
 
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The tests that count what a CPU does run on it also where there is a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def table(text):
     """The rows of the first table printed, as dicts of text."""
     part = next(part for part in text.split("\n\n") if part.startswith("|"))
@@ -153,7 +157,7 @@ def rows_of(tmp_path, command, *options):
     return json.loads(out.read_text())
 
 
-def test_speed_pays_for_whole_intervals(tmp_path, capsys):
+def test_speed_pays_for_whole_intervals(on_cpu, tmp_path, capsys):
     names = "dense", "sparse", "sparse, offloaded", "transformers", "adapter"
     options = "--contexts", "256", "--rounds", "2", "--calibration-interval", "16", "--dtypes", "float32", "bfloat16"
     rows = rows_of(tmp_path, "speed", *options, "--contenders", *names)
@@ -178,7 +182,7 @@ def test_speed_pays_for_whole_intervals(tmp_path, capsys):
     assert 0 < sparse["bytes"] - weights < dense["bytes"] - weights
 
 
-def test_prefill_is_read_by_both(tmp_path, capsys):
+def test_prefill_is_read_by_both(on_cpu, tmp_path, capsys):
     """Both predict the same token; tokens per second are of the fastest round."""
     rows = rows_of(tmp_path, "prefill", "--contexts", "256", "--rounds", "3", "--dtypes", "float32", "bfloat16")
     names = [(row["dtype"], row["name"]) for row in rows]
@@ -212,12 +216,12 @@ def test_what_does_not_fit_is_left_out(capsys):
     assert capsys.readouterr().err.count("out of memory, left out") == 2
 
 
-def test_link_is_counted(monkeypatch, capsys):
+def test_link_is_counted(on_cpu, monkeypatch, capsys):
     """MB over the link per token after the prompt, for 3 layers, 2 heads, K and V in float32, with K = E = 2."""
     texts = {"words": "7 " * 400, "numbers": "8 " * 400}
     for name, value in dict(TEXTS={name: name for name in texts}, TEXT_TOKENS=200, TEXT_STEPS=17).items():
         monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(bench, "read_text", texts.get)
+    monkeypatch.setattr(evaluate, "read_text", texts.get)
     alone = [0] * 190 + [*range(10)] + [10 + i for i in range(17)]  # the last 17 tokens occur once
 
     def encode(text, control_tokens):
@@ -247,7 +251,7 @@ def test_a_trace_without_the_gpu_is_an_error(tmp_path):
         bench.write_trace(lambda: elsewhere, tmp_path / "trace.json")
 
 
-def test_counted_launches(capsys):
+def test_counted_launches(on_cpu, capsys):
     """Most tokens launch the least."""
     assert bench.main(["launches", *SMALL, "--contexts", "256"]) == 0
     rows = table(capsys.readouterr().out)
@@ -257,14 +261,14 @@ def test_counted_launches(capsys):
         assert sum(counts) == 16 and counts[0] > 8 and launches[0] == min(launches) > 20
 
 
-def test_readme_shows_the_bytes(capsys):
+def test_readme_shows_the_bytes(on_cpu, capsys):
     """The defaults are Llama-3.1-8B at 8K, 32K and 128K tokens."""
     assert bench.main(["bytes"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 3 and not set(lines[2:]) - set((ROOT / "experiments/README.md").read_text().splitlines())
 
 
-def test_readme_shows_the_launches(capsys):
+def test_readme_shows_the_launches(on_cpu, capsys):
     """The README says that its counts at 131,072 tokens are those at 16,384."""
     assert bench.main(["launches", "--contexts", "16384"]) == 0
     readme = (ROOT / "experiments/README.md").read_text().split("## Launches per token")[1]
@@ -287,7 +291,7 @@ def test_readme_shows_the_launches(capsys):
         (["offload", "--budget", "8192"], "covers the 4,096 tokens"),
     ],
 )
-def test_bad_input_is_one_line(options, message, capsys, monkeypatch):
+def test_bad_input_is_one_line(on_cpu, options, message, capsys, monkeypatch):
     monkeypatch.setattr(bench, "load_model", lambda *args: (tiny_llama(), None))
     assert_refused(bench.main, "bench", options, message, capsys)
 
@@ -304,45 +308,92 @@ def test_a_missing_package_is_named_before_anything_is_measured(capsys, monkeypa
     assert "ZeroDivisionError: x" in capsys.readouterr().err
 
 
-INTERPRETED = "--backend triton --contexts 128 --history-len 5 --calibration-interval 2".split()
+def rehearse(*arguments, **environment):
+    """The finished process of a call of gpu.sh."""
+    command = ["bash", ROOT / "experiments/gpu.sh", *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
-def test_contenders_of_a_gpu(tmp_path):
-    """They decode different numbers of keys, so their tokens may differ. The last contender is traced."""
-    trace = tmp_path / "trace.json"
-    options = "--dtypes", "bfloat16", "--rounds", "1", "--trace", str(trace), "--contenders", *bench.ON_GPU
-    rows = {row["name"]: row for row in rows_of(tmp_path, "speed", *INTERPRETED, *options)}
-    assert list(rows) == bench.ON_GPU and json.loads(trace.read_text())["traceEvents"]
+ON_CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal; run gpu.sh itself")
 
 
-def test_kernels_are_timed(tmp_path):
-    rows = rows_of(tmp_path, "kernels", *INTERPRETED)
-    assert len(rows) == 12 and all(row["us"] > 0 and row["of_copy"] > 0 for row in rows)
+@ON_CPU_ONLY
+@pytest.mark.parametrize("call, n_steps", [("check", 2), ("measure", 4)])
+def test_a_rehearsal_of_the_first_run(call, n_steps, tmp_path):
+    """Every step runs, in the interpreter; a second run refuses to overwrite its results."""
+    done = rehearse(call, tmp_path / call, "toy")
+    report = (tmp_path / call / "report.md").read_text()
+    assert done.returncode == 0 and report.count("| ok |") == n_steps, report
+    with tarfile.open(tmp_path / f"{call}.tar.gz") as tar:
+        names = set(tar.getnames())
+    assert f"{call}/report.md" in names
+    if call == "measure":
+        assert len(json.loads((tmp_path / call / "kernels.json").read_text())) == 12
+        (dense, sparse), (offloaded,) = (
+            json.loads((tmp_path / call / f"{name}.json").read_text()) for name in ("speed-128", "offloaded")
+        )
+        assert [row["name"] for row in (dense, sparse, offloaded)] == bench.ON_GPU
+        assert json.loads((tmp_path / call / "trace.perfetto.json").read_text())["traceEvents"]
+        assert "measure/trace.perfetto.json" in names
+    again = rehearse(call, tmp_path / call, "toy")
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "not an empty folder" in again.stderr
 
 
-def test_first_run_on_a_gpu(tmp_path):
-    """With a python that only records its arguments, and fails for `kernels`, the other steps run valid commands."""
-    python, notes, out = tmp_path / "python", tmp_path / "notes", tmp_path / "results" / "gpu"
+@ON_CPU_ONLY
+@pytest.mark.parametrize("call, limit", [("check", 240), ("measure", 400)])
+def test_the_first_run_has_time_and_continues_after_a_failure(call, limit, tmp_path):
+    """With a python that only records its arguments, and fails at first, the other steps run valid commands."""
+    python, notes, out = tmp_path / "python", tmp_path / "notes", tmp_path / "results" / call
     python.write_text(
         f'#!/bin/sh\nprintf "%s\\037" "$@" >>{notes}; echo >>{notes}\n'
-        'case "$3" in kernels) echo "| half a table |"; echo "no luck" >&2; exit 3;; *) echo "of $3";; esac\n'
+        'case "$3" in kernels|--model-shape) echo "| half a table |"; echo "no luck" >&2; exit 3;; *) echo ok;; esac\n'
     )
     python.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = partial(subprocess.run, ["bash", ROOT / "experiments/gpu.sh", out], env=environment, capture_output=True)
-    first = command()
-    limits = re.findall(rb"at most (\d+) s", first.stderr)
-    assert first.returncode == 1 and len(limits) == 8 and sum(map(int, limits)) <= 600
-    _, tests, *steps = [line.split("\037")[:-1] for line in notes.read_text().splitlines()]
-    assert tests[:2] == ["-m", "pytest"] and all((ROOT / test).exists() for test in tests[5:])
-    bench_steps = [options for _, module, *options in steps if module == "experiments.bench"]
-    contexts = [bench.make_parser().parse_args(options).contexts for options in bench_steps]
-    assert {n for one in contexts for n in one} == {8192, 32768, 131072}
-    pictures = [options[0] for _, module, *options in steps if module == "experiments.plots"]
-    assert len(bench_steps) == 5 and pictures == ["kernels", "speed"]
+    done = rehearse(call, out, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    limits = [int(seconds) for seconds in re.findall(r"at most (\d+) s", done.stderr)]
+    steps = [line.split("\037")[:-1] for line in notes.read_text().splitlines()][1:]  # the first names the GPU
+    assert done.returncode == 1 and len(limits) == len(steps) and sum(limits) <= limit
     report = (out / "report.md").read_text()
-    assert report.count("| failed, status 3: no luck |") == 2  # so does the picture
-    assert report.count("| ok |") == 6 and "| half a table |" in report and "of speed" in report
-    again = command()
-    assert again.returncode == 2 and again.stderr.count(b"\n") == 1 and b"not an empty folder" in again.stderr
-    assert (out / "report.md").read_text() == report
+    assert report.count("| failed, status 3: no luck |") == 1 and "| half a table |" in report
+    assert report.count("| ok |") == len(steps) - 1
+    commands = [options for _, module, *options in steps if module == "experiments.bench"]
+    contexts = [bench.make_parser().parse_args(options).contexts for options in commands]
+    assert contexts == ([[8192, 32768, 131072], [8192], [32768], [131072], [8192], [131072]] if commands else [])
+    tests = [argument for _, module, *options in steps if module == "pytest" for argument in options]
+    assert all((ROOT / test).exists() for test in tests if test.endswith(".py"))
+
+
+@ON_CPU_ONLY
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["check"], "a folder for"), (["chekc", "x", "toy"], "check or measure"), (["check", "x"], "no GPU")],
+)
+def test_the_first_run_refuses(arguments, message, tmp_path):
+    arguments = [str(tmp_path / "x") if argument == "x" else argument for argument in arguments]
+    done = rehearse(*arguments)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
+
+
+def test_a_row_that_fails_loses_no_other(tmp_path, capsys, monkeypatch):
+    """Neither a path, nor a rival, nor a contender; what an interruption leaves is shown and written."""
+    monkeypatch.setattr(bench, "seconds", lambda call, device, graph=True: call() is None or 1.0)
+
+    def paths(m, c, n_tokens, *others):
+        yield "first", 1, 0, int, {"rival": lambda: 1 // 0, "other": int}
+        yield "second", 1, 0, lambda: torch.ones(2) @ torch.ones(3), {}
+
+    def interrupted(*arguments):
+        yield "last", 1, 0, int, {}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "PATHS", (paths, interrupted))
+    monkeypatch.setattr(
+        bench, "ceilings", lambda *args: dict.fromkeys(("copy", "host copy", "matmul", "matmul tf32"), 1.0)
+    )
+    out = tmp_path / "numbers.json"
+    assert bench.main(["kernels", *SMALL, "--contexts", "256", "--out", str(out)]) == 130
+    shown, complaints = capsys.readouterr()
+    rows = json.loads(out.read_text())
+    assert [row["path"] for row in rows] == ["first", "last"] and rows[0]["rivals"].startswith("other 1,000,000.0")
+    assert [row["path"] for row in table(shown[shown.index("| path") :])] == ["first", "last"]
+    assert "rival: ZeroDivisionError" in complaints and "paths, 256 tokens: RuntimeError" in complaints

@@ -10,7 +10,8 @@ import torch
 import attnpred
 import kernels
 from attnpred import Config, SparseDecoder, generate
-from tests.happens_before import Checker, tensors
+from tests.fake_gpu import tensors, to_device
+from tests.happens_before import Checker
 from tests.helpers import random_predictor, tiny_llama
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -162,13 +163,6 @@ CONFIG = Config(block_size=8, sink_tokens=8, local_tokens=8, budget=48, history_
 INTERVALS = 3, 4, 1  # M
 
 
-def to_device(module):
-    for part in module.modules():
-        for named in (part._parameters, part._buffers):
-            named.update({name: tensor.data.to("cuda") for name, tensor in named.items() if tensor is not None})
-    return module
-
-
 def decode(model, predictor, interval, backend):
     """Logits of a prompt, which fits the budget unless M = 3, and of later tokens; then the decoder is dropped.
 
@@ -201,7 +195,8 @@ def checked(interval, removed=None):
 def test_decoding_has_no_race(interval):
     checker, logits = checked(interval)
     assert not checker.races
-    assert len(checker.streams) == 3 and all(len(stream.operations) > 30 for stream in checker.streams)
+    work = [len(stream.operations) for stream in checker.streams if stream.used]
+    assert len(work) == 3 and min(work) > 30
     expected = decode(tiny_llama(n_layers=2), random_predictor(), interval, "torch")
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -226,5 +221,5 @@ def test_the_host_waits_for_the_tokens_that_it_reads():
 
     checker = run()
     assert not checker.races
-    assert checker.streams[1:] == []  # a resident decoder needs no other stream
+    assert sum(stream.used for stream in checker.streams) == 1  # a resident decoder needs no other stream
     assert len(checker.sites) == 2 and all(run(site).races for site in checker.sites)
