@@ -30,7 +30,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
-from torch.nn.attention.bias import causal_lower_right
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,11 @@ def causal_attention(layer, q, k, v):
     T, past, group = q.shape[1], k.shape[1] - q.shape[1], len(q) // len(k)
     if q.dtype == torch.float32:  # no fused kernel shares float32 K and V in a group
         k, v, group = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), 1  # (Hq, T', D)
-    mask = causal_lower_right(T, past + T) if past else None  # not materialised; it selects a fused kernel
+    mask = None
+    if past:
+        from torch.nn.attention.bias import causal_lower_right  # takes seconds to import, and CPUs do not need it
+
+        mask = causal_lower_right(T, past + T)  # not materialised; it selects a fused kernel
     qkv = q[None], k[None], v[None]  # (1, Hq, T, D), (1, Hk, T', D), (1, Hk, T', D)
     return F.scaled_dot_product_attention(*qkv, mask, is_causal=not past, enable_gqa=group > 1)[0]  # (Hq, T, D)
 
@@ -270,22 +273,37 @@ class Tokenizer:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def chat_tokens(self, messages: list[dict]) -> list[int]:
-        """The token ids of `chat(messages)`. Control tokens are those of the template; in a message they are text."""
+    def chat_tokens(self, messages: list[dict], answered: bool = False, end: int | None = None) -> list[int]:
+        """The token ids of `chat(messages)`. Control tokens are those of the template; in a message they are text.
+
+        If `answered`, only those that follow the last answer, messages[-2], whose ids are the model's own. `end` is the
+        token that ended the answer, if one did; it is not repeated.
+        """
         written, mark = [], self.mark
         for message in messages:  # an answer may think: <think> has no special flag
             pattern = self.control_pattern(special_only=message.get("role") == "assistant")
             written.append(message | {"content": pattern.sub(rf"{mark}\g<0>{mark}", message["content"])})
-        if written == messages:
-            return self.encode(self.chat(messages), special_tokens=False)
+        plain = written == messages
+        if answered:
+            written[-2] = written[-2] | {"content": mark[::-1]}  # other digits stand for the answer
+        text = self.chat(written)
+        if answered:
+            _, found, text = text.rpartition(mark[::-1])
+            if not found:
+                raise ModelError("the chat template leaves answers out; use one that shows them")
+            if end is not None and text.lstrip().startswith(self.tokenizer.id_to_token(end)):
+                text = text.lstrip()
 
         def swap(match):  # the marked tokenizer knows control tokens between marks only
             in_message, in_template = match.groups()
             return f"{mark}{in_template}{mark}" if in_template else in_message or ""
 
-        control = self.control_pattern().pattern
-        text = re.sub(f"{mark}({control}){mark}|{mark}|({control})", swap, self.chat(written))
-        return self._check(self.marked_tokenizer.encode(text, add_special_tokens=False).ids)
+        tokenizer = self.tokenizer
+        if not plain:
+            control, tokenizer = self.control_pattern().pattern, self.marked_tokenizer
+            text = re.sub(f"{mark}({control}){mark}|{mark}|({control})", swap, text)
+        ids = self._check(tokenizer.encode(text, add_special_tokens=False).ids)
+        return ids[1:] if end is not None and ids[:1] == [end] else ids
 
     def chat(self, messages: list[dict]) -> str:
         """The chat template's text for messages [{"role": ..., "content": ...}, ...], up to the start of the answer.

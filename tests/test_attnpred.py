@@ -36,6 +36,7 @@ class NaiveMethod:
         self.ids, self.k, self.v, self.queries, self.rows = [], {}, {}, {}, {}
         self.chosen = None  # (L, Hk, n) bool, of the middle blocks from the sink's end on; None: all blocks
         self.sparse = not self.fits(capacity_tokens)
+        self.left = self.prompt_start = 0
 
     def middle(self, n_tokens):
         start = self.c.sink_tokens // self.c.block_size
@@ -88,19 +89,17 @@ class NaiveMethod:
                 found.append((run, p))
         return list(dict.fromkeys(p // self.c.block_size for _, p in sorted(found, reverse=True)))[: self.c.echo_blocks]
 
-    def push_rows(self, count):
-        """Each layer gets the rows of the last `count` * M tokens: root mean squares over Q x G queries, (Hk, N)."""
-        n, interval, b = len(self.ids), self.due, self.c.block_size
-        per_row = max(q for q in range(1, interval + 1) if interval % q == self.c.calibration_queries % q == 0)
-        distance = interval // per_row
+    def push_rows(self, count, interval, distance):
+        """Each layer gets rows of the last `count` intervals: root mean squares over their queries, (Hk, N)."""
+        n, b = len(self.ids), self.c.block_size
         for layer in range(self.m.n_layers):
             squares = self.logits(layer, self.queries[layer]).softmax(-1)  # (Hq, T, T), the whole attention
             squares = F.pad(squares, (0, -n % b)).unflatten(-1, (-1, b)).amax(-1).square()  # (Hq, T, N)
             squares = squares.unflatten(0, (self.m.n_kv_heads, -1)).mean(1)  # (Hk, T, N)
             for row in reversed(range(count)):
                 last = n - 1 - row * interval
-                positions = [p for p in range(last, last - interval, -distance) if p >= 0]
-                total = squares[:, positions].sum(1) / per_row  # those before the text count as zeros
+                positions = [p for p in range(last, last - interval, -distance) if p >= self.prompt_start]
+                total = squares[:, positions].sum(1) / (interval // distance)  # those before it count as zeros
                 self.rows.setdefault(layer, []).append(total.sqrt())
 
     def image(self, layer, width):
@@ -111,17 +110,19 @@ class NaiveMethod:
             image[:, i, : row.shape[-1]] = row[:, :width]
         return image
 
-    def end_token(self, is_prompt=False):
-        """After the prompt and after every M-th token: rows of the tokens since the last time, then a selection."""
-        n = len(self.ids)
-        if is_prompt:
-            self.due = self.interval(n)
-            self.left, count = 0, min(self.c.history_len, -(-n // self.due))
-        else:
-            self.left, count = self.left - 1, 1
+    def end_token(self, n_prompt=0):
+        """After a prompt and after every M-th token: rows of the tokens since the last time, then a selection."""
+        n, rows, queries = len(self.ids), 1, self.c.calibration_queries
+        interval = self.interval(n) if n_prompt else self.due
+        distance = interval // max(q for q in range(1, interval + 1) if interval % q == queries % q == 0)
+        self.left -= 1
+        if n_prompt:
+            if n_prompt < min(n, interval):  # a later, short prompt is a row by itself
+                interval, distance = n_prompt, max(1, n_prompt // queries)
+            self.left, self.prompt_start, rows = 0, n - n_prompt, min(self.c.history_len, -(-n_prompt // interval))
         if self.left == 0:
             if self.sparse:
-                self.push_rows(count)
+                self.push_rows(rows, interval, distance)
             self.due = self.left = self.interval(n)
             start, end = self.middle(n + 1)
             if not self.fits(n + 1):
@@ -154,17 +155,19 @@ NOTHING = Config(**SMALL, budget=32, calibration_interval=4, echo_blocks=2)  # K
 
 
 @settings(max_examples=30)
-@given(configurations(), PROMPT_LENGTHS, st.integers(0, 2**31), HEADS, st.booleans())
-@example(GROWS, 495, 0, (2, 2), False)
-@example(OUTGROWS, 30, 1, (2, 2), False)
-@example(NOTHING, 100, 2, (1, 3), False)
-@example(OUTGROWS, 200, 3, (3, 1), True)
-def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, narrow):
+@given(configurations(), PROMPT_LENGTHS, st.integers(1, 20), st.integers(0, 2**31), HEADS, st.booleans())
+@example(GROWS, 495, 16, 0, (2, 2), False)
+@example(OUTGROWS, 30, 1, 1, (2, 2), False)
+@example(NOTHING, 100, 20, 2, (1, 3), False)
+@example(OUTGROWS, 200, 7, 3, (3, 1), True)
+def test_a_conversation_equals_the_naive_simulation(config, prompt_len, later, seed, heads, narrow):
+    """A prompt, tokens that are decoded, a later prompt of `later` tokens, and again tokens that are decoded."""
     model, predictor = (
         tiny_llama(n_kv_heads=heads[0], group=heads[1], n_layers=2, seed=seed, context_len=600),
         random_predictor(seed),
     )
-    tokens = torch.randint(VOCABULARY, (prompt_len + N_NEW,))
+    sizes = [prompt_len, *[1] * 15, later, *[1] * (N_NEW - 15 - later)]
+    tokens = torch.randint(VOCABULARY, (sum(sizes),))
     tolerance = 2e-3 if narrow else 1e-5
     with mock.patch.object(attnpred, "HISTORY_DTYPE", torch.float16 if narrow else torch.float32):
         decoder = SparseDecoder(config, model, predictor, len(tokens))
@@ -177,13 +180,15 @@ def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, n
             assert scores[chosen].amin() >= best_left_out - tolerance, "a block with a lower score was selected"
         return chosen.clone()
 
-    naive = NaiveMethod(config, model, predictor, len(tokens), choose)
-    for n in range(prompt_len, len(tokens) + 1):
-        first = 0 if n == prompt_len else n - 1
-        naive.ids = tokens[:n].tolist()
-        want = model(tokens[first:n], torch.arange(first, n), naive.attend)  # before ours selects anew
-        got = decoder.decode(tokens[first:n]) if first else decoder.prefill(tokens[:n])
-        naive.end_token(is_prompt=n == prompt_len)
+    naive, n = NaiveMethod(config, model, predictor, len(tokens), choose), 0
+    for step, size in enumerate(sizes):
+        is_prompt, new = step in (0, 16), tokens[n : n + size]
+        naive.ids = tokens[: n + size].tolist()
+        naive.chosen = None if is_prompt else naive.chosen
+        want = model(new, torch.arange(n, n + size), naive.attend)  # before ours selects anew
+        got = decoder.prefill(new) if is_prompt else decoder.decode(new)
+        n += size
+        naive.end_token(size if is_prompt else 0)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
         if decoder.history:
             images = decoder.history.rows.float().unflatten(0, (2, -1))  # (L, Hk, H, capacity)
@@ -208,6 +213,27 @@ def test_a_prompt_in_chunks_equals_one_in_one_piece(config, prompt_len, chunk, o
         runs.append([logits, *rows, *([cache.host, cache.fixed] if offload else [cache.kv])])
     for piece, chunked in zip(*runs, strict=True):
         torch.testing.assert_close(chunked, piece, atol=1e-3, rtol=1e-3)
+
+
+@settings(max_examples=20)
+@given(configurations(), st.integers(1, 150), st.integers(1, 5), st.sampled_from([16, 1024]), st.booleans())
+@example(OUTGROWS, 100, 4, 16, True)
+def test_two_prompts_equal_one(config, first_len, n_rows, chunk, offload):
+    """A later prompt of whole intervals: the same K, V, history, logits as those of the whole text at once."""
+    interval = config.interval(first_len + 5 * 16)
+    model, tokens, runs = tiny_llama(n_layers=2), torch.randint(VOCABULARY, (first_len + n_rows * interval,)), []
+    for sizes in ([len(tokens)], [first_len, n_rows * interval]):
+        with mock.patch.object(attnpred, "PREFILL_CHUNK", chunk):
+            decoder = SparseDecoder(config, model, random_predictor(), len(tokens) + 9, offload=offload)
+            logits = [decoder.prefill(piece) for piece in tokens.split(sizes)][-1]
+        cache = decoder.cache
+        n_before = first_len if config.interval(first_len) == interval else 0
+        rows = min(config.history_len, n_rows + n_before // interval)  # later ones begin before the first prompt
+        history = [decoder.history.rows[:, -rows:]] if decoder.history else []
+        runs.append([logits, *history, *([cache.host, cache.fixed] if offload else [cache.kv])])
+        assert decoder.stats.prefill_tokens == decoder.n_tokens == len(tokens) and decoder.stats.choosing_bytes == 0
+    for whole, parts in zip(*runs, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-3, rtol=1e-3)
 
 
 @given(configurations(), st.integers(1, 2000))
@@ -441,7 +467,7 @@ def test_the_default_model_answers(capsys):
     args = ["--prompt", "What is the capital of France?", "--max-new-tokens", "6"]
     status, out, err = attnpred_main(capsys, *args)
     assert status == 0 and "Paris" in out
-    assert err.count("\n") == 1 and err.startswith("attnpred: 5 tokens, ") and "fit the budget" in err
+    assert err.count("\n") == 1 and err.startswith("attnpred: 6 tokens, ") and "fit the budget" in err
 
 
 def test_a_long_prompt_is_decoded_sparsely_and_covering_budgets_agree_with_dense(capsys, tmp_path):
@@ -450,7 +476,7 @@ def test_a_long_prompt_is_decoded_sparsely_and_covering_budgets_agree_with_dense
     args = ["--prompt-file", str(tmp_path / "prompt.txt"), "--raw", "--max-new-tokens", "20", "--stats"]
     sparse = attnpred_main(capsys, *args, "--budget", "256")
     covering = attnpred_main(capsys, *args, "--budget", "2048")
-    dense = attnpred_main(capsys, *args, "--dense")
+    dense = attnpred_main(capsys, *args, "--budget", "256", "--dense")
     offloaded = attnpred_main(capsys, *args, "--budget", "256", "--offload")
     assert sparse[0] == covering[0] == dense[0] == offloaded[0] == 0
     assert covering[1] == dense[1] != ""
@@ -464,7 +490,8 @@ def test_a_question_about_a_document(tmp_path, monkeypatch):
 
     def prompt(*args):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Es regnet — schön.\n".encode())))
-        return attnpred.read_prompt(attnpred.make_parser().parse_args(args))
+        (question,) = attnpred.read_questions(attnpred.parse_options(args))
+        return question
 
     file, question = ("--prompt-file", str(tmp_path / "report")), ("--prompt", " Why?\n")
     assert prompt(*file, *question) == "It rained.\n\n Why?\n"
