@@ -25,8 +25,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from weights.fetch_llm import DEFAULT_LLM, FetchError, fetch_default_llm
-
 DEFAULT_PREDICTOR = pathlib.Path(__file__).parent / "weights" / "predictor.safetensors"
 
 
@@ -40,11 +38,11 @@ def require(condition, message):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Parameters and predictor
+# Parameters
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def parameter(default, symbol, help, least=0):
+def param(default, symbol, help, least=0):
     return field(default=default, metadata=dict(symbol=symbol, help=help, least=least))
 
 
@@ -52,21 +50,16 @@ def parameter(default, symbol, help, least=0):
 class Config:
     """The method's parameters. Raises InputError where they contradict each other."""
 
-    block_size: int = parameter(16, "b", "tokens per block: 8, 16, 32 or 64")
-    history_len: int = parameter(64, "H", "rows of attention kept", least=5)
-    sink_tokens: int | None = parameter(None, "S", "first tokens, always attended; default: one block")
-    local_tokens: int = parameter(64, "R", "last tokens, always attended")
-    budget: int = parameter(
-        1024, "B", "tokens attended per head, in the mean over all heads; S, R and E blocks included"
+    block_size: int = param(16, "b", "tokens per block: 8, 16, 32 or 64")
+    history_len: int = param(64, "H", "rows of attention kept", least=5)
+    sink_tokens: int | None = param(None, "S", "first tokens, always attended; default: one block")
+    local_tokens: int = param(64, "R", "last tokens, always attended")
+    budget: int = param(1024, "B", "tokens attended per head, in the mean over all heads; S, R and E blocks included")
+    calibration_interval: int | str = param(
+        "auto", "M", "every M-th token, all keys are read and blocks selected; auto: 16, doubled while T / M > B", 1
     )
-    calibration_interval: int | str = parameter(
-        "auto",
-        "M",
-        "every M-th token, all keys are read and blocks selected; auto: 16, doubled while T / M > B",
-        least=1,
-    )
-    calibration_queries: int = parameter(4, "Q", "queries of the last M that make a row of attention", least=1)
-    echo_blocks: int = parameter(4, "E", "blocks attended because they continue earlier occurrences of the token")
+    calibration_queries: int = param(4, "Q", "queries of the last M that make a row of attention", least=1)
+    echo_blocks: int = param(4, "E", "blocks attended because they continue earlier occurrences of the token")
 
     def __post_init__(self):
         b = self.block_size
@@ -127,7 +120,7 @@ class Config:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Options. They are checked before PyTorch is imported, which takes seconds
+# Options, which are checked before PyTorch is imported: that takes seconds
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stats", action="store_true", help="end with bytes read, recovery and predictor cost")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help=f"Hugging Face folder or hub id (default: {DEFAULT_LLM}, fetched once)")
+    group.add_argument("--model", help="Hugging Face folder or hub id (default: SmolLM2-135M-Instruct, fetched once)")
     group.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the convolution: safetensors or state dict")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
     dtypes, backends = ["auto", "float32", "bfloat16", "float16"], ["auto", "torch", "triton"]
@@ -195,26 +188,20 @@ def parse_options(argv=None) -> argparse.Namespace:
     require(0 <= args.seed < 2**63, f"seed {args.seed} must lie in 0 ... 2^63 - 1")
     require(not (args.dense and args.offload), "--dense reads the whole cache for each token: leave --offload out")
     require(not (args.chat and args.raw), "--chat needs the chat template: leave --raw out")
-    from_stdin = args.chat and args.prompt_file == "-"
-    require(not from_stdin, "--chat reads questions from standard input: give --prompt-file a file's name")
+    require(not (args.chat and args.prompt_file == "-"), "--chat reads standard input: --prompt-file must be a file")
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device)
     require(known, f"device {args.device} is not available: try cpu")
-    args.config, name = config_of(args), args.model
-    find_predictor(args.predictor)
-    found = name is None or os.path.exists(name) or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
-    require(found, f"model {name} is neither a folder nor an id of the hub: give the folder of a Hugging Face model")
-    nothing = args.prompt is None and args.prompt_file is None and not args.chat
-    require(not nothing, "there is no prompt: give --prompt, --prompt-file or both (--help lists the options)")
-    args.document = None if args.prompt_file is None else read_document(args.prompt_file)
+    require(os.path.isfile(args.predictor), f"predictor {args.predictor} does not exist: give a file of weights")
+    found = not args.model or os.path.exists(args.model) or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", args.model)
+    require(found, f"model {args.model} is neither a folder nor an id of the hub: give a Hugging Face folder")
+    prompts = [text for text in (args.prompt, args.prompt_file) if text is not None]
+    require(prompts or args.chat, "there is no prompt: give --prompt, --prompt-file or both (--help lists the options)")
+    args.config, args.document = config_of(args), None
+    if args.prompt_file is not None:
+        args.document = read_document(args.prompt_file)
     if args.prompt is not None:
         args.prompt = to_text(args.prompt.encode(errors="surrogateescape"))
     return args
-
-
-def find_predictor(path) -> pathlib.Path:
-    path = pathlib.Path(path)
-    require(path.is_file(), f"predictor {path} does not exist: give a .safetensors file or a pickled state dict")
-    return path
 
 
 def read_document(name) -> str:
@@ -249,18 +236,15 @@ def read_questions(args) -> Iterator[str]:
 
 
 def read_lines() -> Iterator[str]:
-    """The lines of standard input that are not blank; a person is shown a prompt, on standard error."""
-    person = sys.stdin.isatty() and sys.stderr.isatty()
-    while True:
-        if person:
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline()
-        if line.strip():
-            yield to_text(line.strip())
-        elif not line:
-            if person:
-                print(file=sys.stderr)
-            return
+    """The lines of standard input that are not blank. On a terminal, standard error shows when one is awaited."""
+    terminal = sys.stdin.isatty() and sys.stderr.isatty()
+
+    def read():
+        print("> " * terminal, end="", file=sys.stderr, flush=True)
+        return sys.stdin.buffer.readline()
+
+    yield from (to_text(line.strip()) for line in iter(read, b"") if line.strip())
+    print("\n" * terminal, end="", file=sys.stderr)
 
 
 def exit_status(program, command) -> int:
@@ -280,15 +264,14 @@ def exit_status(program, command) -> int:
         if isinstance(error, BrokenPipeError):
             return 0
         message = f"{error.filename or 'output'}: {error.strerror}"
-    except (InputError, FetchError) as error:
+    except InputError as error:
         message = error
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory: try a shorter text, a smaller model or, where it exists, --offload"
-        elif isinstance(error, ModelError):
-            message = error
-        else:
-            raise
+    except SystemExit:  # of --help
+        raise
+    except (ModelError, FetchError) as error:
+        message = error
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory: try a shorter text, a smaller model or, where there is that option, --offload"
     print(f"{program}: {message}", file=sys.stderr)
     return 2
 
@@ -307,12 +290,13 @@ from tqdm import tqdm
 
 import kernels
 from model import Llama, LlamaConfig, ModelError, TextStream, causal_attention, load_model, not_finite
+from weights.fetch_llm import FetchError, fetch_default_llm
 
 HISTORY_DTYPE = torch.float16  # of the history and of the contributions; predictions are computed in float32
 PREFILL_CHUNK = 2048  # tokens of the prompt that run together: a multiple of every block size
 
 # --------------------------------------------------------------------------------------------------------------------
-# The predictor
+# The method
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +321,7 @@ def load_predictor(path) -> Predictor:
     Pickles are read with weights_only=True, so that no code in them runs. Raises InputError for a file that is missing,
     unreadable, or holds other keys or shapes, NaN or infinity.
     """
-    path = find_predictor(path)
+    path = pathlib.Path(path)
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
@@ -357,11 +341,6 @@ def load_predictor(path) -> Predictor:
     return predictor.requires_grad_(False)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The method
-# --------------------------------------------------------------------------------------------------------------------
-
-
 class History:
     """The last H rows of attention of every head, and the convolution's scores from them.
 
@@ -371,9 +350,7 @@ class History:
 
     def __init__(self, config: Config, m: LlamaConfig, capacity, predictor: Predictor, device, backend):
         shape = m.n_layers * m.n_kv_heads, config.history_len, capacity
-        self.rows = torch.zeros(
-            shape, dtype=HISTORY_DTYPE, device=device
-        )  # (L * Hk, H, capacity), the oldest row first
+        self.rows = torch.zeros(shape, dtype=HISTORY_DTYPE, device=device)  # (L * Hk, H, capacity), oldest row first
         self.contributions = torch.zeros_like(self.rows)  # see kernels.predict
         self.weights, self.backend = kernels.prepare_weights(predictor.state_dict(), device), backend
         self.new_rows = self.predicted_end = 0  # rows since the last prediction; the end of its middle
@@ -388,11 +365,9 @@ class History:
 
     def scores(self, start, end):
         """Predicted scores of the blocks [start, end): (L * Hk, end - start) float32."""
-        new_rows, valid_end = self.new_rows, max(start, self.predicted_end)
+        state = self.rows, self.contributions, self.new_rows, start, end, max(start, self.predicted_end)
         self.new_rows, self.predicted_end = 0, end
-        return kernels.predict(
-            self.rows, self.contributions, new_rows, start, end, valid_end, self.weights, self.backend
-        )
+        return kernels.predict(*state, self.weights, self.backend)
 
 
 @dataclass
@@ -685,8 +660,7 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
 def generate(
     decoder: SparseDecoder, tokens: list[int], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0
 ) -> Iterator[int]:
-    """Yield up to max_new_tokens tokens that continue the decoder's text and then `tokens`, ending before an
-    end-of-sequence token."""
+    """Yield up to max_new_tokens tokens that continue the text and `tokens`, ending before an end-of-sequence token."""
     stats, device = decoder.stats, decoder.model.device
     generator = torch.Generator(device).manual_seed(seed)
     began = time.perf_counter()
@@ -1071,32 +1045,28 @@ def format_stats(decoder: SparseDecoder) -> str:
 def format_summary(decoder: SparseDecoder, dense=False) -> str:
     """One line: speed, and bytes read against dense decoding."""
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
-    line = f"{stats.new_tokens:,} token{'' if stats.new_tokens == 1 else 's'}"
+    line = f"{stats.new_tokens:,} token{'s' * (stats.new_tokens != 1)}"
     if not stats.dense_bytes:
         return f"{line}: speed and bytes are measured from the second one on"
-    read, all_keys = stats.read_bytes / steps / 1e6, stats.dense_bytes / steps / 1e6
+    read, dense_read = (f"{count / steps / 1e6:,.1f} MB" for count in (stats.read_bytes, stats.dense_bytes))
     speed = steps / max(stats.decode_seconds, 1e-9)
-    line += f", {speed:,.1f} tokens/s, KV read {read:,.1f} MB a token, dense {all_keys:,.1f} MB"
+    line += f", {speed:,.1f} tokens/s, KV read {read} a token, dense {dense_read}"
     if decoder.selecting:
-        return f"{line}: {all_keys / read:.1f}x less" if read <= all_keys else f"{line}: {read / all_keys:.1f}x more"
-    if dense:
-        return line
+        less = stats.dense_bytes / stats.read_bytes
+        return f"{line}: {less:.1f}x less" if less >= 1 else f"{line}: {1 / less:.1f}x more"
     fits = f"all {decoder.n_tokens:,} tokens fit the budget of {decoder.config.budget:,}"
-    return f"{line}: {fits}; a longer text shows the method"
+    return line if dense else f"{line}: {fits}; a longer text shows the method"
 
 
 def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
     """Device, dtype and backend from the command line's names."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device  # with its index
     except (RuntimeError, AssertionError):
-        device = None
-    require(device is not None and device.type in ("cpu", "cuda"), f"device {name} is not available: try cpu")
+        device = torch.device("meta")
+    require(device.type in ("cpu", "cuda"), f"device {name} is not available: try cpu")
     if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # Triton launches on the current device
     dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
     backend = args.backend if args.backend != "auto" else "triton" if device.type == "cuda" else "torch"
@@ -1135,41 +1105,35 @@ def lacks_memory(c: Config, m: LlamaConfig, n_tokens, dtype, device, offload) ->
             return f"{needs}, {free / 1e9:,.2f} GB are free: {remedy}"
 
 
-def answer(args, decoder: SparseDecoder, tokenizer, ids: list[int]) -> tuple[str, int | None]:
-    """Continue the text `ids` on standard output, and append the tokens to it. Returns the answer, and the token that
-    ended it, if the decoder has that. With --chat, the first Ctrl-C ends the answer."""
+def answer(args, decoder: SparseDecoder, tokenizer, ids: list[int]) -> str:
+    """Print and return what continues the text `ids`, to which the tokens are appended.
+
+    With --chat, the first Ctrl-C ends the answer; only the second one interrupts.
+    """
     stream, room, n_before = TextStream(tokenizer), len(decoder.ids) - len(ids), decoder.stats.new_tokens
-    interrupted, default = [], signal.getsignal(signal.SIGINT)
-
-    def interrupt(*_):
-        interrupted.append(True)
-        signal.signal(signal.SIGINT, default)
-
+    interrupted, interrupt = [], signal.getsignal(signal.SIGINT)
     if args.chat:
-        signal.signal(signal.SIGINT, interrupt)
-    sampling = args.temperature, args.top_p, args.seed
+        signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, interrupt)))
+    limit, sampling = min(room, args.max_new_tokens), (args.temperature, args.top_p, args.seed)
     try:
-        for token in generate(decoder, ids[decoder.n_tokens :], min(room, args.max_new_tokens), *sampling):
+        for token in generate(decoder, ids[decoder.n_tokens :], limit, *sampling):
             ids.append(token)
             print(stream.push(token), end="", flush=True)
             if interrupted:
                 break
     finally:
-        signal.signal(signal.SIGINT, default)
+        if args.chat:
+            signal.signal(signal.SIGINT, interrupt)
         if decoder.stats.new_tokens > n_before:
             print(stream.flush(), flush=True)
     if decoder.stats.new_tokens - n_before == room < args.max_new_tokens:
         print(f"attnpred: the answer ends here: there is room for {len(decoder.ids):,} tokens", file=sys.stderr)
-    end = decoder.ids[len(ids) : decoder.n_tokens].tolist()
-    ids += end
-    return stream.shown, end[0] if end else None
+    ids += decoder.ids[len(ids) : decoder.n_tokens].tolist()  # the token that ended the answer
+    return stream.shown
 
 
 def run(args, make_decoder=SparseDecoder) -> SparseDecoder | None:
-    """Answer the prompt on standard output, and with --chat each question; statistics go to standard error.
-
-    args are those of `parse_options`. Returns the decoder; None where nothing was asked.
-    """
+    """Answer the questions of args, from `parse_options`, on standard output. Returns the decoder, if one was made."""
     device, dtype, backend = choose_device(args)
     predictor = load_predictor(args.predictor)
     model, tokenizer = load_model(args.model or str(fetch_default_llm()), dtype, device)
@@ -1179,16 +1143,15 @@ def run(args, make_decoder=SparseDecoder) -> SparseDecoder | None:
         print(f"attnpred: there is no kernel for {shape}: using the torch backend", file=sys.stderr)
         backend = "torch"
     if args.dense:  # a budget that covers every text
-        covering = config.n_blocks(m.context_len) * config.block_size + config.sink_tokens + config.local_tokens
-        config = dataclasses.replace(config, budget=max(config.budget, covering))
+        config = dataclasses.replace(config, budget=config.budget + config.block_size * m.context_len)
     has_template = tokenizer.has_chat_template and not args.raw
     require(has_template or not args.chat, "--chat needs a model with a chat template: use an instruct model")
-    decoder, messages, ids, end = None, [], [], None  # ids: of the whole conversation
+    decoder, messages, ids = None, [], []  # the conversation's text, and its tokens
     try:
         for question in read_questions(args):
             messages.append({"role": "user", "content": question})
             if has_template:
-                ids += tokenizer.chat_tokens(messages, decoder is not None, end)
+                ids += tokenizer.chat_tokens(messages, ids)
             else:
                 ids = tokenizer.encode(question, control_tokens=args.raw)
             require(ids, "the prompt has no tokens: the tokenizer drops all of its characters")
@@ -1202,8 +1165,7 @@ def run(args, make_decoder=SparseDecoder) -> SparseDecoder | None:
                     capacity = max(least, capacity // 2)
                 require(not problem, problem)
                 decoder = make_decoder(config, model, predictor, capacity, backend, args.offload)
-            text, end = answer(args, decoder, tokenizer, ids)
-            messages.append({"role": "assistant", "content": text})
+            messages.append({"role": "assistant", "content": answer(args, decoder, tokenizer, ids)})
     finally:
         if decoder and decoder.stats.new_tokens:
             if args.stats:

@@ -273,26 +273,26 @@ class Tokenizer:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def chat_tokens(self, messages: list[dict], answered: bool = False, end: int | None = None) -> list[int]:
+    def chat_tokens(self, messages: list[dict], ids: list[int] = ()) -> list[int]:
         """The token ids of `chat(messages)`. Control tokens are those of the template; in a message they are text.
 
-        If `answered`, only those that follow the last answer, messages[-2], whose ids are the model's own. `end` is the
-        token that ended the answer, if one did; it is not repeated.
+        After a conversation with the token ids `ids`, which end in the answer messages[-2]: only those that follow it.
         """
         written, mark = [], self.mark
         for message in messages:  # an answer may think: <think> has no special flag
             pattern = self.control_pattern(special_only=message.get("role") == "assistant")
             written.append(message | {"content": pattern.sub(rf"{mark}\g<0>{mark}", message["content"])})
         plain = written == messages
-        if answered:
+        if ids:
             written[-2] = written[-2] | {"content": mark[::-1]}  # other digits stand for the answer
-        text = self.chat(written)
-        if answered:
+        text, end = self.chat(written), None
+        if ids:
             _, found, text = text.rpartition(mark[::-1])
             if not found:
                 raise ModelError("the chat template leaves answers out; use one that shows them")
-            if end is not None and text.lstrip().startswith(self.tokenizer.id_to_token(end)):
-                text = text.lstrip()
+            ended = self.control_pattern().match(text.lstrip())
+            if ended and self.tokenizer.token_to_id(ended[0]) == ids[-1]:  # the model has ended its turn already
+                text, end = text.lstrip(), ids[-1]
 
         def swap(match):  # the marked tokenizer knows control tokens between marks only
             in_message, in_template = match.groups()
@@ -302,8 +302,8 @@ class Tokenizer:
         if not plain:
             control, tokenizer = self.control_pattern().pattern, self.marked_tokenizer
             text = re.sub(f"{mark}({control}){mark}|{mark}|({control})", swap, text)
-        ids = self._check(tokenizer.encode(text, add_special_tokens=False).ids)
-        return ids[1:] if end is not None and ids[:1] == [end] else ids
+        new = self._check(tokenizer.encode(text, add_special_tokens=False).ids)
+        return new[1:] if new[:1] == [end] else new
 
     def chat(self, messages: list[dict]) -> str:
         """The chat template's text for messages [{"role": ..., "content": ...}, ...], up to the start of the answer.

@@ -13,7 +13,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 DEFAULT_LLM = "SmolLM2-135M-Instruct"
 FOLDER = Path(__file__).resolve().parent / DEFAULT_LLM
@@ -113,8 +116,6 @@ GGUF_TO_HF = {
 def convert(gguf_path, folder: Path):
     """Convert SmolLM2's GGUF file to a Hugging Face folder: config, bfloat16 weights, tokenizer and chat template."""
     import gguf  # needed by the first run only
-    import torch
-    from safetensors.torch import save_file
 
     reader = gguf.GGUFReader(gguf_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -157,8 +158,6 @@ def write_config(fields: dict, folder: Path):
 
 def write_tokenizer(fields: dict, folder: Path):
     """Write SmolLM2's tokenizer, a byte-level BPE in which every digit is a token, and its configuration."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
