@@ -243,8 +243,10 @@ def read_lines() -> Iterator[str]:
         print("> " * terminal, end="", file=sys.stderr, flush=True)
         return sys.stdin.buffer.readline()
 
-    yield from (to_text(line.strip()) for line in iter(read, b"") if line.strip())
-    print("\n" * terminal, end="", file=sys.stderr)
+    try:
+        yield from (to_text(line.strip()) for line in iter(read, b"") if line.strip())
+    finally:  # also after Ctrl-C
+        print("\n" * terminal, end="", file=sys.stderr)
 
 
 def exit_status(program, command) -> int:
