@@ -1158,7 +1158,7 @@ def run(args, make_decoder=SparseDecoder) -> SparseDecoder | None:
                 ids = tokenizer.encode(question, control_tokens=args.raw)
             require(ids, "the prompt has no tokens: the tokenizer drops all of its characters")
             room = len(decoder.ids) if decoder else m.context_len
-            require(len(ids) < room, f"the prompt has {len(ids):,} tokens, the model's context {room:,}: shorten it")
+            require(len(ids) < room, f"the text has {len(ids):,} tokens, but there is room for {room:,}: shorten it")
             if decoder is None:  # a conversation may fill the context, or as much of it as fits into memory
                 least = min(len(ids) + args.max_new_tokens, m.context_len)
                 capacity = m.context_len if args.chat else least

@@ -1,8 +1,10 @@
 """The method against a naive simulation of it, the command line on the real model, and bad input."""
 
 import io
+import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import attnpred
 from attnpred import Config, InputError, SparseDecoder, generate, sample
+from model import TextStream, checkpoint_targets
 from tests.helpers import assert_refused, random_predictor, tiny_llama
 from weights.fetch_llm import FetchError, fetch_default_llm
 
@@ -340,6 +344,9 @@ def test_sampling():
     nucleus = {sample(logits, 1.0, 0.9, generator).item() for _ in range(200)}
     assert nucleus == {1, 2}  # .696 + .256 reaches .9
     assert {sample(logits, 5.0, 1e-6, generator).item() for _ in range(20)} == {1}
+    for temperature in (1e-6, 1e-40, 1e-300):
+        assert {sample(100 * logits, temperature, 1.0, generator).item() for _ in range(20)} == {1}
+    assert {sample(logits, 1e300, 1.0, generator).item() for _ in range(100)} == {0, 1, 2, 3}
 
 
 def test_generation_ends_before_an_end_of_sequence_token():
@@ -391,6 +398,8 @@ def test_bad_predictors_are_refused_in_one_line(tmp_path, capfd):
 
 # Command line
 
+TEMPLATE = "<s>{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<assistant>"
+
 
 def attnpred_main(capsys, *args):
     status = attnpred.main(list(args))
@@ -412,6 +421,10 @@ REFUSED = {
     "--calibration-queries 0": "at least 1",
     "--echo-blocks -1": "at least 0",
     "--dense --offload": "leave --offload out",
+    "--chat --raw": "leave --raw out",
+    "--chat --prompt-file -": "must be a file",
+    "--prompt \ufeff": "empty",
+    "--prompt caf\udce9": "not UTF-8 text (byte 3)",
     "--history-len 1000000000000000": "at most 4096",
     "--history-len 4": "at least 5",
     "--calibration-interval 0": "at least 1",
@@ -429,7 +442,37 @@ REFUSED = {
 @pytest.mark.parametrize("options", REFUSED)
 def test_bad_input_is_one_line_and_status_2(capsys, options):
     prompt = [] if options == "" or "prompt" in options else ["--prompt", "a"]
+    with pytest.raises(InputError):
+        attnpred.parse_options([*prompt, *options.split()])
     assert_refused(attnpred.main, "attnpred", [*prompt, *options.split()], REFUSED[options], capsys)
+
+
+def start(folder, torch, *arguments):
+    """Start the command line with another module, of the source `torch`, in PyTorch's place."""
+    (folder / "torch.py").write_text(torch)
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a parent that ignores the signal, as a shell's background job does, would pass that on
+    act = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, **pipes, **act)
+
+
+def test_options_are_checked_before_pytorch_is_imported(tmp_path):
+    for flags in ([], ["-OO"]):
+        process = start(tmp_path, "raise ImportError('too early')", *flags, "attnpred.py", "--help")
+        out, err = process.communicate()
+        assert (process.returncode, err) == (0, "") and "--temperature" in out
+    process = start(tmp_path, "raise ImportError('too early')", "attnpred.py", "--prompt", "a", "--budget", "1000")
+    assert process.communicate() == ("", "attnpred: budget = 1000 is not a multiple of the block size: try 1008\n")
+    assert process.returncode == 2
+
+
+def test_ctrl_c_while_pytorch_is_imported(tmp_path):
+    slow = "import time; print('started', flush=True); time.sleep(60)"
+    process = start(tmp_path, slow, "attnpred.py", "--prompt", "a")
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize(
@@ -462,6 +505,173 @@ def test_a_prompt_file_that_is_no_text_or_too_long(capsys, tmp_path, content, co
     assert_refused(attnpred.main, "attnpred", ["--prompt-file", str(tmp_path / "prompt")], complaint, capsys)
 
 
+# The command line on a tiny model
+
+
+def save_tiny(folder, context_len=512, template=TEMPLATE, broken=False):
+    """Save a random model whose tokens are bytes, and four more. Returns the options that name it."""
+    model = tiny_llama(n_layers=2, vocab_size=260, context_len=context_len)
+    if broken:
+        model.head.weight[7] = torch.nan
+    tensors = {name: tensor.clone().contiguous() for name, tensor in checkpoint_targets(model).items()}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    c, letters = model.config, sorted(pre_tokenizers.ByteLevel.alphabet())
+    sizes = dict(num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads)
+    sizes |= dict(hidden_size=c.d_model, intermediate_size=c.d_ff, vocab_size=260, head_dim=c.head_dim)
+    config = dict(model_type="llama", max_position_embeddings=context_len, **sizes)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<user>", "<assistant>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))
+    return ["--model", str(folder), "--dtype", "float32", "--temperature", "2"]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return save_tiny(tmp_path)
+
+
+def give_input(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+@pytest.mark.parametrize("new, said", [(1, "1 token: speed and"), (2, "2 tokens, "), (3, "3 tokens, ")])
+def test_counts_of_tokens(tiny, capsys, new, said):
+    options = ["--budget", "144", "--max-new-tokens", str(new)]
+    status, _, err = attnpred_main(capsys, *tiny, "--prompt", "a" * 200, *options)
+    assert status == 0 and err.startswith(f"attnpred: {said}") and err.count("\n") == 1
+    assert re.search(r": [\d.]+x (less|more)$", err) if new > 1 else "x less" not in err
+
+
+def test_the_ratio_is_never_below_one(tiny, capsys):
+    """Just beyond the budget, calibration reads more than is left out."""
+    options = "--budget 144 --calibration-interval 1 --max-new-tokens 9 --local-tokens 16 --echo-blocks 7".split()
+    _, _, err = attnpred_main(capsys, *tiny, "--prompt", "a" * 150, *options)
+    assert float(re.search(r": ([\d.]+)x more\n$", err)[1]) > 1
+
+
+def test_what_ends_an_answer_is_told(tmp_path, capsys, monkeypatch):
+    tiny = save_tiny(tmp_path, context_len=40)
+    status, out, err = attnpred_main(capsys, *tiny, "--raw", "--prompt", "a" * 30)
+    assert status == 0 and err.startswith("attnpred: the answer ends here: there is room for 40 tokens\n")
+    assert "10 tokens, " in err and "fit the budget of 1,024" in err
+    _, _, err = attnpred_main(capsys, *tiny, "--raw", "--prompt", "a" * 30, "--max-new-tokens", "10", "--dense")
+    assert "room" not in err and "budget" not in err
+    monkeypatch.setattr(SparseDecoder, "prefill", mock.Mock(side_effect=KeyboardInterrupt))
+    assert attnpred_main(capsys, *tiny, "--prompt", "a", "--stats") == (130, "", "")
+
+
+def test_logits_that_are_not_finite_are_one_line(tmp_path, capsys):
+    options = [*save_tiny(tmp_path, broken=True), "--prompt", "a"]
+    assert_refused(attnpred.main, "attnpred", options, "not finite", capsys)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_characters_that_the_terminal_lacks(tiny, monkeypatch, encoding):
+    outputs = []
+    for terminal in ("utf-8", encoding):
+        shown = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding=terminal))
+        assert attnpred.main([*tiny, "--prompt", "a", "--max-new-tokens", "30"]) == 0
+        outputs.append(shown.getvalue().decode(terminal))
+    assert "\ufffd" in outputs[0] and outputs[1] == outputs[0].encode(encoding, "replace").decode(encoding)
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_closed_stream(tiny, capsys, monkeypatch, closed):
+    monkeypatch.setattr(sys, closed, None)
+    prompt = ["--prompt-file", "-"] if closed == "stdin" else ["--prompt", "a" * 200, "--budget", "144"]
+    status, out, err = attnpred_main(capsys, *tiny, *prompt, "--max-new-tokens", "30")
+    assert status == (2 if closed == "stdin" else 0) and "Traceback" not in err
+    assert (out != "", err.count("\n")) == {"stdin": (False, 1), "stdout": (False, 1), "stderr": (True, 0)}[closed]
+
+
+def test_a_full_disk_is_one_line(tiny, capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        status = attnpred.main([*tiny, "--prompt", "a", "--max-new-tokens", "3"])
+    assert status == 2 and capsys.readouterr().err.endswith("\nattnpred: output: No space left on device\n")
+
+
+class Prompts(SparseDecoder):
+    """Keeps the prompts and the logits after them."""
+
+    def prefill(self, tokens):
+        logits = super().prefill(tokens)
+        self.prompts = [*getattr(self, "prompts", []), (tokens.tolist(), self.ids[: self.n_tokens].clone(), logits)]
+        return logits
+
+
+@pytest.mark.parametrize("option", ["--chat", "--offload", "--dense"])
+def test_a_conversation_costs_each_question_once(tiny, tmp_path, monkeypatch, option):
+    """Each question attends to all before it, as in one prompt of the whole conversation."""
+    (tmp_path / "report").write_text("\ufeffIt rained </s>.\n")
+    give_input(monkeypatch, "Why?\n\n  And then: é? \nReally?\n")
+    options = ["--prompt-file", str(tmp_path / "report"), "--chat", option, "--max-new-tokens", "6"]
+    decoder = attnpred.run(attnpred.parse_options([*tiny, *options]), Prompts)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    first, *later = (tokenizer.decode(tokens, skip_special_tokens=False) for tokens, _, _ in decoder.prompts)
+    assert first == "<s><user>It rained </s>.\n\nWhy?</s><assistant>"
+    for prompt, question in zip(later, ("And then: é?", "Really?"), strict=True):
+        end = f"<user>{question}</s><assistant>"  # before it: the answer's last token, which was not decoded, and </s>
+        assert prompt.endswith(end) and len(tokenizer.encode(prompt).ids) <= len(tokenizer.encode(end).ids) + 4
+    assert decoder.stats.prefill_tokens == sum(len(tokens) for tokens, _, _ in decoder.prompts)
+    for tokens, whole, logits in decoder.prompts:
+        assert whole[-len(tokens) :].tolist() == tokens
+        one = SparseDecoder(Config(), decoder.model, random_predictor(), len(whole)).prefill(whole)
+        torch.testing.assert_close(logits, one, atol=1e-4, rtol=1e-4)
+
+
+def test_a_conversation_fills_the_context_and_then_ends(tmp_path, capsys, monkeypatch):
+    tiny = save_tiny(tmp_path, context_len=100)
+    give_input(monkeypatch, "a\n" * 20)
+    status, out, err = attnpred_main(capsys, *tiny, "--chat", "--prompt", "b", "--max-new-tokens", "15")
+    assert status == 2 and err.count("\n") in (2, 3) and re.search("has 10. tokens, but there is room for 100", err)
+    for options in (["--chat"], []):
+        monkeypatch.setattr(attnpred, "lacks_memory", lambda c, m, n, *_: f"no room for {n}" if n > 60 else None)
+        give_input(monkeypatch, "")
+        args = attnpred.parse_options([*tiny, "--prompt", "b", "--max-new-tokens", "90", *options])
+        with pytest.raises(InputError, match="no room for 9."):
+            attnpred.run(args)
+        args.max_new_tokens = 20
+        assert len(attnpred.run(args).ids) == (50 if options else 25)
+
+
+def test_a_conversation_needs_a_template_and_a_question(tmp_path, capsys, monkeypatch):
+    give_input(monkeypatch, "\n \n")
+    assert attnpred_main(capsys, *save_tiny(tmp_path), "--chat", "--prompt-file", "README.md") == (0, "", "")
+    assert_refused(attnpred.main, "attnpred", [*save_tiny(tmp_path, template=None), "--chat"], "instruct model", capsys)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_is_asked_for_questions(tiny, capsys, monkeypatch, terminal):
+    give_input(monkeypatch, "a\n\nb\n")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    status, out, err = attnpred_main(capsys, *tiny, "--chat", "--max-new-tokens", "2")
+    assert status == 0 and err.startswith("> > > > \nattnpred: " if terminal else "attnpred: ")
+    assert "4 tokens, " in err
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_program(tiny, capsys, monkeypatch):
+    presses, tokens, push = {3: 1, 5: 2}, [], TextStream.push  # {number of a token: how often Ctrl-C is pressed}
+
+    def pressing(stream, token):
+        tokens.append(token)
+        for _ in range(presses.get(len(tokens), 0)):
+            signal.raise_signal(signal.SIGINT)
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", pressing)
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+    give_input(monkeypatch, "a\nb\nc\n")
+    status, out, err = attnpred_main(capsys, *tiny, "--chat", "--max-new-tokens", "20")
+    assert status == 130 and len(tokens) == 5 and err.startswith("attnpred: 5 tokens") and out.endswith("\n")
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
 def test_the_default_model_answers(capsys):
     fetch_default_llm()
     args = ["--prompt", "What is the capital of France?", "--max-new-tokens", "6"]
@@ -470,8 +680,15 @@ def test_the_default_model_answers(capsys):
     assert err.count("\n") == 1 and err.startswith("attnpred: 6 tokens, ") and "fit the budget" in err
 
 
+def test_the_default_model_has_a_conversation(capsys, monkeypatch):
+    give_input(monkeypatch, "What is the capital of France?\nAnd of Italy?\n")
+    status, out, err = attnpred_main(capsys, "--chat", "--max-new-tokens", "12")
+    answers = out.splitlines()
+    assert status == 0 and len(answers) == 2 and "Paris" in answers[0] and "Rome" in answers[1]
+
+
 def test_a_long_prompt_is_decoded_sparsely_and_covering_budgets_agree_with_dense(capsys, tmp_path):
-    text = "".join(f"The box number {i} holds {i * i % 97} apples.\n" for i in range(60))
+    text = "".join(f"The box number {i} holds {i * i % 97} apples.\n" for i in range(40))
     (tmp_path / "prompt.txt").write_text(text)
     args = ["--prompt-file", str(tmp_path / "prompt.txt"), "--raw", "--max-new-tokens", "20", "--stats"]
     sparse = attnpred_main(capsys, *args, "--budget", "256")
@@ -489,7 +706,7 @@ def test_a_question_about_a_document(tmp_path, monkeypatch):
     (tmp_path / "report").write_text("It rained.\n\n")
 
     def prompt(*args):
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Es regnet — schön.\n".encode())))
+        give_input(monkeypatch, "Es regnet — schön.\n")
         (question,) = attnpred.read_questions(attnpred.parse_options(args))
         return question
 
@@ -509,12 +726,12 @@ def test_a_long_prompt_shows_its_progress_on_a_terminal(capsys, monkeypatch, ter
     assert out == "" and ("Reading the prompt" in err) == shown == bool(err) and "\n" not in err
 
 
-def test_standard_input_and_sampling_with_a_seed(capsys, monkeypatch):
+def test_standard_input_and_sampling_with_a_seed(tiny, capsys, monkeypatch):
     texts = []
     for seed in ("1", "1", "2"):
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Name a colour — any.".encode())))
+        give_input(monkeypatch, "Name a colour — any.")
         sampling = ["--temperature", "1.5", "--top-p", "0.95", "--seed", seed, "--max-new-tokens", "20"]
-        status, out, _ = attnpred_main(capsys, "--prompt-file", "-", *sampling)
+        status, out, _ = attnpred_main(capsys, *tiny, "--prompt-file", "-", *sampling)
         assert status == 0
         texts.append(out)
     assert texts[0] == texts[1] != texts[2]
