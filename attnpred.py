@@ -38,7 +38,7 @@ def require(condition, message):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Parameters
+# Parameters, and options, which are checked before PyTorch is imported, because that takes seconds
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -119,11 +119,6 @@ class Config:
         return self.local_tokens // self.block_size + 1 + self.n_blocks(self.interval(n_tokens) + 1)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Options, which are checked before PyTorch is imported: that takes seconds
-# --------------------------------------------------------------------------------------------------------------------
-
-
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (--help lists the options)")
@@ -196,9 +191,8 @@ def parse_options(argv=None) -> argparse.Namespace:
     require(found, f"model {args.model} is neither a folder nor an id of the hub: give a Hugging Face folder")
     prompts = [text for text in (args.prompt, args.prompt_file) if text is not None]
     require(prompts or args.chat, "there is no prompt: give --prompt, --prompt-file or both (--help lists the options)")
-    args.config, args.document = config_of(args), None
-    if args.prompt_file is not None:
-        args.document = read_document(args.prompt_file)
+    args.config = config_of(args)
+    args.document = None if args.prompt_file is None else read_document(args.prompt_file)
     if args.prompt is not None:
         args.prompt = to_text(args.prompt.encode(errors="surrogateescape"))
     return args
@@ -222,8 +216,7 @@ def to_text(data: bytes) -> str:
 
 
 def read_questions(args) -> Iterator[str]:
-    """The prompt: the document, a blank line and the question, or one of the two as it is. With --chat, more questions
-    follow from standard input."""
+    """The prompt: the document, a blank line and the question, or one of them as it is. With --chat, more questions."""
     given = [] if args.prompt is None else [args.prompt]
     questions = itertools.chain(given, read_lines() if args.chat else ())
     if args.document is not None:
@@ -318,10 +311,9 @@ class Predictor(nn.Module):
 
 
 def load_predictor(path) -> Predictor:
-    """Read a predictor from a .safetensors file or from a pickled state dict, such as the authors publish.
+    """Read a predictor: a .safetensors file, or a pickled state dict, such as the authors publish. No code in it runs.
 
-    Pickles are read with weights_only=True, so that no code in them runs. Raises InputError for a file that is missing,
-    unreadable, or holds other keys or shapes, NaN or infinity.
+    Raises InputError for a file that is missing, unreadable, or holds other keys or shapes, NaN or infinity.
     """
     path = pathlib.Path(path)
     try:
@@ -1026,12 +1018,11 @@ def format_stats(decoder: SparseDecoder) -> str:
     """The counters as a few lines for people."""
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
     prefill_speed = stats.prefill_tokens / max(stats.prefill_seconds, 1e-9)
-    kinds = ("attention", "echo", "calibration", "choosing")
-    read = {kind: f"{getattr(stats, f'{kind}_bytes') / steps / 1e6:,.2f}" for kind in kinds}
+    counts = stats.attention_bytes, stats.echo_bytes, stats.calibration_bytes, stats.choosing_bytes
+    read = [f"{count / steps / 1e6:,.2f}" for count in counts]
     lines = [
         f"prefill    {stats.prefill_tokens:,} tokens, {prefill_speed:,.0f} tokens/s",
-        "KV read    {attention} MB a token by attention + {echo} by echoes + {calibration} by calibration + {choosing} "
-        "to choose".format(**read),
+        "KV read    {} MB a token by attention + {} by echoes + {} by calibration + {} to choose".format(*read),
     ]
     if stats.recovery:
         recovery = torch.stack(stats.recovery).mean().item()
@@ -1108,17 +1099,14 @@ def lacks_memory(c: Config, m: LlamaConfig, n_tokens, dtype, device, offload) ->
 
 
 def answer(args, decoder: SparseDecoder, tokenizer, ids: list[int]) -> str:
-    """Print and return what continues the text `ids`, to which the tokens are appended.
-
-    With --chat, the first Ctrl-C ends the answer; only the second one interrupts.
-    """
-    stream, room, n_before = TextStream(tokenizer), len(decoder.ids) - len(ids), decoder.stats.new_tokens
+    """Print and return what continues the text `ids`, to which the tokens are appended. With --chat, the first Ctrl-C
+    ends the answer; only the second one interrupts."""
+    stream, limit = TextStream(tokenizer), min(len(decoder.ids) - len(ids), args.max_new_tokens)
     interrupted, interrupt = [], signal.getsignal(signal.SIGINT)
     if args.chat:
         signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, interrupt)))
-    limit, sampling = min(room, args.max_new_tokens), (args.temperature, args.top_p, args.seed)
     try:
-        for token in generate(decoder, ids[decoder.n_tokens :], limit, *sampling):
+        for token in generate(decoder, ids[decoder.n_tokens :], limit, args.temperature, args.top_p, args.seed):
             ids.append(token)
             print(stream.push(token), end="", flush=True)
             if interrupted:
@@ -1126,10 +1114,10 @@ def answer(args, decoder: SparseDecoder, tokenizer, ids: list[int]) -> str:
     finally:
         if args.chat:
             signal.signal(signal.SIGINT, interrupt)
-        if decoder.stats.new_tokens > n_before:
+        if decoder.stats.new_tokens:
             print(stream.flush(), flush=True)
-    if decoder.stats.new_tokens - n_before == room < args.max_new_tokens:
-        print(f"attnpred: the answer ends here: there is room for {len(decoder.ids):,} tokens", file=sys.stderr)
+    if len(ids) == len(decoder.ids) and limit < args.max_new_tokens:
+        print(f"attnpred: the answer ends here: there is room for {len(ids):,} tokens", file=sys.stderr)
     ids += decoder.ids[len(ids) : decoder.n_tokens].tolist()  # the token that ended the answer
     return stream.shown
 

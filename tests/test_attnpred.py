@@ -688,9 +688,10 @@ def test_the_default_model_has_a_conversation(capsys, monkeypatch):
 
 
 def test_a_long_prompt_is_decoded_sparsely_and_covering_budgets_agree_with_dense(capsys, tmp_path):
-    text = "".join(f"The box number {i} holds {i * i % 97} apples.\n" for i in range(40))
+    text = "".join(f"The box number {i} holds {i * i % 97} apples.\n" for i in range(30))
     (tmp_path / "prompt.txt").write_text(text)
-    args = ["--prompt-file", str(tmp_path / "prompt.txt"), "--raw", "--max-new-tokens", "20", "--stats"]
+    args = ["--prompt-file", str(tmp_path / "prompt.txt"), *"--raw --max-new-tokens 10 --stats".split()]
+    args += ["--calibration-interval", "8"]
     sparse = attnpred_main(capsys, *args, "--budget", "256")
     covering = attnpred_main(capsys, *args, "--budget", "2048")
     dense = attnpred_main(capsys, *args, "--budget", "256", "--dense")
