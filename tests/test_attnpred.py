@@ -1,5 +1,6 @@
 """The method against a naive simulation of it, the command line on the real model, and bad input."""
 
+import dataclasses
 import io
 import json
 import os
@@ -323,6 +324,9 @@ def test_counters_are_exact():
     assert len(stats.recovery) == 2
     assert all((r > 0).all() and (r <= 1 + 1e-5).all() and r.shape == (3, 4) for r in stats.recovery)
     assert attnpred.format_summary(decoder).endswith(f": {stats.dense_bytes / stats.read_bytes:.1f}x less")
+    before = dataclasses.replace(stats)
+    decoder.prefill(tokens[:20])  # a later prompt counts as prefill
+    assert stats == dataclasses.replace(before, prefill_tokens=80) and decoder.queries == []
 
 
 def test_a_text_that_fits_is_decoded_densely():
