@@ -12,31 +12,21 @@ Source: Yang et al., AttentionPredictor: Temporal Patterns Matter for KV Cache C
 
 import argparse
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-
-import safetensors.torch
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from tqdm import tqdm
-
-import kernels
-from model import Llama, LlamaConfig, ModelError, TextStream, causal_attention, load_model, not_finite
-from weights.fetch_llm import DEFAULT_LLM, FetchError, fetch_default_llm
+from functools import partial
 
 DEFAULT_PREDICTOR = pathlib.Path(__file__).parent / "weights" / "predictor.safetensors"
-HISTORY_DTYPE = torch.float16  # of the history and of the contributions; predictions are computed in float32
-PREFILL_CHUNK = 2048  # tokens of the prompt that run together: a multiple of every block size
-OFFLOADED_CHUNK = 8192  # with the cache in host memory, from where each chunk needs all earlier K and V
 
 
 class InputError(Exception):
@@ -49,11 +39,11 @@ def require(condition, message):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Parameters and predictor
+# Parameters, and options, which are checked before PyTorch is imported, because that takes seconds
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def parameter(default, symbol, help, least=0):
+def param(default, symbol, help, least=0):
     return field(default=default, metadata=dict(symbol=symbol, help=help, least=least))
 
 
@@ -61,21 +51,16 @@ def parameter(default, symbol, help, least=0):
 class Config:
     """The method's parameters. Raises InputError where they contradict each other."""
 
-    block_size: int = parameter(16, "b", "tokens per block: 8, 16, 32 or 64")
-    history_len: int = parameter(64, "H", "rows of attention kept", least=5)
-    sink_tokens: int | None = parameter(None, "S", "first tokens, always attended; default: one block")
-    local_tokens: int = parameter(64, "R", "last tokens, always attended")
-    budget: int = parameter(
-        1024, "B", "tokens attended per head, in the mean over all heads; S, R and E blocks included"
+    block_size: int = param(16, "b", "tokens per block: 8, 16, 32 or 64")
+    history_len: int = param(64, "H", "rows of attention kept", least=5)
+    sink_tokens: int | None = param(None, "S", "first tokens, always attended; default: one block")
+    local_tokens: int = param(64, "R", "last tokens, always attended")
+    budget: int = param(1024, "B", "tokens attended per head, in the mean over all heads; S, R and E blocks included")
+    calibration_interval: int | str = param(
+        "auto", "M", "every M-th token, all keys are read and blocks selected; auto: 16, doubled while T / M > B", 1
     )
-    calibration_interval: int | str = parameter(
-        "auto",
-        "M",
-        "every M-th token, all keys are read and blocks selected; auto: 16, doubled while T / M > B",
-        least=1,
-    )
-    calibration_queries: int = parameter(4, "Q", "queries of the last M that make a row of attention", least=1)
-    echo_blocks: int = parameter(4, "E", "blocks attended because they continue earlier occurrences of the token")
+    calibration_queries: int = param(4, "Q", "queries of the last M that make a row of attention", least=1)
+    echo_blocks: int = param(4, "E", "blocks attended because they continue earlier occurrences of the token")
 
     def __post_init__(self):
         b = self.block_size
@@ -99,7 +84,7 @@ class Config:
 
     def n_blocks(self, n_tokens: int) -> int:
         """N: blocks in a cache of n_tokens, the last one perhaps partial."""
-        return kernels.cdiv(n_tokens, self.block_size)
+        return -(-n_tokens // self.block_size)
 
     def middle(self, n_tokens: int) -> tuple[int, int]:
         """The blocks [start, end) between the sink and the local window; start = end when there are none.
@@ -135,6 +120,183 @@ class Config:
         return self.local_tokens // self.block_size + 1 + self.n_blocks(self.interval(n_tokens) + 1)
 
 
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the options)")
+
+
+class ShownDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def auto_or_int(text):
+    return text if text == "auto" else int(text)
+
+
+def add_method_options(parser):
+    """An option for each parameter of Config; unless given, it is not in the namespace."""
+    group = parser.add_argument_group("method (README.md explains the parameters)")
+    for f in dataclasses.fields(Config):
+        default = "" if f.default is None else f" (default: {f.default})"
+        kind = auto_or_int if f.type == int | str else int
+        options = dict(type=kind, default=argparse.SUPPRESS, metavar=f.metadata["symbol"])
+        group.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default, **options)
+
+
+def config_of(args) -> Config:
+    return Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)})
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=(__doc__ or "").split("\n")[0], formatter_class=ShownDefaults)
+    parser.add_argument("--prompt", help="the text to answer, or a question about --prompt-file")
+    parser.add_argument("--prompt-file", help="a file to answer, or to ask --prompt about; - for standard input")
+    parser.add_argument("--chat", action="store_true", help="go on with questions, one a line of standard input")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="end an answer after this many tokens")
+    parser.add_argument("--stats", action="store_true", help="end with bytes read, recovery and predictor cost")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="Hugging Face folder or hub id (default: SmolLM2-135M-Instruct, fetched once)")
+    group.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the convolution: safetensors or state dict")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
+    dtypes, backends = ["auto", "float32", "bfloat16", "float16"], ["auto", "torch", "triton"]
+    group.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights; auto: bfloat16")
+    group.add_argument("--backend", default="auto", choices=backends, help="auto: triton on a GPU, else torch")
+    group.add_argument("--offload", action="store_true", help="keep the KV cache in host memory")
+    group.add_argument("--dense", action="store_true", help="attend to everything")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
+    group.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total")
+    group.add_argument("--seed", type=int, default=0, help="of the sampling")
+    add_method_options(parser)
+    return parser
+
+
+def parse_options(argv=None) -> argparse.Namespace:
+    """The options and, in addition, `config` and the text of the `document`. Raises InputError."""
+    args = make_parser().parse_args(argv)
+    require(args.max_new_tokens >= 1, f"max-new-tokens {args.max_new_tokens} must be at least 1")
+    require(0 <= args.temperature < math.inf, f"temperature {args.temperature} must be at least 0")
+    require(0 < args.top_p <= 1, f"top-p {args.top_p} must be above 0 and at most 1")
+    require(0 <= args.seed < 2**63, f"seed {args.seed} must lie in 0 ... 2^63 - 1")
+    require(not (args.dense and args.offload), "--dense reads the whole cache for each token: leave --offload out")
+    require(not (args.chat and args.raw), "--chat needs the chat template: leave --raw out")
+    require(not (args.chat and args.prompt_file == "-"), "--chat reads standard input: --prompt-file must be a file")
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device)
+    require(known, f"device {args.device} is not available: try cpu")
+    require(os.path.isfile(args.predictor), f"predictor {args.predictor} does not exist: give a file of weights")
+    found = not args.model or os.path.exists(args.model) or re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", args.model)
+    require(found, f"model {args.model} is neither a folder nor an id of the hub: give a Hugging Face folder")
+    prompts = [text for text in (args.prompt, args.prompt_file) if text is not None]
+    require(prompts or args.chat, "there is no prompt: give --prompt, --prompt-file or both (--help lists the options)")
+    args.config = config_of(args)
+    args.document = None if args.prompt_file is None else read_document(args.prompt_file)
+    if args.prompt is not None:
+        args.prompt = to_text(args.prompt.encode(errors="surrogateescape"))
+    return args
+
+
+def read_document(name) -> str:
+    try:
+        return to_text(sys.stdin.buffer.read() if name == "-" else pathlib.Path(name).read_bytes())
+    except OSError as error:
+        raise InputError(f"prompt file {name} cannot be read: {error.strerror}") from None
+
+
+def to_text(data: bytes) -> str:
+    """Text of a prompt, which must be UTF-8 and not empty, without a byte order mark."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt is not UTF-8 text (byte {error.start}): convert it first") from None
+    require(text.strip(), "the prompt is empty: give it some text")
+    return text
+
+
+def read_questions(args) -> Iterator[str]:
+    """The prompt: the document, a blank line and the question, or one of them as it is. With --chat, more questions."""
+    given = [] if args.prompt is None else [args.prompt]
+    questions = itertools.chain(given, read_lines() if args.chat else ())
+    if args.document is not None:
+        question = next(questions, None)
+        if question is not None:
+            yield args.document.rstrip() + "\n\n" + question
+        elif not args.chat:
+            yield args.document
+    yield from questions
+
+
+def read_lines() -> Iterator[str]:
+    """The lines of standard input that are not blank. On a terminal, standard error shows when one is awaited."""
+    terminal = sys.stdin.isatty() and sys.stderr.isatty()
+
+    def read():
+        print("> " * terminal, end="", file=sys.stderr, flush=True)
+        return sys.stdin.buffer.readline()
+
+    try:
+        yield from (to_text(line.strip()) for line in iter(read, b"") if line.strip())
+    finally:  # also after Ctrl-C
+        print("\n" * terminal, end="", file=sys.stderr)
+
+
+def exit_status(program, command) -> int:
+    """Run `command`. Returns 2, and prints one line, for errors that a user can correct; 130 for Ctrl-C; else 0."""
+    for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout.reconfigure(errors="replace")  # a terminal without a character shows ?
+    try:
+        command()
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:  # stdout was closed (for example by `head`), or a disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoid a second error at exit
+        if isinstance(error, BrokenPipeError):
+            return 0
+        message = f"{error.filename or 'output'}: {error.strerror}"
+    except InputError as error:
+        message = error
+    except SystemExit:  # of --help
+        raise
+    except (ModelError, FetchError) as error:
+        message = error
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory: try a shorter text, a smaller model or, where there is that option, --offload"
+    print(f"{program}: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
+    options = []
+    if status := exit_status("attnpred", lambda: options.append(parse_options())):
+        sys.exit(status)
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import kernels
+from model import Llama, LlamaConfig, ModelError, TextStream, causal_attention, load_model, not_finite
+from weights.fetch_llm import FetchError, fetch_default_llm
+
+HISTORY_DTYPE = torch.float16  # of the history and of the contributions; predictions are computed in float32
+PREFILL_CHUNK = 2048  # tokens of the prompt that run together: a multiple of every block size
+OFFLOADED_CHUNK = 8192  # with the cache in host memory, from where each chunk needs all earlier K and V
+
+# --------------------------------------------------------------------------------------------------------------------
+# The method
+# --------------------------------------------------------------------------------------------------------------------
+
+
 class Predictor(nn.Module):
     """The shared convolution, 4,833 parameters: an image of pooled attention rows -> one score per block."""
 
@@ -151,13 +313,11 @@ class Predictor(nn.Module):
 
 
 def load_predictor(path) -> Predictor:
-    """Read a predictor from a .safetensors file or from a pickled state dict, such as the authors publish.
+    """Read a predictor: a .safetensors file, or a pickled state dict, such as the authors publish. No code in it runs.
 
-    Pickles are read with weights_only=True, so that no code in them runs. Raises InputError for a file that is missing,
-    unreadable, or holds other keys or shapes, NaN or infinity.
+    Raises InputError for a file that is missing, unreadable, or holds other keys or shapes, NaN or infinity.
     """
     path = pathlib.Path(path)
-    require(path.is_file(), f"predictor {path} does not exist: give a .safetensors file or a pickled state dict")
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
@@ -177,11 +337,6 @@ def load_predictor(path) -> Predictor:
     return predictor.requires_grad_(False)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The method
-# --------------------------------------------------------------------------------------------------------------------
-
-
 class History:
     """The last H rows of attention of every head, and the convolution's scores from them.
 
@@ -191,9 +346,7 @@ class History:
 
     def __init__(self, config: Config, m: LlamaConfig, capacity, predictor: Predictor, device, backend):
         shape = m.n_layers * m.n_kv_heads, config.history_len, capacity
-        self.rows = torch.zeros(
-            shape, dtype=HISTORY_DTYPE, device=device
-        )  # (L * Hk, H, capacity), the oldest row first
+        self.rows = torch.zeros(shape, dtype=HISTORY_DTYPE, device=device)  # (L * Hk, H, capacity), oldest row first
         self.contributions = torch.zeros_like(self.rows)  # see kernels.predict
         self.weights, self.backend = kernels.prepare_weights(predictor.state_dict(), device), backend
         self.new_rows = self.predicted_end = 0  # rows since the last prediction; the end of its middle
@@ -208,11 +361,9 @@ class History:
 
     def scores(self, start, end):
         """Predicted scores of the blocks [start, end): (L * Hk, end - start) float32."""
-        new_rows, valid_end = self.new_rows, max(start, self.predicted_end)
+        state = self.rows, self.contributions, self.new_rows, start, end, max(start, self.predicted_end)
         self.new_rows, self.predicted_end = 0, end
-        return kernels.predict(
-            self.rows, self.contributions, new_rows, start, end, valid_end, self.weights, self.backend
-        )
+        return kernels.predict(*state, self.weights, self.backend)
 
 
 @dataclass
@@ -221,7 +372,8 @@ class Stats:
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
-    decode_tokens: int = 0
+    new_tokens: int = 0  # of answers, tokens that end one included
+    decode_tokens: int = 0  # steps: all new tokens but an answer's last, which may not be decoded
     decode_seconds: float = 0.0
     attention_bytes: int = 0  # K and V read by attention without echoes, over all decoded tokens
     calibration_bytes: int = 0  # K read by calibration
@@ -266,6 +418,7 @@ class SparseDecoder:
             self.history = History(c, m, self.cache.capacity, predictor, device, backend)
         self.n_tokens = 0  # of the text, on the host
         self.ids = torch.zeros(capacity_tokens, dtype=torch.int64, device=device)  # the text
+        self.prompt_end = 0  # tokens of the text up to the last prompt's end
         self.due = 0  # tokens until the next calibration and selection
         self.interval = self.distance = 0  # M since the last selection; tokens from one query of a row to the next
         self.queries = []  # (L, Hq, 1, D) each: of the next row
@@ -283,8 +436,9 @@ class SparseDecoder:
 
     @torch.inference_mode()
     def prefill(self, tokens):
-        """Run the prompt, tokens (T,), with dense attention, in chunks that bound the memory for activations.
+        """Run a prompt, tokens (T,), with dense attention, in chunks that bound the memory for activations.
 
+        The text may have tokens already: then this goes on, and the prompt attends to all of them.
         On a terminal, standard error shows the progress through a prompt of several chunks.
         """
         self.begin_prompt(tokens)
@@ -309,13 +463,18 @@ class SparseDecoder:
     # The prompt
 
     def begin_prompt(self, tokens):
-        """Append tokens (T,). The history gets rows of their last H * M, or fewer: Q queries for each M of them."""
+        """Append the prompt to the text. The history gets a row for each M of its last H * M tokens, of Q queries.
+
+        A later prompt of fewer than M tokens makes a row by itself.
+        """
         c, m, n_tokens = self.config, self.model.config, self.n_tokens + len(tokens)
         self.ids[self.n_tokens : n_tokens] = tokens
         self.stats.prefill_tokens += len(tokens)
+        self.prompt_end, self.queries = n_tokens, []
         self.set_interval(n_tokens)
-        self.queries = []
-        n_queries = min(c.history_len * c.queries(self.interval), kernels.cdiv(len(tokens), self.distance))
+        if self.n_tokens and len(tokens) < self.interval:
+            self.interval, self.distance = len(tokens), max(1, len(tokens) // c.calibration_queries)
+        n_queries = min(c.history_len * (self.interval // self.distance), kernels.cdiv(len(tokens), self.distance))
         self.first_query = n_tokens - 1 - (n_queries - 1) * self.distance  # the position of the oldest one
         shape = m.n_layers, m.n_heads, n_queries, m.head_dim
         self.prompt_queries = torch.zeros(shape, dtype=self.model.kv_dtype, device=tokens.device)
@@ -359,7 +518,9 @@ class SparseDecoder:
     def run_model(self, token):
         """Run the model on token (1,) -> logits (V,). All of it runs on the device, and may be part of a CUDA graph."""
         self.advance(token)
-        return self.model(token, self.position, self.attend, self if self.backend == "triton" else None)
+        if self.backend == "torch":
+            return self.model(token, self.position, self.attend)
+        return self.model(token, self.position, partial(self.attend, written=True), fused=self)
 
     def advance(self, token):
         """Append token (1,) on the device, and look up its echoes."""
@@ -381,9 +542,12 @@ class SparseDecoder:
         """In the place of the model's silu(gate) * up: gate_up (1, 2 I) -> (1, I)."""
         return kernels.swiglu(gate_up, self.backend)
 
-    def attend(self, layer, q, k, v):
-        """Attention of one token to its head's blocks: q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D)."""
-        if self.backend == "torch":  # the kernel that rotates has written them
+    def attend(self, layer, q, k, v, written=False):
+        """Attention of one token to its head's blocks: q (Hq, 1, D), k and v (Hk, 1, D) -> (Hq, 1, D).
+
+        written: K and V are in the cache already (see `rotate`).
+        """
+        if not written:
             self.cache.write(layer, k, v)
         self.q[layer] = q
         out, self.lse[layer] = self.cache.attend(layer, q[:, 0], self.n_tokens)  # (Hq, D), (Hq,)
@@ -428,7 +592,7 @@ class SparseDecoder:
 
     def scores(self, start, end):
         """Predicted scores of the middle blocks [start, end): (L, Hk, end - start) float32."""
-        if self.n_tokens > self.stats.prefill_tokens:  # the first prediction belongs to prefill
+        if self.n_tokens > self.prompt_end:  # a prompt's prediction belongs to prefill
             read = len(self.history.rows) * (self.config.history_len + 4) * (end - start)  # see kernels.predict
             self.stats.choosing_bytes += read * self.history.rows.itemsize
         return self.history.scores(start, end).unflatten(0, (self.model.config.n_layers, -1))
@@ -498,7 +662,9 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
     """
     largest, token = logits.max(-1, keepdim=True)
     if temperature > 0:
-        p, tokens = torch.softmax(logits.nan_to_num() / temperature, -1).sort(descending=True)  # (V,), (V,)
+        logits = (logits.nan_to_num() - largest.nan_to_num()).clamp(max=0)
+        temperature = max(temperature, torch.finfo(logits.dtype).tiny)  # 0 / 0 is no probability
+        p, tokens = torch.softmax(logits / temperature, -1).sort(descending=True)  # (V,), (V,)
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # the most probable token always stays
         token = tokens[torch.multinomial(p, 1, generator=generator)]
     return token, largest
@@ -507,13 +673,13 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
 def generate(
     decoder: SparseDecoder, tokens: list[int], max_new_tokens: int, temperature=0.0, top_p=1.0, seed=0
 ) -> Iterator[int]:
-    """Yield up to max_new_tokens tokens that continue `tokens`, ending before an end-of-sequence token."""
+    """Yield up to max_new_tokens tokens that continue the text and `tokens`, ending before an end-of-sequence token."""
     stats, device = decoder.stats, decoder.model.device
     generator = torch.Generator(device).manual_seed(seed)
     began = time.perf_counter()
     token, largest = sample(decoder.prefill(torch.tensor(tokens, device=device)), temperature, top_p, generator)  # (1,)
     token.item()  # waits for a GPU
-    stats.prefill_seconds = time.perf_counter() - began
+    stats.prefill_seconds += time.perf_counter() - began
 
     for left in reversed(range(max_new_tokens)):
         began, wait_for = time.perf_counter(), read_later(token, largest)
@@ -524,6 +690,7 @@ def generate(
         stats.decode_seconds += time.perf_counter() - began
         if not math.isfinite(logit):
             raise not_finite(decoder.model.dtype)
+        stats.new_tokens += 1
         if value in decoder.model.config.eos_token_ids:
             return
         yield value
@@ -812,23 +979,26 @@ class OffloadedCache(KVCache):
         return torch.where(block < self.sink, block, self.sink + block % self.ring)
 
     def write_prompt(self, layer, first, k, v):
-        """As KVCache.write_prompt, `first` the start of a block. Earlier K and V are copied back from the host.
+        """As KVCache.write_prompt. Earlier K and V are copied back from the host.
 
-        Each head's are contiguous there, so that copies run at the link's rate; those of the chunk follow the others.
+        Each head's are contiguous there, so that copies run at the link's rate.
         """
-        b = self.config.block_size
-        kv = F.pad(torch.stack((k, v), 1), (0, 0, 0, -k.shape[1] % b)).unflatten(2, (-1, b))  # (Hk, 2, blocks, b, D)
-        blocks, start = kv.transpose(1, 2), first // b  # (Hk, blocks, 2, b, D)
+        b, start, end = self.config.block_size, first // self.config.block_size, self.config.n_blocks(first)
+        self.write_back(first)  # what was decoded before
+        earlier = torch.empty_like(self.host[layer, :, :end], device=self.device)  # (Hk, blocks, 2, b, D)
+        for host, old in zip(self.host[layer], earlier):
+            old.copy_(host[:end], non_blocking=True)
+        k, v = (torch.cat((old.flatten(1, 2)[:, :first], new), 1) for old, new in zip(earlier.unbind(2), (k, v)))
+        kv = torch.stack((k[:, start * b :], v[:, start * b :]), 1)  # (Hk, 2, tokens, D), from the start of a block
+        blocks = F.pad(kv, (0, 0, 0, -k.shape[1] % b)).unflatten(2, (-1, b)).transpose(1, 2)  # (Hk, blocks, 2, b, D)
         end = start + blocks.shape[1]
-        earlier = torch.empty_like(self.host[layer, :, :start], device=self.device)  # (Hk, start, 2, b, D)
-        for host, old, new in zip(self.host[layer], earlier, blocks):
-            old.copy_(host[:start], non_blocking=True)
+        for host, new in zip(self.host[layer], blocks):
             host[start:end].copy_(new.contiguous(), non_blocking=True)
         kept = [block for block in range(start, end) if block < self.sink or block >= end - self.ring]  # sink and tail
         block = torch.tensor(kept, device=self.device)  # (n,); a mask on the device would make the host wait
         self.fixed[layer][:, self.fixed_slot(block)] = blocks[:, block - start]
-        self.written = first + k.shape[1]
-        return [torch.cat((old.flatten(1, 2), new), 1) for old, new in zip(earlier.unbind(2), (k, v))]
+        self.written = k.shape[1]
+        return k, v
 
     def begin_token(self):
         """A selection takes effect one token late."""
@@ -972,12 +1142,11 @@ def format_stats(decoder: SparseDecoder) -> str:
     """The counters as a few lines for people."""
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
     prefill_speed = stats.prefill_tokens / max(stats.prefill_seconds, 1e-9)
-    kinds = ("attention", "echo", "calibration", "choosing")
-    read = {kind: f"{getattr(stats, f'{kind}_bytes') / steps / 1e6:,.2f}" for kind in kinds}
+    counts = stats.attention_bytes, stats.echo_bytes, stats.calibration_bytes, stats.choosing_bytes
+    read = [f"{count / steps / 1e6:,.2f}" for count in counts]
     lines = [
         f"prefill    {stats.prefill_tokens:,} tokens, {prefill_speed:,.0f} tokens/s",
-        "KV read    {attention} MB a token by attention + {echo} by echoes + {calibration} by calibration + {choosing} "
-        "to choose".format(**read),
+        "KV read    {} MB a token by attention + {} by echoes + {} by calibration + {} to choose".format(*read),
     ]
     if stats.recovery:
         recovery = torch.stack(stats.recovery).mean().item()
@@ -990,109 +1159,31 @@ def format_stats(decoder: SparseDecoder) -> str:
     return "\n".join(lines)
 
 
-def format_summary(decoder: SparseDecoder) -> str:
+def format_summary(decoder: SparseDecoder, dense=False) -> str:
     """One line: speed, and bytes read against dense decoding."""
     stats, steps = decoder.stats, max(1, decoder.stats.decode_tokens)
-    speed = stats.decode_tokens / max(stats.decode_seconds, 1e-9)
-    line = f"{stats.decode_tokens:,} tokens, {speed:,.1f} tokens/s"
-    if stats.decode_tokens:
-        read, dense = stats.read_bytes / steps / 1e6, stats.dense_bytes / steps / 1e6
-        line += f", KV read {read:,.1f} MB a token, dense {dense:,.1f} MB"
-    if not decoder.selecting:
-        budget = decoder.config.budget
-        return f"{line}: all {decoder.n_tokens:,} tokens fit the budget of {budget:,}; a longer text shows the method"
-    return f"{line}: {stats.dense_bytes / max(stats.read_bytes, 1):.1f}x less"
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (--help lists the options)")
-
-
-class ShownDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def auto_or_int(text):
-    return text if text == "auto" else int(text)
-
-
-def add_method_options(parser):
-    """An option for each parameter of Config; unless given, it is not in the namespace."""
-    group = parser.add_argument_group("method (README.md explains the parameters)")
-    for f in dataclasses.fields(Config):
-        default = "" if f.default is None else f" (default: {f.default})"
-        kind = auto_or_int if f.type == int | str else int
-        symbol, text = f.metadata["symbol"], f.metadata["help"] + default
-        group.add_argument(
-            "--" + f.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, metavar=symbol, help=text
-        )
-
-
-def config_of(args) -> Config:
-    return Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)})
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__.splitlines()[0], formatter_class=ShownDefaults)
-    parser.add_argument("--prompt", help="the text to answer, or a question about --prompt-file")
-    parser.add_argument("--prompt-file", help="a file to answer, or to ask --prompt about; - for standard input")
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="stop after this many tokens")
-    parser.add_argument("--stats", action="store_true", help="end with bytes read, recovery and predictor cost")
-
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", help=f"Hugging Face folder or hub id (default: {DEFAULT_LLM}, fetched once)")
-    group.add_argument("--predictor", default=DEFAULT_PREDICTOR, help="the convolution: safetensors or state dict")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one")
-    dtypes, backends = ["auto", "float32", "bfloat16", "float16"], ["auto", "torch", "triton"]
-    group.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights; auto: bfloat16")
-    group.add_argument("--backend", default="auto", choices=backends, help="auto: triton on a GPU, else torch")
-    group.add_argument("--offload", action="store_true", help="keep the KV cache in host memory")
-    group.add_argument("--dense", action="store_true", help="attend to everything")
-
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
-    group.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total")
-    group.add_argument("--seed", type=int, default=0, help="of the sampling")
-    add_method_options(parser)
-    return parser
-
-
-def read_prompt(args) -> str:
-    """The document, a blank line and the question; or the one of the two that is given, as it is."""
-    parts = []
-    if args.prompt_file is not None:
-        parts.append(read_document(args.prompt_file))
-    if args.prompt is not None:
-        parts.append(args.prompt)
-    require(parts, "there is no prompt: give --prompt, --prompt-file or both (--help lists the options)")
-    require(all(part.strip() for part in parts), "the prompt is empty: give it some text")
-    return parts[0].rstrip() + "\n\n" + parts[1] if len(parts) == 2 else parts[0]
-
-
-def read_document(name) -> str:
-    try:
-        return (sys.stdin.buffer.read() if name == "-" else pathlib.Path(name).read_bytes()).decode()
-    except OSError as error:
-        raise InputError(f"prompt file {name} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"the prompt is not UTF-8 text (byte {error.start}): convert it first") from None
+    line = f"{stats.new_tokens:,} token{'s' * (stats.new_tokens != 1)}"
+    if not stats.dense_bytes:
+        return f"{line}: speed and bytes are measured from the second one on"
+    read, dense_read = (f"{count / steps / 1e6:,.1f} MB" for count in (stats.read_bytes, stats.dense_bytes))
+    speed = steps / max(stats.decode_seconds, 1e-9)
+    line += f", {speed:,.1f} tokens/s, KV read {read} a token, dense {dense_read}"
+    if decoder.selecting:
+        less = stats.dense_bytes / stats.read_bytes
+        return f"{line}: {less:.1f}x less" if less >= 1 else f"{line}: {1 / less:.1f}x more"
+    fits = f"all {decoder.n_tokens:,} tokens fit the budget of {decoder.config.budget:,}"
+    return line if dense else f"{line}: {fits}; a longer text shows the method"
 
 
 def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
     """Device, dtype and backend from the command line's names."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device  # with its index
     except (RuntimeError, AssertionError):
-        device = None
-    require(device is not None and device.type in ("cpu", "cuda"), f"device {name} is not available: try cpu")
+        device = torch.device("meta")
+    require(device.type in ("cpu", "cuda"), f"device {name} is not available: try cpu")
     if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # Triton launches on the current device
     dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
     backend = args.backend if args.backend != "auto" else "triton" if device.type == "cuda" else "torch"
@@ -1101,14 +1192,6 @@ def choose_device(args) -> tuple[torch.device, torch.dtype, str]:
     except RuntimeError as error:
         raise InputError(str(error)) from None
     return device, dtype, backend
-
-
-def check_limits(args):
-    require(args.max_new_tokens >= 1, f"max-new-tokens {args.max_new_tokens} must be at least 1")
-    require(0 <= args.temperature < math.inf, f"temperature {args.temperature} must be at least 0")
-    require(0 < args.top_p <= 1, f"top-p {args.top_p} must be above 0 and at most 1")
-    require(0 <= args.seed < 2**63, f"seed {args.seed} must lie in 0 ... 2^63 - 1")
-    require(not (args.dense and args.offload), "--dense reads the whole cache for each token: leave --offload out")
 
 
 def free_memory(device) -> int | None:
@@ -1121,8 +1204,8 @@ def free_memory(device) -> int | None:
         return None
 
 
-def check_memory(c: Config, m: LlamaConfig, n_tokens, dtype, device, offload):
-    """Raise InputError where the cache and prefill's largest activations would not fit into memory; say what to do."""
+def lacks_memory(c: Config, m: LlamaConfig, n_tokens, dtype, device, offload) -> str | None:
+    """What to do where the cache and prefill's largest activations would not fit into memory."""
     heads, n_blocks = m.n_layers * m.n_kv_heads, c.n_blocks(n_tokens)
     kv, sparse = 2 * heads * n_tokens * m.head_dim * dtype.itemsize, not c.fits(n_tokens)
     history = 2 * heads * c.history_len * n_blocks * HISTORY_DTYPE.itemsize
@@ -1137,75 +1220,82 @@ def check_memory(c: Config, m: LlamaConfig, n_tokens, dtype, device, offload):
     slots = min(kv, 2 * heads * c.budget * m.head_dim * 2 * dtype.itemsize)
     for need, memory in ((needed + (slots if offload else kv), device), (kv if offload else 0, torch.device("cpu"))):
         free = free_memory(memory)
-        require(
-            free is None or need <= free,
-            f"a text of {n_tokens:,} tokens needs {need / 1e9:,.2f} GB of memory on {memory}, {(free or 0) / 1e9:,.2f} "
-            f"GB are free: try a shorter prompt, fewer --max-new-tokens{'' if offload else ' or --offload'}",
-        )
+        if free is not None and need > free:
+            remedy = f"try a shorter prompt, fewer --max-new-tokens{'' if offload else ' or --offload'}"
+            needs = f"a text of {n_tokens:,} tokens needs {need / 1e9:,.2f} GB of memory on {memory}"
+            return f"{needs}, {free / 1e9:,.2f} GB are free: {remedy}"
 
 
-def run(args, make_decoder=SparseDecoder) -> SparseDecoder:
-    """Answer the prompt on standard output; statistics go to standard error. Returns the decoder."""
-    check_limits(args)
-    config = config_of(args)
-    text = read_prompt(args)
+def answer(args, decoder: SparseDecoder, tokenizer, ids: list[int]) -> str:
+    """Print and return what continues the text `ids`, to which the tokens are appended. With --chat, the first Ctrl-C
+    ends the answer; only the second one interrupts."""
+    stream, limit = TextStream(tokenizer), min(len(decoder.ids) - len(ids), args.max_new_tokens)
+    interrupted, interrupt = [], signal.getsignal(signal.SIGINT)
+    if args.chat:
+        signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, interrupt)))
+    try:
+        for token in generate(decoder, ids[decoder.n_tokens :], limit, args.temperature, args.top_p, args.seed):
+            ids.append(token)
+            print(stream.push(token), end="", flush=True)
+            if interrupted:
+                break
+    finally:
+        if args.chat:
+            signal.signal(signal.SIGINT, interrupt)
+        if decoder.stats.new_tokens:
+            print(stream.flush(), flush=True)
+    if len(ids) == len(decoder.ids) and limit < args.max_new_tokens:
+        print(f"attnpred: the answer ends here: there is room for {len(ids):,} tokens", file=sys.stderr)
+    ids += decoder.ids[len(ids) : decoder.n_tokens].tolist()  # the token that ended the answer
+    return stream.shown
+
+
+def run(args, make_decoder=SparseDecoder) -> SparseDecoder | None:
+    """Answer the questions of args, from `parse_options`, on standard output. Returns the decoder, if one was made."""
     device, dtype, backend = choose_device(args)
     predictor = load_predictor(args.predictor)
     model, tokenizer = load_model(args.model or str(fetch_default_llm()), dtype, device)
-    m = model.config
+    m, config = model.config, args.config
     if backend == "triton" and not kernels.supports(m.head_dim, config.block_size, model.kv_dtype.itemsize):
         shape = f"head dimension {m.head_dim}, blocks of {config.block_size} tokens"
         print(f"attnpred: there is no kernel for {shape}: using the torch backend", file=sys.stderr)
         backend = "torch"
-    if tokenizer.has_chat_template and not args.raw:
-        tokens = tokenizer.chat_tokens([{"role": "user", "content": text}])
-    else:
-        tokens = tokenizer.encode(text, control_tokens=args.raw)
-    require(tokens, "the prompt has no tokens: the tokenizer drops all of its characters")
-    room = m.context_len - len(tokens)
-    require(room >= 1, f"the prompt has {len(tokens):,} tokens, the model's context {m.context_len:,}: shorten it")
-    max_new_tokens = min(args.max_new_tokens, room)
-    capacity_tokens = len(tokens) + max_new_tokens
-    if args.dense:  # a budget that covers the text
-        covering = config.n_blocks(capacity_tokens) * config.block_size
-        config = dataclasses.replace(
-            config, budget=max(config.budget, covering + config.sink_tokens + config.local_tokens)
-        )
-    check_memory(config, m, capacity_tokens, model.kv_dtype, device, args.offload)
-    decoder = make_decoder(config, model, predictor, capacity_tokens, backend, args.offload)
-    stream = TextStream(tokenizer)
+    if args.dense:  # a budget that covers every text
+        config = dataclasses.replace(config, budget=config.budget + config.block_size * m.context_len)
+    has_template = tokenizer.has_chat_template and not args.raw
+    require(has_template or not args.chat, "--chat needs a model with a chat template: use an instruct model")
+    decoder, messages, ids = None, [], []  # the conversation's text, and its tokens
     try:
-        for token in generate(decoder, tokens, max_new_tokens, args.temperature, args.top_p, args.seed):
-            print(stream.push(token), end="", flush=True)
+        for question in read_questions(args):
+            messages.append({"role": "user", "content": question})
+            if has_template:
+                ids += tokenizer.chat_tokens(messages, ids)
+            else:
+                ids = tokenizer.encode(question, control_tokens=args.raw)
+            require(ids, "the prompt has no tokens: the tokenizer drops all of its characters")
+            room = len(decoder.ids) if decoder else m.context_len
+            require(len(ids) < room, f"the text has {len(ids):,} tokens, but there is room for {room:,}: shorten it")
+            if decoder is None:  # a conversation may fill the context, or as much of it as fits into memory
+                least = min(len(ids) + args.max_new_tokens, m.context_len)
+                capacity = m.context_len if args.chat else least
+                place = model.kv_dtype, device, args.offload
+                while (problem := lacks_memory(config, m, capacity, *place)) and capacity > least:
+                    capacity = max(least, capacity // 2)
+                require(not problem, problem)
+                decoder = make_decoder(config, model, predictor, capacity, backend, args.offload)
+            messages.append({"role": "assistant", "content": answer(args, decoder, tokenizer, ids)})
     finally:
-        print(stream.flush(), flush=True)
-        if args.stats:
-            print(format_stats(decoder), file=sys.stderr)
-        print(f"attnpred: {format_summary(decoder)}", file=sys.stderr)
+        if decoder and decoder.stats.new_tokens:
+            if args.stats:
+                print(format_stats(decoder), file=sys.stderr)
+            print(f"attnpred: {format_summary(decoder, args.dense)}", file=sys.stderr)
     return decoder
 
 
-def exit_status(program, command) -> int:
-    """Run `command`. Returns 2, and prints one line, for errors that a user can correct; 130 for Ctrl-C; else 0."""
-    try:
-        command()
-    except (InputError, ModelError, FetchError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        remedy = "try a shorter text, a smaller model or, where there is that option, --offload"
-        print(f"{program}: out of GPU memory: {remedy}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # stdout was closed (for example by `head`); avoid a second error at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-
-
 def main(argv=None) -> int:
-    return exit_status("attnpred", lambda: run(make_parser().parse_args(argv)))
+    return exit_status("attnpred", lambda: run(parse_options(argv)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGINT, handler)
+    sys.exit(exit_status("attnpred", lambda: run(*options)))

@@ -30,7 +30,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
-from torch.nn.attention.bias import causal_lower_right
 
 
 @dataclass(frozen=True)
@@ -223,9 +222,13 @@ def causal_attention(layer, q, k, v):
     T, past, group = q.shape[1], k.shape[1] - q.shape[1], len(q) // len(k)
     if q.dtype == torch.float32:  # no fused kernel shares float32 K and V in a group
         k, v, group = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0), 1  # (Hq, T', D)
-    mask = causal_lower_right(T, past + T) if past else None  # not materialised; it selects a fused kernel
-    if past and torch.version.hip:  # AMD's fused kernel would align that mask at the upper left
+    mask = None
+    if past and torch.version.hip:  # AMD's fused kernel would align the mask below at the upper left
         mask = torch.ones(T, past + T, dtype=torch.bool, device=q.device).tril(past)
+    elif past:
+        from torch.nn.attention.bias import causal_lower_right  # takes seconds to import, and CPUs do not need it
+
+        mask = causal_lower_right(T, past + T)  # not materialised; it selects a fused kernel
     qkv = q[None], k[None], v[None]  # (1, Hq, T, D), (1, Hk, T', D), (1, Hk, T', D)
     return F.scaled_dot_product_attention(*qkv, mask, is_causal=not past, enable_gqa=group > 1)[0]  # (Hq, T, D)
 
@@ -276,22 +279,37 @@ class Tokenizer:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def chat_tokens(self, messages: list[dict]) -> list[int]:
-        """The token ids of `chat(messages)`. Control tokens are those of the template; in a message they are text."""
+    def chat_tokens(self, messages: list[dict], ids: list[int] = ()) -> list[int]:
+        """The token ids of `chat(messages)`. Control tokens are those of the template; in a message they are text.
+
+        After a conversation with the token ids `ids`, which end in the answer messages[-2]: only those that follow it.
+        """
         written, mark = [], self.mark
         for message in messages:  # an answer may think: <think> has no special flag
             pattern = self.control_pattern(special_only=message.get("role") == "assistant")
             written.append(message | {"content": pattern.sub(rf"{mark}\g<0>{mark}", message["content"])})
-        if written == messages:
-            return self.encode(self.chat(messages), special_tokens=False)
+        plain = written == messages
+        if ids:
+            written[-2] = written[-2] | {"content": mark[::-1]}  # other digits stand for the answer
+        text, end = self.chat(written), None
+        if ids:
+            _, found, text = text.rpartition(mark[::-1])
+            if not found:
+                raise ModelError("the chat template leaves answers out; use one that shows them")
+            ended = self.control_pattern().match(text.lstrip())
+            if ended and self.tokenizer.token_to_id(ended[0]) == ids[-1]:  # the model has ended its turn already
+                text, end = text.lstrip(), ids[-1]
 
         def swap(match):  # the marked tokenizer knows control tokens between marks only
             in_message, in_template = match.groups()
             return f"{mark}{in_template}{mark}" if in_template else in_message or ""
 
-        control = self.control_pattern().pattern
-        text = re.sub(f"{mark}({control}){mark}|{mark}|({control})", swap, self.chat(written))
-        return self._check(self.marked_tokenizer.encode(text, add_special_tokens=False).ids)
+        tokenizer = self.tokenizer
+        if not plain:
+            control, tokenizer = self.control_pattern().pattern, self.marked_tokenizer
+            text = re.sub(f"{mark}({control}){mark}|{mark}|({control})", swap, text)
+        new = self._check(tokenizer.encode(text, add_special_tokens=False).ids)
+        return new[1:] if new[:1] == [end] else new
 
     def chat(self, messages: list[dict]) -> str:
         """The chat template's text for messages [{"role": ..., "content": ...}, ...], up to the start of the answer.

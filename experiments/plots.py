@@ -414,9 +414,9 @@ def run(argv):
         picture.add_argument("files", nargs="+", metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
     if args.command in ("run", "echo"):
-        options = attnpred.make_parser().parse_args(rest)
-        if options.dense or options.offload or options.max_new_tokens < 2:
-            why = "leave out --dense and --offload, decode 2 tokens or more"
+        options = attnpred.parse_options(rest)
+        if options.dense or options.offload or options.chat or options.max_new_tokens < 2:
+            why = "leave out --dense, --offload and --chat, decode 2 tokens or more"
             raise InputError(f"the picture shows sparse decoding: {why}")
         recorder = attnpred.run(options, Recorder)
         if args.command == "run":

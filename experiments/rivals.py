@@ -311,11 +311,11 @@ class RivalDecoder(SparseDecoder):
         best = kernels.select_blocks(rows, k, self.backend).long() if k else rows[:, :0].long()  # (rows, k)
         return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, best, True).view(scores.shape)
 
-    def attend(self, layer, q, k, v):
+    def attend(self, layer, q, k, v, written=False):
         if self.rival and self.rival.needs_query and self.selecting:
             self.cache.write(layer, k, v)
             self.select_now(layer, q[:, 0])
-        out = super().attend(layer, q, k, v)  # (Hq, 1, D)
+        out = super().attend(layer, q, k, v, written)  # (Hq, 1, D)
         n_blocks = self.config.n_blocks(self.n_tokens)
         if self.measure_every and (self.n_tokens - self.stats.prefill_tokens) % self.measure_every == 0:
             if layer == 0:

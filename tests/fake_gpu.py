@@ -24,10 +24,10 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import bias
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import kernels
-import model
 
 CPU = torch.device("cpu")
 HOST_WAITS = {  # operations whose result Python needs; tolist and numpy call resolve_conj
@@ -185,7 +185,7 @@ class FakeGpu(TorchDispatchMode):
                 _get_device_properties=lambda i: SimpleNamespace(multi_processor_count=3), cudart=lambda: cudart,
             ),
             torch.cuda.graph: dict(default_capture_stream=None),
-            model: dict(causal_lower_right=partial(unseen, model.causal_lower_right)),
+            bias: dict(causal_lower_right=partial(unseen, bias.causal_lower_right)),
             torch: dict(Generator=lambda device, make=torch.Generator: self.place(device) and make()),
         }  # fmt: skip
         if self.references is None:

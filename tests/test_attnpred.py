@@ -1,9 +1,12 @@
 """The method against a naive simulation of it, the command line on the real model, and bad input."""
 
+import dataclasses
 import io
 import itertools
+import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import attnpred
 from attnpred import Config, InputError, SparseDecoder, generate, sample
+from model import TextStream, checkpoint_targets
 from tests.helpers import assert_refused, random_predictor, tiny_llama
 from weights.fetch_llm import FetchError, fetch_default_llm
 
@@ -37,6 +42,7 @@ class NaiveMethod:
         self.ids, self.k, self.v, self.queries, self.rows = [], {}, {}, {}, {}
         self.chosen = None  # (L, Hk, n) bool, of the middle blocks from the sink's end on; None: all blocks
         self.sparse = not self.fits(capacity_tokens)
+        self.left = self.prompt_start = 0
 
     def middle(self, n_tokens):
         start = self.c.sink_tokens // self.c.block_size
@@ -89,19 +95,17 @@ class NaiveMethod:
                 found.append((run, p))
         return list(dict.fromkeys(p // self.c.block_size for _, p in sorted(found, reverse=True)))[: self.c.echo_blocks]
 
-    def push_rows(self, count):
-        """Each layer gets the rows of the last `count` * M tokens: root mean squares over Q x G queries, (Hk, N)."""
-        n, interval, b = len(self.ids), self.due, self.c.block_size
-        per_row = max(q for q in range(1, interval + 1) if interval % q == self.c.calibration_queries % q == 0)
-        distance = interval // per_row
+    def push_rows(self, count, interval, distance):
+        """Each layer gets rows of the last `count` intervals: root mean squares over their queries, (Hk, N)."""
+        n, b = len(self.ids), self.c.block_size
         for layer in range(self.m.n_layers):
             squares = self.logits(layer, self.queries[layer]).softmax(-1)  # (Hq, T, T), the whole attention
             squares = F.pad(squares, (0, -n % b)).unflatten(-1, (-1, b)).amax(-1).square()  # (Hq, T, N)
             squares = squares.unflatten(0, (self.m.n_kv_heads, -1)).mean(1)  # (Hk, T, N)
             for row in reversed(range(count)):
                 last = n - 1 - row * interval
-                positions = [p for p in range(last, last - interval, -distance) if p >= 0]
-                total = squares[:, positions].sum(1) / per_row  # those before the text count as zeros
+                positions = [p for p in range(last, last - interval, -distance) if p >= self.prompt_start]
+                total = squares[:, positions].sum(1) / (interval // distance)  # those before it count as zeros
                 self.rows.setdefault(layer, []).append(total.sqrt())
 
     def image(self, layer, width):
@@ -112,17 +116,19 @@ class NaiveMethod:
             image[:, i, : row.shape[-1]] = row[:, :width]
         return image
 
-    def end_token(self, is_prompt=False):
-        """After the prompt and after every M-th token: rows of the tokens since the last time, then a selection."""
-        n = len(self.ids)
-        if is_prompt:
-            self.due = self.interval(n)
-            self.left, count = 0, min(self.c.history_len, -(-n // self.due))
-        else:
-            self.left, count = self.left - 1, 1
+    def end_token(self, n_prompt=0):
+        """After a prompt and after every M-th token: rows of the tokens since the last time, then a selection."""
+        n, rows, queries = len(self.ids), 1, self.c.calibration_queries
+        interval = self.interval(n) if n_prompt else self.due
+        distance = interval // max(q for q in range(1, interval + 1) if interval % q == queries % q == 0)
+        self.left -= 1
+        if n_prompt:
+            if n_prompt < min(n, interval):  # a later, short prompt is a row by itself
+                interval, distance = n_prompt, max(1, n_prompt // queries)
+            self.left, self.prompt_start, rows = 0, n - n_prompt, min(self.c.history_len, -(-n_prompt // interval))
         if self.left == 0:
             if self.sparse:
-                self.push_rows(count)
+                self.push_rows(rows, interval, distance)
             self.due = self.left = self.interval(n)
             start, end = self.middle(n + 1)
             if not self.fits(n + 1):
@@ -155,17 +161,19 @@ NOTHING = Config(**SMALL, budget=32, calibration_interval=4, echo_blocks=2)  # K
 
 
 @settings(max_examples=30)
-@given(configurations(), PROMPT_LENGTHS, st.integers(0, 2**31), HEADS, st.booleans())
-@example(GROWS, 495, 0, (2, 2), False)
-@example(OUTGROWS, 30, 1, (2, 2), False)
-@example(NOTHING, 100, 2, (1, 3), False)
-@example(OUTGROWS, 200, 3, (3, 1), True)
-def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, narrow):
+@given(configurations(), PROMPT_LENGTHS, st.integers(1, 20), st.integers(0, 2**31), HEADS, st.booleans())
+@example(GROWS, 495, 16, 0, (2, 2), False)
+@example(OUTGROWS, 30, 1, 1, (2, 2), False)
+@example(NOTHING, 100, 20, 2, (1, 3), False)
+@example(OUTGROWS, 200, 7, 3, (3, 1), True)
+def test_a_conversation_equals_the_naive_simulation(config, prompt_len, later, seed, heads, narrow):
+    """A prompt, tokens that are decoded, a later prompt of `later` tokens, and again tokens that are decoded."""
     model, predictor = (
         tiny_llama(n_kv_heads=heads[0], group=heads[1], n_layers=2, seed=seed, context_len=600),
         random_predictor(seed),
     )
-    tokens = torch.randint(VOCABULARY, (prompt_len + N_NEW,))
+    sizes = [prompt_len, *[1] * 15, later, *[1] * (N_NEW - 15 - later)]
+    tokens = torch.randint(VOCABULARY, (sum(sizes),))
     tolerance = 2e-3 if narrow else 1e-5
     with mock.patch.object(attnpred, "HISTORY_DTYPE", torch.float16 if narrow else torch.float32):
         decoder = SparseDecoder(config, model, predictor, len(tokens))
@@ -178,13 +186,15 @@ def test_decoding_equals_the_naive_simulation(config, prompt_len, seed, heads, n
             assert scores[chosen].amin() >= best_left_out - tolerance, "a block with a lower score was selected"
         return chosen.clone()
 
-    naive = NaiveMethod(config, model, predictor, len(tokens), choose)
-    for n in range(prompt_len, len(tokens) + 1):
-        first = 0 if n == prompt_len else n - 1
-        naive.ids = tokens[:n].tolist()
-        want = model(tokens[first:n], torch.arange(first, n), naive.attend)  # before ours selects anew
-        got = decoder.decode(tokens[first:n]) if first else decoder.prefill(tokens[:n])
-        naive.end_token(is_prompt=n == prompt_len)
+    naive, n = NaiveMethod(config, model, predictor, len(tokens), choose), 0
+    for step, size in enumerate(sizes):
+        is_prompt, new = step in (0, 16), tokens[n : n + size]
+        naive.ids = tokens[: n + size].tolist()
+        naive.chosen = None if is_prompt else naive.chosen
+        want = model(new, torch.arange(n, n + size), naive.attend)  # before ours selects anew
+        got = decoder.prefill(new) if is_prompt else decoder.decode(new)
+        n += size
+        naive.end_token(size if is_prompt else 0)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
         if decoder.history:
             images = decoder.history.rows.float().unflatten(0, (2, -1))  # (L, Hk, H, capacity)
@@ -209,6 +219,27 @@ def test_a_prompt_in_chunks_equals_one_in_one_piece(config, prompt_len, chunk, o
         runs.append([logits, *rows, *([cache.host, cache.fixed] if offload else [cache.kv])])
     for piece, chunked in zip(*runs, strict=True):
         torch.testing.assert_close(chunked, piece, atol=1e-3, rtol=1e-3)
+
+
+@settings(max_examples=20)
+@given(configurations(), st.integers(1, 150), st.integers(1, 5), st.sampled_from([16, 1024]), st.booleans())
+@example(OUTGROWS, 100, 4, 16, True)
+def test_two_prompts_equal_one(config, first_len, n_rows, chunk, offload):
+    """A later prompt of whole intervals: the same K, V, history, logits as those of the whole text at once."""
+    interval = config.interval(first_len + 5 * 16)
+    model, tokens, runs = tiny_llama(n_layers=2), torch.randint(VOCABULARY, (first_len + n_rows * interval,)), []
+    for sizes in ([len(tokens)], [first_len, n_rows * interval]):
+        with mock.patch.object(attnpred, "PREFILL_CHUNK", chunk):
+            decoder = SparseDecoder(config, model, random_predictor(), len(tokens) + 9, offload=offload)
+            logits = [decoder.prefill(piece) for piece in tokens.split(sizes)][-1]
+        cache = decoder.cache
+        n_before = first_len if config.interval(first_len) == interval else 0
+        rows = min(config.history_len, n_rows + n_before // interval)  # later ones begin before the first prompt
+        history = [decoder.history.rows[:, -rows:]] if decoder.history else []
+        runs.append([logits, *history, *([cache.host, cache.fixed] if offload else [cache.kv])])
+        assert decoder.stats.prefill_tokens == decoder.n_tokens == len(tokens) and decoder.stats.choosing_bytes == 0
+    for whole, parts in zip(*runs, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-3, rtol=1e-3)
 
 
 @given(configurations(), st.integers(1, 2000))
@@ -316,6 +347,9 @@ def test_counters_are_exact():
     assert len(stats.recovery) == 2
     assert all((r > 0).all() and (r <= 1 + 1e-5).all() and r.shape == (3, 4) for r in stats.recovery)
     assert attnpred.format_summary(decoder).endswith(f": {stats.dense_bytes / stats.read_bytes:.1f}x less")
+    before = dataclasses.replace(stats)
+    decoder.prefill(tokens[:20])  # a later prompt counts as prefill
+    assert stats == dataclasses.replace(before, prefill_tokens=80) and decoder.queries == []
 
 
 def test_a_text_that_fits_is_decoded_densely():
@@ -337,6 +371,9 @@ def test_sampling():
     nucleus = {sample(logits, 1.0, 0.9, generator)[0].item() for _ in range(200)}
     assert nucleus == {1, 2}  # .696 + .256 reaches .9
     assert {sample(logits, 5.0, 1e-6, generator)[0].item() for _ in range(20)} == {1}
+    for temperature in (1e-6, 1e-40, 1e-300):
+        assert {sample(100 * logits, temperature, 1.0, generator)[0].item() for _ in range(20)} == {1}
+    assert {sample(logits, 1e300, 1.0, generator)[0].item() for _ in range(100)} == {0, 1, 2, 3}
 
 
 def test_generation_ends_before_an_end_of_sequence_token():
@@ -388,6 +425,8 @@ def test_bad_predictors_are_refused_in_one_line(tmp_path, capfd):
 
 # Command line
 
+TEMPLATE = "<s>{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<assistant>"
+
 
 def attnpred_main(capsys, *args):
     status = attnpred.main(list(args))
@@ -409,6 +448,10 @@ REFUSED = {
     "--calibration-queries 0": "at least 1",
     "--echo-blocks -1": "at least 0",
     "--dense --offload": "leave --offload out",
+    "--chat --raw": "leave --raw out",
+    "--chat --prompt-file -": "must be a file",
+    "--prompt \ufeff": "empty",
+    "--prompt caf\udce9": "not UTF-8 text (byte 3)",
     "--history-len 1000000000000000": "at most 4096",
     "--history-len 4": "at least 5",
     "--calibration-interval 0": "at least 1",
@@ -426,7 +469,37 @@ REFUSED = {
 @pytest.mark.parametrize("options", REFUSED)
 def test_bad_input_is_one_line_and_status_2(capsys, options):
     prompt = [] if options == "" or "prompt" in options else ["--prompt", "a"]
+    with pytest.raises(InputError):
+        attnpred.parse_options([*prompt, *options.split()])
     assert_refused(attnpred.main, "attnpred", [*prompt, *options.split()], REFUSED[options], capsys)
+
+
+def start(folder, torch, *arguments):
+    """Start the command line with another module, of the source `torch`, in PyTorch's place."""
+    (folder / "torch.py").write_text(torch)
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a parent that ignores the signal, as a shell's background job does, would pass that on
+    act = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, **pipes, **act)
+
+
+def test_options_are_checked_before_pytorch_is_imported(tmp_path):
+    for flags in ([], ["-OO"]):
+        process = start(tmp_path, "raise ImportError('too early')", *flags, "attnpred.py", "--help")
+        out, err = process.communicate()
+        assert (process.returncode, err) == (0, "") and "--temperature" in out
+    process = start(tmp_path, "raise ImportError('too early')", "attnpred.py", "--prompt", "a", "--budget", "1000")
+    assert process.communicate() == ("", "attnpred: budget = 1000 is not a multiple of the block size: try 1008\n")
+    assert process.returncode == 2
+
+
+def test_ctrl_c_while_pytorch_is_imported(tmp_path):
+    slow = "import time; print('started', flush=True); time.sleep(60)"
+    process = start(tmp_path, slow, "attnpred.py", "--prompt", "a")
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "") and process.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize(
@@ -459,21 +532,197 @@ def test_a_prompt_file_that_is_no_text_or_too_long(capsys, tmp_path, content, co
     assert_refused(attnpred.main, "attnpred", ["--prompt-file", str(tmp_path / "prompt")], complaint, capsys)
 
 
+# The command line on a tiny model
+
+
+def save_tiny(folder, context_len=512, template=TEMPLATE, broken=False):
+    """Save a random model whose tokens are bytes, and four more. Returns the options that name it."""
+    model = tiny_llama(n_layers=2, vocab_size=260, context_len=context_len)
+    if broken:
+        model.head.weight[7] = torch.nan
+    tensors = {name: tensor.clone().contiguous() for name, tensor in checkpoint_targets(model).items()}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    c, letters = model.config, sorted(pre_tokenizers.ByteLevel.alphabet())
+    sizes = dict(num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads)
+    sizes |= dict(hidden_size=c.d_model, intermediate_size=c.d_ff, vocab_size=260, head_dim=c.head_dim)
+    config = dict(model_type="llama", max_position_embeddings=context_len, **sizes)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<user>", "<assistant>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))
+    return ["--model", str(folder), "--dtype", "float32", "--temperature", "2"]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return save_tiny(tmp_path)
+
+
+def give_input(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+@pytest.mark.parametrize("new, said", [(1, "1 token: speed and"), (2, "2 tokens, "), (3, "3 tokens, ")])
+def test_counts_of_tokens(tiny, capsys, new, said):
+    options = ["--budget", "144", "--max-new-tokens", str(new)]
+    status, _, err = attnpred_main(capsys, *tiny, "--prompt", "a" * 200, *options)
+    assert status == 0 and err.startswith(f"attnpred: {said}") and err.count("\n") == 1 and "room" not in err
+    assert re.search(r": [\d.]+x (less|more)$", err) if new > 1 else "x less" not in err
+
+
+def test_the_ratio_is_never_below_one(tiny, capsys):
+    """Just beyond the budget, calibration reads more than is left out."""
+    options = "--budget 144 --calibration-interval 1 --max-new-tokens 9 --local-tokens 16 --echo-blocks 7".split()
+    _, _, err = attnpred_main(capsys, *tiny, "--prompt", "a" * 150, *options)
+    assert float(re.search(r": ([\d.]+)x more\n$", err)[1]) > 1
+
+
+def test_what_ends_an_answer_is_told(tmp_path, capsys, monkeypatch):
+    tiny = save_tiny(tmp_path, context_len=40)
+    status, out, err = attnpred_main(capsys, *tiny, "--raw", "--prompt", "a" * 30)
+    assert status == 0 and err.startswith("attnpred: the answer ends here: there is room for 40 tokens\n")
+    assert "10 tokens, " in err and "fit the budget of 1,024" in err
+    _, _, err = attnpred_main(capsys, *tiny, "--raw", "--prompt", "a" * 30, "--max-new-tokens", "10", "--dense")
+    assert "room" not in err and "budget" not in err
+    monkeypatch.setattr(SparseDecoder, "prefill", mock.Mock(side_effect=KeyboardInterrupt))
+    assert attnpred_main(capsys, *tiny, "--prompt", "a", "--stats") == (130, "", "")
+
+
+def test_logits_that_are_not_finite_are_one_line(tmp_path, capsys):
+    options = [*save_tiny(tmp_path, broken=True), "--prompt", "a"]
+    assert_refused(attnpred.main, "attnpred", options, "not finite", capsys)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_characters_that_the_terminal_lacks(tiny, monkeypatch, encoding):
+    outputs = []
+    for terminal in ("utf-8", encoding):
+        shown = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding=terminal))
+        assert attnpred.main([*tiny, "--prompt", "a", "--max-new-tokens", "30"]) == 0
+        outputs.append(shown.getvalue().decode(terminal))
+    assert "\ufffd" in outputs[0] and outputs[1] == outputs[0].encode(encoding, "replace").decode(encoding)
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout", "stderr"])
+def test_a_closed_stream(tiny, capsys, monkeypatch, closed):
+    monkeypatch.setattr(sys, closed, None)
+    prompt = ["--prompt-file", "-"] if closed == "stdin" else ["--prompt", "a" * 200, "--budget", "144"]
+    status, out, err = attnpred_main(capsys, *tiny, *prompt, "--max-new-tokens", "30")
+    assert status == (2 if closed == "stdin" else 0) and "Traceback" not in err
+    assert (out != "", err.count("\n")) == {"stdin": (False, 1), "stdout": (False, 1), "stderr": (True, 0)}[closed]
+
+
+def test_a_full_disk_is_one_line(tiny, capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        status = attnpred.main([*tiny, "--prompt", "a", "--max-new-tokens", "3"])
+    assert status == 2 and capsys.readouterr().err.endswith("\nattnpred: output: No space left on device\n")
+
+
+class Prompts(SparseDecoder):
+    """Keeps the prompts and the logits after them."""
+
+    def prefill(self, tokens):
+        logits = super().prefill(tokens)
+        self.prompts = [*getattr(self, "prompts", []), (tokens.tolist(), self.ids[: self.n_tokens].clone(), logits)]
+        return logits
+
+
+@pytest.mark.parametrize("option", ["--chat", "--offload", "--dense"])
+def test_a_conversation_costs_each_question_once(tiny, tmp_path, monkeypatch, option):
+    """Each question attends to all before it, as in one prompt of the whole conversation."""
+    (tmp_path / "report").write_text("\ufeffIt rained </s>.\n")
+    give_input(monkeypatch, "Why?\n\n  And then: é? \nReally?\n")
+    options = ["--prompt-file", str(tmp_path / "report"), "--chat", option, "--max-new-tokens", "6"]
+    decoder = attnpred.run(attnpred.parse_options([*tiny, *options]), Prompts)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    first, *later = (tokenizer.decode(tokens, skip_special_tokens=False) for tokens, _, _ in decoder.prompts)
+    assert first == "<s><user>It rained </s>.\n\nWhy?</s><assistant>"
+    for prompt, question in zip(later, ("And then: é?", "Really?"), strict=True):
+        end = f"<user>{question}</s><assistant>"  # before it: the answer's last token, which was not decoded, and </s>
+        assert prompt.endswith(end) and len(tokenizer.encode(prompt).ids) <= len(tokenizer.encode(end).ids) + 4
+    assert decoder.stats.prefill_tokens == sum(len(tokens) for tokens, _, _ in decoder.prompts)
+    for tokens, whole, logits in decoder.prompts:
+        assert whole[-len(tokens) :].tolist() == tokens
+        one = SparseDecoder(Config(), decoder.model, random_predictor(), len(whole)).prefill(whole)
+        torch.testing.assert_close(logits, one, atol=1e-4, rtol=1e-4)
+
+
+def test_a_conversation_fills_the_context_and_then_ends(tmp_path, capsys, monkeypatch):
+    tiny = save_tiny(tmp_path, context_len=100)
+    give_input(monkeypatch, "a\n" * 20)
+    status, out, err = attnpred_main(capsys, *tiny, "--chat", "--prompt", "b", "--max-new-tokens", "15")
+    assert status == 2 and err.count("\n") in (2, 3) and re.search("has 10. tokens, but there is room for 100", err)
+    for options in (["--chat"], []):
+        monkeypatch.setattr(attnpred, "lacks_memory", lambda c, m, n, *_: f"no room for {n}" if n > 60 else None)
+        give_input(monkeypatch, "")
+        args = attnpred.parse_options([*tiny, "--prompt", "b", "--max-new-tokens", "90", *options])
+        with pytest.raises(InputError, match="no room for 9."):
+            attnpred.run(args)
+        args.max_new_tokens = 20
+        assert len(attnpred.run(args).ids) == (50 if options else 25)
+
+
+def test_a_conversation_needs_a_template_and_a_question(tmp_path, capsys, monkeypatch):
+    give_input(monkeypatch, "\n \n")
+    assert attnpred_main(capsys, *save_tiny(tmp_path), "--chat", "--prompt-file", "README.md") == (0, "", "")
+    assert_refused(attnpred.main, "attnpred", [*save_tiny(tmp_path, template=None), "--chat"], "instruct model", capsys)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_is_asked_for_questions(tiny, capsys, monkeypatch, terminal):
+    give_input(monkeypatch, "a\n\nb\n")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    status, out, err = attnpred_main(capsys, *tiny, "--chat", "--max-new-tokens", "2")
+    assert status == 0 and err.startswith("> > > > \nattnpred: " if terminal else "attnpred: ")
+    assert "4 tokens, " in err
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_program(tiny, capsys, monkeypatch):
+    presses, tokens, push = {3: 1, 5: 2}, [], TextStream.push  # {number of a token: how often Ctrl-C is pressed}
+
+    def pressing(stream, token):
+        tokens.append(token)
+        for _ in range(presses.get(len(tokens), 0)):
+            signal.raise_signal(signal.SIGINT)
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", pressing)
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+    give_input(monkeypatch, "a\nb\nc\n")
+    status, out, err = attnpred_main(capsys, *tiny, "--chat", "--max-new-tokens", "20")
+    assert status == 130 and len(tokens) == 5 and err.startswith("attnpred: 5 tokens") and out.endswith("\n")
+    assert out.count("\n") == 2  # two answers
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
 def test_the_default_model_answers(capsys):
     fetch_default_llm()
     args = ["--prompt", "What is the capital of France?", "--max-new-tokens", "6"]
     status, out, err = attnpred_main(capsys, *args)
     assert status == 0 and "Paris" in out
-    assert err.count("\n") == 1 and err.startswith("attnpred: 5 tokens, ") and "fit the budget" in err
+    assert err.count("\n") == 1 and err.startswith("attnpred: 6 tokens, ") and "fit the budget" in err
+
+
+def test_the_default_model_has_a_conversation(capsys, monkeypatch):
+    give_input(monkeypatch, "What is the capital of France?\nAnd of Italy?\n")
+    status, out, err = attnpred_main(capsys, "--chat", "--max-new-tokens", "12")
+    answers = out.splitlines()
+    assert status == 0 and len(answers) == 2 and "Paris" in answers[0] and "Rome" in answers[1]
 
 
 def test_a_long_prompt_is_decoded_sparsely_and_covering_budgets_agree_with_dense(capsys, tmp_path):
-    text = "".join(f"The box number {i} holds {i * i % 97} apples.\n" for i in range(60))
+    text = "".join(f"The box number {i} holds {i * i % 97} apples.\n" for i in range(30))
     (tmp_path / "prompt.txt").write_text(text)
-    args = ["--prompt-file", str(tmp_path / "prompt.txt"), "--raw", "--max-new-tokens", "20", "--stats"]
+    args = ["--prompt-file", str(tmp_path / "prompt.txt"), *"--raw --max-new-tokens 10 --stats".split()]
+    args += ["--calibration-interval", "8"]
     sparse = attnpred_main(capsys, *args, "--budget", "256")
     covering = attnpred_main(capsys, *args, "--budget", "2048")
-    dense = attnpred_main(capsys, *args, "--dense")
+    dense = attnpred_main(capsys, *args, "--budget", "256", "--dense")
     offloaded = attnpred_main(capsys, *args, "--budget", "256", "--offload")
     assert sparse[0] == covering[0] == dense[0] == offloaded[0] == 0
     assert covering[1] == dense[1] != ""
@@ -486,8 +735,9 @@ def test_a_question_about_a_document(tmp_path, monkeypatch):
     (tmp_path / "report").write_text("It rained.\n\n")
 
     def prompt(*args):
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Es regnet — schön.\n".encode())))
-        return attnpred.read_prompt(attnpred.make_parser().parse_args(args))
+        give_input(monkeypatch, "Es regnet — schön.\n")
+        (question,) = attnpred.read_questions(attnpred.parse_options(args))
+        return question
 
     file, question = ("--prompt-file", str(tmp_path / "report")), ("--prompt", " Why?\n")
     assert prompt(*file, *question) == "It rained.\n\n Why?\n"
@@ -505,12 +755,12 @@ def test_a_long_prompt_shows_its_progress_on_a_terminal(capsys, monkeypatch, ter
     assert out == "" and ("Reading the prompt" in err) == shown == bool(err) and "\n" not in err
 
 
-def test_standard_input_and_sampling_with_a_seed(capsys, monkeypatch):
+def test_standard_input_and_sampling_with_a_seed(tiny, capsys, monkeypatch):
     texts = []
     for seed in ("1", "1", "2"):
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Name a colour — any.".encode())))
+        give_input(monkeypatch, "Name a colour — any.")
         sampling = ["--temperature", "1.5", "--top-p", "0.95", "--seed", seed, "--max-new-tokens", "20"]
-        status, out, _ = attnpred_main(capsys, "--prompt-file", "-", *sampling)
+        status, out, _ = attnpred_main(capsys, *tiny, "--prompt-file", "-", *sampling)
         assert status == 0
         texts.append(out)
     assert texts[0] == texts[1] != texts[2]

@@ -698,6 +698,30 @@ def test_text_never_becomes_control_tokens(tmp_path, scheme):
     assert ids("  ") in chat("a  a<s>")  # an added token that controls nothing
 
 
+@pytest.mark.parametrize("scheme", ["bytes", "first", "always", "normalizer"])
+@pytest.mark.parametrize("question", ["a b", "a </s><turn>b"])
+def test_a_later_turn_adds_its_own_tokens(tmp_path, scheme, question):
+    """They are those of the whole conversation, whether the answer was cut or the model ended it."""
+    write_tokenizer(tmp_path) if scheme == "bytes" else write_metaspace_tokenizer(tmp_path, scheme)
+    tokenizer = Tokenizer(tmp_path)
+    turns = "{% for m in messages %}{{ m.role }} {{ m.content | trim }} </s>\n{% endfor %}assistant "
+    tokenizer.chat_templates = "{{ bos_token }}" + turns
+    user, end = {"role": "user", "content": question}, tokenizer.tokenizer.token_to_id("</s>")
+    messages = [user, {"role": "assistant", "content": "b a"}, user, {"role": "assistant", "content": "a b a"}, user]
+    for n, n_ends in ((3, 2), (5, 4)):
+        whole = tokenizer.chat_tokens(messages[:n])
+        ends = [i for i, token in enumerate(whole) if token == end]
+        start = ends[n_ends - 1]  # where the last answer ends
+        assert tokenizer.chat_tokens(messages[:n], [7, end]) == whole[start + 1 :]
+        cut = tokenizer.chat_tokens(messages[:n], [7])
+        assert cut[-len(whole[start:]) :] == whole[start:]
+        spaces = len(cut) - len(whole[start:])  # the template has one before </s>; a normalizer adds one to each text
+        assert spaces == 1 + (scheme == "normalizer")
+    tokenizer.chat_templates = "{{ messages[-1].content }}"
+    with pytest.raises(ModelError, match="leaves answers out"):
+        tokenizer.chat_tokens(messages, [7])
+
+
 def test_merges_make_no_control_token(tmp_path):
     """A special token of the base vocabulary, which its merges could make of text."""
     write_tokenizer(tmp_path, chat_template="{{ messages[0].content }}<s>", eos_token="ab")
