@@ -1246,7 +1246,7 @@ def answer(args, decoder: SparseDecoder, tokenizer, ids: list[int]) -> str:
             print(stream.flush(), flush=True)
     if len(ids) == len(decoder.ids) and limit < args.max_new_tokens:
         print(f"attnpred: the answer ends here: there is room for {len(ids):,} tokens", file=sys.stderr)
-    ids += decoder.ids[len(ids) : decoder.n_tokens].tolist()  # the token that ended the answer
+    ids += decoder.ids[len(ids) : decoder.n_tokens].cpu().tolist()  # the token that ended the answer
     return stream.shown
 
 

@@ -90,8 +90,8 @@ class Recorder(RivalDecoder):
         if self.prediction:
             self.prediction[-1].append(self.true_rows[-1])
 
-    def attend(self, layer, q, k, v):
-        out = super().attend(layer, q, k, v)  # (Hq, 1, D)
+    def attend(self, layer, q, k, v, written=False):
+        out = super().attend(layer, q, k, v, written)  # (Hq, 1, D)
         rows, _ = attnpred.pool_rows(q[None], self.keys(layer)[None], self.n_tokens, 1, 1, self.backend)
         n = rows.shape[-1]
         self.true_rows[-1][layer, :, :n] = rows[0, :, 0].cpu()  # of (1, Hk, 1, N)
