@@ -1,6 +1,7 @@
 """The page of a run shows the run's numbers, in a real browser, and can be played with by mouse and keyboard."""
 
 import json
+import pathlib
 import re
 import shutil
 
@@ -87,12 +88,19 @@ def shown_number(tab, selector):
     return float(tab.text_content(selector).split(" ")[0].replace(",", ""))
 
 
+def history(recorder):
+    """All rows of all predictions: (L, Hk, rows, N)."""
+    return torch.cat([torch.nn.functional.pad(rows, (0, 19 - rows.shape[-1])) for rows in recorder.history_rows], 2)
+
+
 def test_recording_changes_nothing(run):
     recorder, _ = run
     alone = SparseDecoder(recorder.config, tiny_llama(), random_predictor(), N_PROMPT + 30, "torch")
     tokens = recorder.ids[:N_PROMPT].tolist()
     assert list(generate(alone, tokens, 30))[:29] == recorder.ids[N_PROMPT:149].tolist()
     assert torch.equal(alone.history.rows, recorder.history.rows)
+    newest = alone.history.rows.view(3, 2, 8, 19)  # the last steps made no row
+    assert torch.equal(history(recorder)[:, :, -8:], newest.float())
 
 
 def test_shares_are_those_of_a_plain_pass(run):
@@ -186,10 +194,9 @@ def test_the_pictures_are_those_of_the_run(run, show):
     """History, scores and attention of a head, cell by cell and bar by bar."""
     recorder, pieces = run
     tab = show(page.make_page(recorder, pieces, "tiny"))
-    layer, head, step = 1, 0, 14
+    layer, head, step = 2, 1, 14
     choose(tab, layer, head, step)
-    rows = torch.cat([torch.nn.functional.pad(x, (0, 19 - x.shape[-1])) for x in recorder.history_rows], 2)
-    image = rows[layer, head, step // 3 : step // 3 + 8]  # (H, N)
+    image = history(recorder)[layer, head, step // 3 : step // 3 + 8]  # (H, N)
     light = pixels(tab, "#history", 19, 8)[..., :3].sum(-1)  # (H, N)
     assert (light.flatten()[image.flatten().argsort()].diff() <= 0).all() and light.unique().numel() > 5
     assert light[image == 0].eq(3 * 255).all()
@@ -345,6 +352,18 @@ def test_a_page_that_would_be_too_large_shows_fewer_layers(run, show, monkeypatc
     monkeypatch.setattr(page, "PAGE_BYTES", len(html.encode()) - sum(map(len, layers.values())))
     with pytest.raises(InputError, match="cannot hold the run"):
         page.make_page(*run, "tiny")
+
+
+def test_the_sample_is_a_page_of_today():
+    """Its data were written by the command that experiments/README.md shows; the rest is page.html."""
+    template, images = pathlib.Path(page.__file__).with_suffix(".html"), pathlib.Path(page.__file__).parent / "images"
+    before, after = template.read_text().split("{{DATA}}")
+    sample = (images / "run.html").read_text()
+    assert sample.startswith(before) and sample.endswith(after) and len(sample.encode()) < 1_500_000
+    made, _ = recorded(n_new=5)
+    for html in (sample, page.make_page(made, ["x"] * made.n_tokens, "tiny")):
+        data = json.loads(html[len(before) : len(html) - len(after)])
+        assert list(data) == list(json.loads(sample[len(before) : len(sample) - len(after)]))
 
 
 def test_without_a_prediction_there_is_no_page():
