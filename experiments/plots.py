@@ -152,21 +152,27 @@ def find_patterns(rows, block_size):
     return found
 
 
+def clear_heads(recorder):
+    """{pattern: (layer, KV head)}: the clearest example of each in the true attention of a run's last steps."""
+    r, (start, end) = recorder, recorder.config.middle(recorder.n_tokens)
+    shown_end = end - RECENT_BLOCKS if end - start > 4 * RECENT_BLOCKS else end
+    rows = torch.stack(list(r.true_rows))[..., start:shown_end].flatten(1, 2)  # (R, L * Hk, n)
+    patterns = find_patterns(rows, r.config.block_size)
+    return {pattern: divmod(head, r.cache.heads[1]) for pattern, head in patterns.items()}
+
+
 def draw_run(recorder, path):
     """Draw history, prediction, true attention and selection of three heads, and recovery and bytes of all heads."""
     r, c = recorder, recorder.config
     if not r.prediction:
         why = "the text fits the budget (use a smaller --budget), or the answer ended before a second token was decoded"
         raise InputError(f"nothing was predicted: {why}")
-    start, end = c.middle(r.n_tokens)
-    shown_end = end - RECENT_BLOCKS if end - start > 4 * RECENT_BLOCKS else end
-    rows = torch.stack(list(r.true_rows))[..., start:shown_end].flatten(1, 2)  # (R, L * Hk, n)
-    patterns = find_patterns(rows, c.block_size)
+    heads = clear_heads(r)
 
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     grid = figure.add_gridspec(5, 6, height_ratios=(4, 0.35, 0.35, 3, 2.6))
     for column, pattern in enumerate(("re-access", "sequential", "seasonal")):
-        layer, head = divmod(patterns[pattern], r.cache.heads[1])
+        layer, head = heads[pattern]
         columns = slice(2 * column, 2 * column + 2)
         axes = figure.add_subplot(grid[0, columns])
         axes = [axes, *(figure.add_subplot(grid[i, columns], sharex=axes) for i in (1, 2, 3))]
