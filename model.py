@@ -12,6 +12,7 @@ and RoPE scalings.
 
 import codecs
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -141,7 +142,7 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, attend, kv_dtype, fused):  # x (T, C), overwritten -> (T, C)
         T, n_heads, n_kv_heads = x.shape[0], self.config.n_heads, self.config.n_kv_heads
-        dtype = product_dtype(self.qkv.weight, T)
+        dtype = product_dtype(self.attn_norm.weight, T)
         heads = self.qkv(self.attn_norm(x, dtype)).view(T, -1, self.config.head_dim)  # (T, Hq + 2 Hk, D)
         heads = heads.transpose(0, 1).to(kv_dtype)  # (Hq + 2 Hk, T, D)
         qk, v = heads.split((n_heads + n_kv_heads, n_kv_heads))  # (Hq + Hk, T, D), (Hk, T, D)
@@ -551,19 +552,19 @@ HF_NAMES = {
 
 
 def checkpoint_targets(model):
-    """{Hugging Face's name of a tensor: the slice of a parameter that it fills}."""
+    """{Hugging Face's name of a tensor: the slice of a parameter that it fills}. Of 4-bit weights: a widened copy."""
     c = model.config
     d_q, d_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     targets = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm.weight}
     if not c.tie_embeddings:
         targets["lm_head.weight"] = model.head.weight
     for i, block in enumerate(model.blocks):
-        for path, parameter in block.named_parameters():
-            part, kind = path.split(".")  # kind: weight or bias
-            names = HF_NAMES[part].split()
-            rows = (d_q, d_kv, d_kv) if part == "qkv" else len(parameter) // len(names)
-            slices = zip(names, parameter.split(rows))
-            targets |= {f"model.layers.{i}.{name}.{kind}": target for name, target in slices}
+        for part, kind in itertools.product(HF_NAMES, ("weight", "bias")):
+            parameter, names = getattr(getattr(block, part), kind, None), HF_NAMES[part].split()
+            if parameter is not None:
+                rows = (d_q, d_kv, d_kv) if part == "qkv" else len(parameter) // len(names)
+                slices = zip(names, parameter.split(rows))
+                targets |= {f"model.layers.{i}.{name}.{kind}": target for name, target in slices}
     return targets
 
 
@@ -604,10 +605,14 @@ def _equal(one, other):
 def _fill(model, tensors, folder):
     """Copy the checkpoint into the model's parameters, one tensor at a time. Raises ModelError."""
     targets = checkpoint_targets(model)
+    for name in keep_four_bits(model, tensors, targets):
+        del targets[name], tensors[name]
     for name, (file, key) in tensors.items():
         if name not in targets:
             raise ModelError(f"{folder}: the tensor {key} is not one that config.json calls for")
         source, target = file.get_tensor(key), targets.pop(name)
+        if source.dtype == torch.uint8 and source.dim() == 3 and source.shape[-1] in BLOCK_BYTES:
+            source = widen(source)  # (n_out, n_in)
         if source.shape != target.shape or source.dtype not in FLOATS:
             found, wanted = f"{source.dtype} {tuple(source.shape)}", tuple(target.shape)
             raise ModelError(f"{folder}: {key} is {found}; config.json calls for unquantised floats of shape {wanted}")
@@ -717,9 +722,10 @@ def _read_config(raw):
     raw = FAMILIES[family] | raw
     n_layers, act, eos = int(raw["num_hidden_layers"]), raw.get("hidden_act", "silu"), raw.get("eos_token_id")
     theta, scaling, context_len = _rope_parameters(raw)
+    quantised = raw.get("quantization_config") or {}
     window, other_layers = _find_window(raw, family, n_layers), {*(raw.get("layer_types") or ())}
     unsupported = {
-        "a quantised checkpoint": raw.get("quantization_config") or raw.get("quantization"),
+        "a quantised checkpoint": quantised.get("quant_method") != "q4_1" and (quantised or raw.get("quantization")),
         f"a sliding window of {window} tokens": window < context_len,
         "attention of another kind": other_layers - {"full_attention", "sliding_attention"},
         f"hidden_act {act!r}": act != "silu",
@@ -803,7 +809,7 @@ def _rope_parameters(raw):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shortcuts for CPUs: the dtypes that a CPU multiplies quickly, single rows, and attention
+# Shortcuts for CPUs: the dtypes that a CPU multiplies quickly, 4-bit weights, single rows, and attention
 
 
 def product_dtype(weight, n_rows) -> torch.dtype:
@@ -835,6 +841,78 @@ def fastest_backend(n_rows, device):
     """A context for n_rows: oneDNN takes twice as long as PyTorch to multiply one row of bfloat16 on a CPU."""
     one_row = n_rows == 1 and device.type == "cpu"
     return torch.backends.mkldnn.flags(enabled=False, allow_tf32=None) if one_row else nullcontext()
+
+
+BLOCK_BYTES = (20, 34)  # of 32 weights in 4 bits, in 8 bits
+
+
+def widen(blocks):
+    """The weights (n_out, n_in) float32 of blocks of 32, uint8: (n_out, n_in/32, 20) or (n_out, n_in/32, 34).
+
+    20 bytes: 32 levels of 4 bits, the first of two in the low half, then a scale and a minimum in float16; a weight is
+    level * scale + minimum (llama.cpp's Q4_1). 34 bytes: a scale in float16, then 32 signed levels (its Q8_0).
+    """
+    if blocks.shape[-1] == 20:  # these are rows of PyTorch's quantised embeddings
+        return torch.ops.quantized.embedding_bag_4bit_unpack(blocks.flatten(0, 1)).view(len(blocks), -1)
+    scale = blocks[..., :2].contiguous().view(torch.float16).float()  # (n_out, n_in/32, 1)
+    return (blocks[..., 2:].view(torch.int8) * scale).flatten(1)  # (n_out, n_in)
+
+
+class FourBitLinear(nn.Module):
+    """A Linear whose weight stays in 4 bits: blocks (n_out, n_in/32, 20) as in `widen`.
+
+    One row is multiplied by the levels, with scales rounded to bfloat16. Many rows are multiplied by the weight that is
+    widened for this product only.
+    """
+
+    def __init__(self, blocks, bias):
+        super().__init__()
+        self.blocks, self.bias = blocks, bias
+        scale, minimum = blocks[..., 16:].contiguous().view(torch.float16).float().unbind(-1)  # (n_out, n_in/32) each
+        zero = minimum + 8 * scale  # the operation's weight is (level - 8) * scale + zero
+        self.scales = torch.stack((scale.T, zero.T), -1).bfloat16()  # (n_in/32, n_out, 2)
+        pairs = blocks[..., :16].flatten(1)  # (n_out, n_in/2)
+        levels = torch.stack((pairs & 15, pairs >> 4), -1).flatten(1).int()  # (n_out, n_in)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)  # (n_out, n_in/2)
+
+    @property
+    def weight(self):
+        return widen(self.blocks).to(torch.bfloat16)  # (n_out, n_in)
+
+    def forward(self, x, residual=None):  # (T, n_in) -> (T, n_out); overwrites the residual (T, n_out)
+        if len(x) == 1:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, 32, self.scales)  # (1, n_out)
+        else:
+            y = F.linear(x, widen(self.blocks).to(x.dtype))  # (T, n_out)
+        if self.bias is not None:
+            y += self.bias
+        return y if residual is None else residual.add_(y)  # (T, n_out)
+
+
+def multiplies_four_bits(dtype, device) -> bool:
+    """Whether PyTorch has a fast product of bfloat16 activations and 4-bit weights on this device."""
+    fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    has_operation = hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+    return device.type == "cpu" and dtype == torch.bfloat16 and fast and has_operation
+
+
+def keep_four_bits(model, tensors, targets) -> list[str]:
+    """Put a FourBitLinear where the checkpoint has 4-bit weights only. Returns the names of its tensors."""
+    kept = []
+    if not multiplies_four_bits(model.dtype, model.device):
+        return kept
+    for i, block in enumerate(model.blocks):
+        for part in ("qkv", "attn_out", "gate_up", "down"):
+            linear = getattr(block, part)
+            names = [f"model.layers.{i}.{name}.weight" for name in HF_NAMES[part].split()]
+            shapes = [[len(targets[name]), linear.in_features // 32, 20] for name in names]
+            slices = [file.get_slice(key) for file, key in (tensors[name] for name in names if name in tensors)]
+            stored = [one.get_shape() for one in slices if one.get_dtype() == "U8"]
+            if stored == shapes and linear.out_features % 16 == linear.in_features % 32 == 0:
+                blocks = torch.cat([file.get_tensor(key) for file, key in (tensors[name] for name in names)])
+                setattr(block, part, FourBitLinear(blocks, linear.bias))
+                kept += names
+    return kept
 
 
 def norm_one_row(x, weight, eps, dtype):

@@ -33,7 +33,7 @@ import attnpred
 from attnpred import InputError, OneLineParser, SparseDecoder
 from experiments import roofline
 from experiments.hot_paths import PATHS
-from model import Llama, LlamaConfig, checkpoint_targets, load_model
+from model import FourBitLinear, Llama, LlamaConfig, checkpoint_targets, load_model
 from train_predictor import write_atomically
 from weights.fetch_llm import fetch_default_llm
 
@@ -199,6 +199,12 @@ class Ours:
     def round(self):
         return [self.step() for _ in range(self.n_round)]
 
+    def weight_bytes(self):
+        four_bits = [part for part in self.model.modules() if isinstance(part, FourBitLinear)]
+        widened = sum(part.blocks.shape[:2].numel() * 32 for part in four_bits) * self.model.dtype.itemsize
+        kept = sum(part.packed.nbytes + part.scales.nbytes for part in four_bits)
+        return roofline.weight_bytes(self.model.config, self.model.dtype.itemsize) - widened + kept
+
     def kv_bytes(self):
         return self.decoder.stats.read_bytes / (self.decoder.n_tokens - self.decoder.stats.prefill_tokens)
 
@@ -231,6 +237,7 @@ class Transformers:
         from transformers import DynamicCache
 
         self.model, self.n_round, m = as_transformers(model), n_round, model.config
+        self.weight_bytes = partial(roofline.weight_bytes, m, model.dtype.itemsize)
         self.cache = DynamicCache(config=self.model.config)
         torch.manual_seed(0)  # the same K and V as in `Ours`
         kv = torch.randn(2, 1, m.n_kv_heads, n_tokens, m.head_dim, device=model.device).to(model.dtype)
@@ -368,8 +375,8 @@ def speed_rows(args, models, config, bandwidth):
         groups = [makers] if device.type == "cpu" else [{key: makers[key]} for key in keys]
         done = []
         for row in (row for group in groups for row in race(group, args.rounds, device)):
-            contender, model = row.pop("contender"), models[row["dtype"]]
-            row["bytes"] = roofline.weight_bytes(model.config, model.dtype.itemsize) + contender.kv_bytes()
+            contender = row.pop("contender")
+            row["bytes"] = contender.weight_bytes() + contender.kv_bytes()
             row |= dict(context=context, tokens_s=1e3 / row["ms"], gb_s=1e-6 * row["bytes"] / row["ms"])
             row["of_copy"] = 1e9 * row["gb_s"] / bandwidth
             if row["name"] in ("sparse", "adapter") and args.backend == "torch":

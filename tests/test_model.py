@@ -27,12 +27,14 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from model import (
+    FourBitLinear,
     Llama,
     LlamaConfig,
     ModelError,
     TextStream,
     Tokenizer,
     causal_attention,
+    checkpoint_targets,
     load_model,
     multiplies,
     not_finite,
@@ -73,8 +75,28 @@ def assert_close(found, wanted, tolerance):
 def smollm():
     """(folder, model, tokenizer, transformers' model, transformers' tokenizer), float32."""
     folder = fetch_llm.fetch_default_llm()
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    raw = json.loads((folder / CONFIG).read_text())
+    raw.pop("quantization_config", None)
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(raw)).eval()
+    reference.load_state_dict(widened(folder / WEIGHTS), strict=False)
     return folder, *load(folder), reference, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def widened(path):
+    """{name: float32 tensor} of a file of weights, with the blocks of `widen` in model.py, by numpy."""
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        if tensor.dtype == torch.uint8:
+            blocks = tensor.numpy()  # (n_out, n_in/32, 20 or 34)
+            if blocks.shape[-1] == 20:
+                scale, minimum = np.split(blocks[..., 16:].copy().view(np.float16).astype(np.float32), 2, -1)
+                levels = np.stack((blocks[..., :16] % 16, blocks[..., :16] // 16), -1).reshape(*blocks.shape[:2], 32)
+            else:
+                scale, minimum = blocks[..., :2].copy().view(np.float16).astype(np.float32), np.float32(0)
+                levels = blocks[..., 2:].view(np.int8)
+            tensor = torch.tensor((levels * scale + minimum).reshape(len(blocks), -1))
+        tensors[name] = tensor.float()
+    return tensors
 
 
 TEXTS = [
@@ -407,6 +429,101 @@ def test_shards(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# 4-bit weights
+
+
+def random_blocks(n_out, n_in):
+    """Blocks with every level, scales and minima from 0 to large, and float64 of the weight: (n_out, n_in) each."""
+    n_blocks = n_in // 32
+    levels = torch.randint(16, (n_out, n_blocks, 32))
+    levels[:, :, :16], levels[0, 0], levels[-1, -1] = torch.arange(16), 0, 15
+    scale, minimum = torch.rand(n_out, n_blocks, 1).half(), -8 * torch.rand(n_out, n_blocks, 1).half()
+    scale[0], minimum[-1], scale[1, 0], minimum[1, 0] = 0, 0, 2.0**-14, 100
+    pairs = levels[..., ::2] | levels[..., 1::2] << 4
+    blocks = torch.cat((pairs.byte(), scale.view(torch.uint8), minimum.view(torch.uint8)), -1)  # (n_out, n_blocks, 20)
+    return blocks, (levels * scale.double() + minimum.double()).flatten(1)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="no fast product of 4-bit weights"
+)
+@settings(max_examples=40)
+@given(n_out=st.integers(1, 12), n_blocks=st.integers(1, 5), has_bias=st.booleans(), seed=st.integers(0, 2**31))
+@torch.inference_mode()
+def test_products_of_four_bits(n_out, n_blocks, has_bias, seed):
+    """One row, and many in both dtypes, against float64; a residual of float32 is added to."""
+    torch.manual_seed(seed)
+    blocks, wanted = random_blocks(16 * n_out, 32 * n_blocks)  # (n_out, n_in)
+    bias = torch.randn(16 * n_out).bfloat16() if has_bias else None
+    linear = FourBitLinear(blocks, None if bias is None else torch.nn.Parameter(bias, requires_grad=False))
+    assert torch.equal(linear.weight, wanted.float().bfloat16())
+    for n_rows, dtype in ((1, torch.bfloat16), (5, torch.bfloat16), (5, torch.float32)):
+        x, residual = torch.randn(n_rows, 32 * n_blocks).to(dtype), torch.randn(n_rows, 16 * n_out)
+        exact = x.double() @ wanted.T + (0 if bias is None else bias.double()) + residual.double()  # (n_rows, n_out)
+        size = x.double().abs() @ wanted.abs().T + 9  # (n_rows, n_out): rounding is relative to the terms
+        found = linear(x, residual.clone())  # (n_rows, n_out)
+        assert found.dtype == torch.float32
+        assert ((found - exact).abs() / size).max() < (2**-7 if dtype == torch.bfloat16 else 1e-6)
+        assert torch.equal(linear(x).float() + residual, found)
+
+
+def four_bit_model(folder, **sizes):
+    """Save a random model whose layers' weights are blocks of 4 bits; returns {name: float32 weight}."""
+    random_model(folder, **dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16) | sizes)
+    tensors, floats = load_file(folder / WEIGHTS), {}
+    for name, tensor in tensors.items():
+        floats[name] = tensor
+        if tensor.dim() == 2 and "layers" in name and tensor.shape[1] % 32 == 0:
+            quantised = gguf.quantize(0.3 * tensor.numpy(), gguf.GGMLQuantizationType.Q4_1).reshape(len(tensor), -1, 20)
+            tensors[name] = fetch_llm.reorder(torch.tensor(quantised))
+            floats[name] = torch.tensor(gguf.dequantize(quantised.reshape(len(tensor), -1), 3))
+    save_file(tensors, folder / WEIGHTS)
+    change(folder / CONFIG, {"quantization_config": {"quant_method": "q4_1"}})
+    return floats
+
+
+@torch.inference_mode()
+def test_model_of_four_bits(tmp_path, monkeypatch):
+    """Float32 is exact; in bfloat16 each layer keeps its 4 bits, unless the device or the shape has no product."""
+    floats, ids = four_bit_model(tmp_path, attention_bias=True), torch.randint(0, 300, (40,))  # (T,)
+    exact, _ = load(tmp_path)
+    assert all(torch.equal(target, floats[name]) for name, target in checkpoint_targets(exact).items())
+    wanted, half = logits_of(exact, ids, 40), load(tmp_path, torch.bfloat16)[0]  # (T, V)
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        parts = {type(part) for block in half.blocks for part in (block.qkv, block.attn_out, block.gate_up, block.down)}
+        assert parts == {FourBitLinear}
+    for dtypes in ([torch.float32], [torch.float32, torch.bfloat16]):
+        monkeypatch.setattr("model.multiplies", dtypes.__contains__)
+        assert_close(logits_of(half, ids, 20), wanted, 0.06)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    plain, _ = load(tmp_path, torch.bfloat16)
+    assert not any(isinstance(part, FourBitLinear) for part in plain.modules())
+    found, rounded = checkpoint_targets(half), checkpoint_targets(plain)
+    assert found.keys() == rounded.keys() == floats.keys()
+    assert all(torch.equal(found[name], floats[name].bfloat16()) for name in found)
+    assert all(torch.equal(rounded[name], floats[name].bfloat16()) for name in found)
+
+
+def test_ragged_widths_are_widened(tmp_path):
+    """80 columns have no groups of 32, and 40 rows no product: those layers are widened, the others are not."""
+    floats = four_bit_model(tmp_path, num_attention_heads=2, num_key_value_heads=1, head_dim=10, intermediate_size=80)
+    model, _ = load(tmp_path, torch.bfloat16)
+    block = model.blocks[0]  # qkv has 40 rows, attn_out 20 columns, down 80
+    kept = [isinstance(part, FourBitLinear) for part in (block.qkv, block.attn_out, block.gate_up, block.down)]
+    assert kept in ([False, False, True, False], [False] * 4)
+    assert all(torch.equal(found, floats[name].bfloat16()) for name, found in checkpoint_targets(model).items())
+
+
+def test_blocks_of_a_wrong_shape(tmp_path):
+    four_bit_model(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    change(tmp_path / WEIGHTS, {name: load_file(tmp_path / WEIGHTS)[name][:, :1].contiguous()})
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ModelError, match=r"up_proj.weight is [^\n]*\(96, 32\); [^\n]*\(96, 64\)$"):
+            load(tmp_path, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Refusals: one line each
 
 WINDOW = dict(model_type="qwen2", num_key_value_heads=2, use_sliding_window=True, sliding_window=32)
@@ -414,6 +531,7 @@ REFUSED = [
     (dict(model_type="mamba"), "model_type 'mamba' is not supported; use a dense Llama"),
     (dict(quantization_config={"bits": 4}), "a quantised checkpoint"),
     (dict(quantization={"bits": 4}), "a quantised checkpoint"),
+    (dict(quantization_config={"quant_method": "gptq"}), "a quantised checkpoint"),
     (dict(model_type="mistral", sliding_window=95), "a sliding window of 95 tokens"),
     (dict(model_type="mistral", sliding_window=96) | rope("linear", factor=2.0), "a sliding window of 96"),
     (WINDOW | dict(max_window_layers=1), "a sliding window of 32 tokens"),
@@ -900,7 +1018,11 @@ def write_tiny_wheel(path):
     shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
     rng = np.random.default_rng(0)
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape, np.float32))
+        weight, kind = rng.standard_normal(shape, np.float32), gguf.GGMLQuantizationType.Q4_1
+        if name == "token_embd":
+            kind = gguf.GGMLQuantizationType.Q8_0
+        quantised = gguf.quantize(weight, kind) if len(shape) == 2 else weight
+        writer.add_tensor(f"{name}.weight", quantised, raw_dtype=kind if len(shape) == 2 else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -946,10 +1068,12 @@ def test_fetch(tiny, tmp_path):
     reference = load_gguf_checkpoint(
         tmp_path / "tiny.gguf", return_tensors=True, model_to_load=transformers.LlamaForCausalLM(config)
     )
-    wanted, found = reference["tensors"], load_file(folder / "model.safetensors")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], torch.as_tensor(wanted[name]).bfloat16()) for name in found)
+    wanted, found = reference["tensors"], widened(folder / "model.safetensors")
     model, tokenizer = load(folder)
+    targets = checkpoint_targets(model)
+    assert found.keys() == wanted.keys() == targets.keys()
+    assert all(torch.equal(found[name], torch.as_tensor(wanted[name])) for name in found)
+    assert all(torch.equal(found[name], targets[name]) for name in found)
     raw = config.to_dict() | {"rms_norm_eps": 1e-5}  # GGUF keeps it in float32
     assert model.config == LlamaConfig.from_json(raw) and model.config.tie_embeddings
     wanted = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")

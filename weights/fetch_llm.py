@@ -114,7 +114,10 @@ GGUF_TO_HF = {
 
 
 def convert(gguf_path, folder: Path):
-    """Convert SmolLM2's GGUF file to a Hugging Face folder: config, bfloat16 weights, tokenizer and chat template."""
+    """Convert SmolLM2's GGUF file to a Hugging Face folder: config, weights, tokenizer and chat template.
+
+    The weights stay as they are: float32, or uint8 blocks of 32 in 4 or 8 bits (see `widen` in model.py).
+    """
     import gguf  # needed by the first run only
 
     reader = gguf.GGUFReader(gguf_path)
@@ -124,13 +127,30 @@ def convert(gguf_path, folder: Path):
     heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
     weights = {}
     for tensor in reader.tensors:
-        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))  # (n_out, n_in) float32
+        weight = torch.tensor(tensor.data)  # (n_out, n_in) float32, or (n_out, bytes of a row) uint8
         parts = tensor.name.split(".")  # blk.LAYER.PART.weight, or PART.weight
         if parts[-2] in heads:  # RoPE pairs the halves of a head; GGUF interleaves them
             pairs = weight.view(heads[parts[-2]], -1, 2, weight.shape[-1])  # (heads, D/2, 2, n_in)
             weight = pairs.transpose(1, 2).reshape(weight.shape)  # (n_out, n_in)
-        weights[".".join(GGUF_TO_HF.get(part, part) for part in parts)] = weight.to(torch.bfloat16)
+        if weight.dtype == torch.uint8:
+            weight = weight.unflatten(1, (-1, BLOCK_BYTES[tensor.tensor_type.name]))  # (n_out, n_in/32, bytes)
+        if tensor.tensor_type.name == "Q4_1":
+            weight = reorder(weight)  # (n_out, n_in/32, 20)
+        weights[".".join(GGUF_TO_HF.get(part, part) for part in parts)] = weight
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+BLOCK_BYTES = {"Q4_1": 20, "Q8_0": 34}  # of 32 weights
+
+
+def reorder(blocks):
+    """The 20 bytes of a Q4_1 block in PyTorch's order: (..., 20) uint8 -> (..., 20).
+
+    GGUF: scale, minimum, then bytes with levels i and i + 16. PyTorch: bytes with levels 2i and 2i + 1, scale, minimum.
+    """
+    pairs = blocks[..., 4:]  # (..., 16)
+    levels = torch.cat((pairs & 15, pairs >> 4), -1)  # (..., 32)
+    return torch.cat((levels[..., ::2] | levels[..., 1::2] << 4, blocks[..., :4]), -1)  # (..., 20)
 
 
 def write_config(fields: dict, folder: Path):
@@ -152,6 +172,7 @@ def write_config(fields: dict, folder: Path):
         "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
         "torch_dtype": "bfloat16",
+        "quantization_config": {"quant_method": "q4_1"},  # other loaders refuse it
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
