@@ -57,7 +57,7 @@ class Config:
     local_tokens: int = param(64, "R", "last tokens, always attended")
     budget: int = param(1024, "B", "tokens attended per head, in the mean over all heads; S, R and E blocks included")
     calibration_interval: int | str = param(
-        "auto", "M", "every M-th token, all keys are read and blocks selected; auto: 16, doubled while T / M > B", 1
+        "auto", "M", "every M-th token, all keys are read and blocks selected; auto: 16, doubled while T / M > B / 2", 1
     )
     calibration_queries: int = param(4, "Q", "queries of the last M that make a row of attention", least=1)
     echo_blocks: int = param(4, "E", "blocks attended because they continue earlier occurrences of the token")
@@ -100,11 +100,11 @@ class Config:
         return end - start <= self.topk_blocks + self.echo_blocks
 
     def interval(self, n_tokens: int) -> int:
-        """M at n_tokens. With "auto", calibration (T / M keys a token) reads at most half of what attention reads."""
+        """M at n_tokens. With "auto", calibration, T / M keys a token, reads a quarter of what attention reads, or less."""
         m = self.calibration_interval
         if m == "auto":
             m = 16
-            while n_tokens > self.budget * m:
+            while 2 * n_tokens > self.budget * m:
                 m *= 2
         return m
 
@@ -248,7 +248,8 @@ def exit_status(program, command) -> int:
     for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, mode))
-    sys.stdout.reconfigure(errors="replace")  # a terminal without a character shows ?
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a character shows ?
     try:
         command()
         sys.stdout.flush()
@@ -472,9 +473,11 @@ class SparseDecoder:
         self.stats.prefill_tokens += len(tokens)
         self.prompt_end, self.queries = n_tokens, []
         self.set_interval(n_tokens)
-        if self.n_tokens and len(tokens) < self.interval:
-            self.interval, self.distance = len(tokens), max(1, len(tokens) // c.calibration_queries)
         n_queries = min(c.history_len * (self.interval // self.distance), kernels.cdiv(len(tokens), self.distance))
+        if self.n_tokens and len(tokens) < self.interval:
+            n_queries = min(len(tokens), c.calibration_queries)
+            self.distance = len(tokens) // n_queries
+            self.interval = n_queries * self.distance
         self.first_query = n_tokens - 1 - (n_queries - 1) * self.distance  # the position of the oldest one
         shape = m.n_layers, m.n_heads, n_queries, m.head_dim
         self.prompt_queries = torch.zeros(shape, dtype=self.model.kv_dtype, device=tokens.device)
@@ -812,7 +815,7 @@ class KVCache:
         entries = self.table[layers, :, : len(block)]  # (L', Hk, E)
         self.write_echoes(block, entries, layers)
         self.echoes[layers].add_(entries >= 0)
-        if self.working_set:
+        if self.working_set and not self.whole:
             self.working_set.gather_echoes(entries, layers)
 
     def write_echoes(self, block, entries, layers):
@@ -885,15 +888,25 @@ class WorkingSet:
     """
 
     def __init__(self, cache: KVCache, head_dim, dtype):
-        self.cache, (layers, heads, width), b = cache, cache.table.shape, cache.config.block_size
-        self.kv = torch.zeros(2, layers, heads, width * b, head_dim, dtype=dtype)  # what is not written costs no memory
-        self.mask = torch.zeros(layers, heads, width * b)  # 0 for tokens that are attended, else -inf
+        self.cache, (layers, heads) = cache, cache.heads
+        self.kv = torch.zeros(2, layers, heads, 0, head_dim, dtype=dtype)  # (2, L, Hk, tokens, D): see `grow`
+        self.mask = torch.zeros(layers, heads, 0)  # (L, Hk, tokens): 0 for tokens that are attended, else -inf
         self.newest = torch.zeros(layers, heads, 1, dtype=torch.int64)  # the newest token's place in each row
         self.longest = [0] * layers  # the longest row's tokens, less those of the text
+
+    def grow(self, n_tokens):
+        """Make room for rows of n_tokens."""
+        missing = n_tokens - self.mask.shape[2]
+        if missing > 0:
+            missing += n_tokens // 4
+            self.kv = F.pad(self.kv, (0, 0, 0, missing))
+            self.mask = F.pad(self.mask, (0, missing), value=-torch.inf)
 
     def gather(self, layers):
         """Copy the listed blocks of a slice of the layers together."""
         b, n_tokens = self.cache.config.block_size, int(self.cache.position) + 1
+        more = self.cache.config.interval(n_tokens) + 2 * b  # until the next selection, which may be late
+        self.grow(int(self.cache.lengths[layers].max()) + more)
         for layer in range(len(self.longest))[layers]:
             length = self.cache.lengths[layer, :, None]  # (Hk, 1)
             table = self.cache.table[layer, :, : kernels.cdiv(int(length.max()), b)]  # (Hk, n)

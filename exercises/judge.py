@@ -26,6 +26,7 @@ def pytest_configure(config):
     if file := config.getoption("--exercise"):
         judge = Judge(file)
         config.option.maxfail, config.option.disable_warnings = 1, True  # one verdict at a time
+        config.option.dist, config.option.tx = "no", []  # in this process
         config.pluginmanager.register(judge)
         config.add_cleanup(judge.remove)
 

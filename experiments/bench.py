@@ -270,6 +270,7 @@ class Adapter(Ours):
         attach(self.theirs, predictor(), **vars(config))
         self.cache = SparseCache(self.theirs, context)
         self.cache.decoder, self.cache.n_tokens = self.decoder, n_tokens
+        self.cache.shape = model.config.n_heads, model.config.n_kv_heads, model.config.head_dim, model.device
 
     @torch.inference_mode()
     def step(self):

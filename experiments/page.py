@@ -160,9 +160,10 @@ def run(argv):
     parser = OneLineParser(prog="page", description=__doc__.splitlines()[0], epilog=more, allow_abbrev=False)
     parser.add_argument("--out", required=True, type=partial(output_file, ".html"), metavar="FILE.html")
     args, rest = parser.parse_known_args(argv)
-    options = attnpred.make_parser().parse_args(rest)
-    if options.dense or options.offload or options.max_new_tokens < 2:
-        raise InputError("the page shows sparse decoding: leave out --dense and --offload, decode 2 tokens or more")
+    options = attnpred.parse_options(rest)
+    if options.dense or options.offload or options.chat or options.max_new_tokens < 2:
+        why = "leave out --dense, --offload and --chat, decode 2 tokens or more"
+        raise InputError(f"the page shows sparse decoding: {why}")
     recorder = attnpred.run(options, PageRecorder)
     tokenizer = load_model(options.model or str(fetch_default_llm()), torch.bfloat16, "cpu")[1]
     stream = TextStream(tokenizer)

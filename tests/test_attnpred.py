@@ -55,7 +55,7 @@ class NaiveMethod:
     def interval(self, n_tokens):
         if self.c.calibration_interval != "auto":
             return self.c.calibration_interval
-        return next(2**i for i in range(4, 30) if n_tokens / 2**i <= self.c.budget)
+        return next(2**i for i in range(4, 30) if n_tokens / 2**i <= self.c.budget / 2)
 
     def attend(self, layer, q, k, v):
         """Attention of the newest tokens; q (Hq, new, D), k and v (Hk, new, D) -> (Hq, new, D)."""
@@ -124,7 +124,8 @@ class NaiveMethod:
         self.left -= 1
         if n_prompt:
             if n_prompt < min(n, interval):  # a later, short prompt is a row by itself
-                interval, distance = n_prompt, max(1, n_prompt // queries)
+                distance = n_prompt // min(n_prompt, queries)
+                interval = n_prompt = min(n_prompt, queries) * distance
             self.left, self.prompt_start, rows = 0, n - n_prompt, min(self.c.history_len, -(-n_prompt // interval))
         if self.left == 0:
             if self.sparse:
@@ -154,7 +155,7 @@ def configurations(draw):
 
 SMALL = dict(block_size=8, sink_tokens=8, local_tokens=8, history_len=6)
 GROWS = Config(
-    block_size=8, sink_tokens=0, local_tokens=8, budget=32, history_len=6, echo_blocks=1
+    block_size=8, sink_tokens=0, local_tokens=8, budget=64, history_len=6, echo_blocks=1
 )  # M: 16, from 513 on 32
 OUTGROWS = Config(**SMALL, budget=48, calibration_interval=2, echo_blocks=2, calibration_queries=2)
 NOTHING = Config(**SMALL, budget=32, calibration_interval=4, echo_blocks=2)  # K = 0: only echoes
@@ -166,6 +167,7 @@ NOTHING = Config(**SMALL, budget=32, calibration_interval=4, echo_blocks=2)  # K
 @example(OUTGROWS, 30, 1, 1, (2, 2), False)
 @example(NOTHING, 100, 20, 2, (1, 3), False)
 @example(OUTGROWS, 200, 7, 3, (3, 1), True)
+@example(dataclasses.replace(OUTGROWS, calibration_interval=6), 150, 5, 0, (2, 2), False)  # 2 queries of 5 tokens
 def test_a_conversation_equals_the_naive_simulation(config, prompt_len, later, seed, heads, narrow):
     """A prompt, tokens that are decoded, a later prompt of `later` tokens, and again tokens that are decoded."""
     model, predictor = (
@@ -258,8 +260,8 @@ def test_sink_middle_and_local_tile_the_cache(config, n_tokens):
 
 
 def test_the_interval_grows_with_the_text():
-    lengths = [1, 16384, 16385, 32768, 32769, 131072]
-    assert [Config().interval(n) for n in lengths] == [16, 16, 32, 32, 64, 128]
+    lengths = [1, 8192, 8193, 16384, 16385, 131072]
+    assert [Config().interval(n) for n in lengths] == [16, 16, 32, 32, 64, 256]
     assert Config(calibration_interval=3).interval(20000) == 3
     assert [Config(calibration_queries=4).queries(m) for m in (1, 2, 6, 16, 128)] == [1, 2, 2, 4, 4]
 

@@ -185,7 +185,7 @@ def decode(config, prompt_len, n_tokens, offload, graph):
 CONFIG = Config(
     block_size=8, sink_tokens=8, local_tokens=8, budget=40, history_len=6, calibration_interval=4, echo_blocks=2
 )
-GROWS = replace(CONFIG, calibration_interval="auto", budget=32, echo_blocks=1)
+GROWS = replace(CONFIG, calibration_interval="auto", budget=64, echo_blocks=1)
 CASES = [(CONFIG, 41, 22), (GROWS, 505, 30)]  # config, tokens of the prompt, tokens decoded
 
 
