@@ -100,7 +100,7 @@ class Config:
         return end - start <= self.topk_blocks + self.echo_blocks
 
     def interval(self, n_tokens: int) -> int:
-        """M at n_tokens. With "auto", calibration, T / M keys a token, reads a quarter of what attention reads, or less."""
+        """M at n_tokens. With "auto", calibration, T / M keys a token, reads at most a quarter of attention's."""
         m = self.calibration_interval
         if m == "auto":
             m = 16
@@ -891,7 +891,8 @@ class WorkingSet:
         self.cache, (layers, heads) = cache, cache.heads
         self.kv = torch.zeros(2, layers, heads, 0, head_dim, dtype=dtype)  # (2, L, Hk, tokens, D): see `grow`
         self.mask = torch.zeros(layers, heads, 0)  # (L, Hk, tokens): 0 for tokens that are attended, else -inf
-        self.newest = torch.zeros(layers, heads, 1, dtype=torch.int64)  # the newest token's place in each row
+        self.newest = torch.zeros(layers, heads, dtype=torch.int64)  # the newest token's place in each row
+        self.index = torch.arange(layers)[:, None], torch.arange(heads)  # with `newest`: of one token in each row
         self.longest = [0] * layers  # the longest row's tokens, less those of the text
 
     def grow(self, n_tokens):
@@ -918,7 +919,7 @@ class WorkingSet:
             block = torch.where(block < 0, block.amax(1, keepdim=True), block).flatten()  # a listed one for the others
             for target, blocks in zip(self.kv[:, layer], self.cache.blocks):
                 target[:, : len(token)] = blocks.index_select(0, block).view(len(table), -1, target.shape[2])
-            self.newest[layer], self.longest[layer] = length - 1, int(length.max()) - n_tokens
+            self.newest[layer], self.longest[layer] = length[:, 0] - 1, int(length.max()) - n_tokens
 
     def gather_echoes(self, entries, layers):
         """Copy a token's echoes to their places: entries (L', Hk, E) of the table."""
@@ -931,13 +932,12 @@ class WorkingSet:
 
     def advance(self):
         self.newest += 1
-        self.mask.scatter_(2, self.newest, 0.0)
+        self.mask[*self.index, self.newest] = 0.0
 
     def write(self, layer, k, v):
         """Append k, v (Hk, 1, D) of the newest token to each row."""
-        newest = self.newest[layer, :, :, None].expand_as(k)  # (Hk, 1, D)
-        self.kv[0, layer].scatter_(1, newest, k)
-        self.kv[1, layer].scatter_(1, newest, v)
+        index = self.index[1], self.newest[layer]
+        self.kv[0, layer][index], self.kv[1, layer][index] = k[:, 0], v[:, 0]
 
     def attend(self, layer, q, n_tokens):
         """As KVCache.attend."""

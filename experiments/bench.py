@@ -272,6 +272,9 @@ class Adapter(Ours):
         self.cache.decoder, self.cache.n_tokens = self.decoder, n_tokens
         self.cache.shape = model.config.n_heads, model.config.n_kv_heads, model.config.head_dim, model.device
 
+    def weight_bytes(self):
+        return roofline.weight_bytes(self.model.config, self.theirs.dtype.itemsize)
+
     @torch.inference_mode()
     def step(self):
         logits = self.theirs(self.token[None], cache=self.cache, use_cache=True).logits  # (1, 1, V)

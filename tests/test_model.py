@@ -136,7 +136,7 @@ def test_smollm_bfloat16(smollm, monkeypatch, native):
     folder, model, tokenizer, _, _ = smollm
     half, _ = load(folder, torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and half.rope_freq.dtype == torch.float32
-    assert half.kv_dtype == (torch.bfloat16 if native else torch.float32)
+    assert half.kv_dtype == torch.bfloat16
     ids = torch.tensor(tokenizer.encode(TEXTS[1]))  # (T,)
     wanted = logits_of(model, ids, len(ids))  # (T, V)
     for pieces in ([len(ids)], [len(ids) // 2], [20, 30]):
