@@ -22,7 +22,16 @@ def test_the_table_of_parameters_is_the_code():
 
 def test_every_option_named_exists():
     options = {option for action in attnpred.make_parser()._actions for option in action.option_strings}
-    elsewhere = {"--out", "--contexts", "--rounds", "--n-new", "--dtypes", "--check", "--format"}  # not ours
+    elsewhere = {
+        "--out",
+        "--contexts",
+        "--rounds",
+        "--n-new",
+        "--dtypes",
+        "--check",
+        "--format",
+        "--exercise",
+    }  # not ours
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - elsewhere <= options
 
 
