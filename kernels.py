@@ -250,7 +250,7 @@ def pool_history(q, k_cache, n_tokens, row_distance=1, backend="torch"):
         n_tokens, n_blocks, splits, rows, row_distance, head_dim**-0.5,
         q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_BLOCKS=tile_blocks, TILE_ROWS=tile_rows,
-        OPERAND=dot_operand(q.dtype), num_warps=4, num_stages=stages,
+        OPERAND=dot_operand(q.dtype), num_warps=4 if q.element_size() == 2 else 8, num_stages=stages,
     )  # fmt: skip
     lse = partial_lse.logsumexp(-1)  # (Hq, rows)
     return pooled.sub_(lse[..., None]).exp_(), lse
