@@ -20,7 +20,8 @@ that a tensor of offsets gives, and `tl.store` writes one. Where the *mask* is F
 `other`; so the last, ragged tile needs no code of its own. Arguments in capitals are `tl.constexpr`: constants when the
 kernel is compiled, because tile shapes must be known then; it is compiled anew for each of their values. Programs do
 not see each other's tiles, and nobody waits for anybody within a launch, so work that needs all results is a second
-launch. `_echo_kernel`, the first one below, has all of this in fifteen lines.
+launch. A variable that a loop changes keeps its dtype and shape, and `break` does not exist; the interpreter checks
+neither. `_echo_kernel`, the first one below, has all of this in fifteen lines.
 
 Shapes: L layers, Hq query heads, Hk KV heads, G = Hq / Hk, D head dimension, T cached tokens, b tokens per block,
 N = ceil(T / b) blocks. The kernels need D and b to be powers of two.

@@ -394,10 +394,10 @@ def run_lm_eval(args, store, model, tokenizer, predictor):
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
-        from experiments.transformers_adapter import attach
+        from experiments.transformers_adapter import attach, readable
     except ImportError as error:
         raise InputError(f"lm-eval needs {error.name}: pip install -r requirements-dev.txt") from None
-    path = args.model or str(fetch_default_llm())
+    path = args.model or str(readable(fetch_default_llm()))
     metadata = {"tokenizer": path, "max_seq_lengths": args.lengths}
     manager = TaskManager(include_path=args.include_path, metadata=metadata)
     for task in args.lm_tasks:

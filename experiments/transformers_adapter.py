@@ -10,11 +10,17 @@ with dense attention. Under torchrun, with DistributedConfig(tp_size=N), each pr
 all heads of all processes compete for the budget (`choose_together`).
 """
 
+import contextlib
 import dataclasses
+import json
+import pathlib
+import shutil
+import tempfile
 import types
 from functools import partial
 from types import SimpleNamespace
 
+import safetensors.torch
 import torch
 import torch.distributed
 from transformers import AttentionInterface
@@ -23,10 +29,32 @@ from transformers.generation.configuration_utils import GenerationMode
 
 import kernels
 from attnpred import DEFAULT_PREDICTOR, Config, InputError, SparseDecoder, has_streams, load_predictor, require
-from model import causal_attention
+from model import causal_attention, widen
 
 # Keyword arguments of attention functions that change what is attended to
 UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+
+
+def readable(folder: pathlib.Path) -> pathlib.Path:
+    """A folder that transformers can read. The default model's 4-bit weights are widened to bfloat16 in a copy beside
+    it, which is made once.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    copy = folder.with_name(f"{folder.name}-bfloat16")
+    if not config.pop("quantization_config", None):
+        return folder
+    if not copy.is_dir():
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        with tempfile.TemporaryDirectory(dir=folder.parent) as making:
+            part = pathlib.Path(making) / copy.name
+            shutil.copytree(folder, part, ignore=shutil.ignore_patterns("model.safetensors"))
+            (part / "config.json").write_text(json.dumps(config))
+            widened = {name: widen(x) if x.dtype == torch.uint8 else x for name, x in tensors.items()}
+            widened = {name: x.bfloat16() for name, x in widened.items()}
+            safetensors.torch.save_file(widened, part / "model.safetensors", metadata={"format": "pt"})
+            with contextlib.suppress(OSError):  # another process was faster
+                part.rename(copy)
+    return copy
 
 
 def attach(model, predictor=None, backend="auto", make_decoder=SparseDecoder, **options):

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 
 from attnpred import DEFAULT_PREDICTOR, Config, InputError, SparseDecoder, generate, load_predictor
-from experiments.transformers_adapter import SparseCache, attach, detach
+from experiments.transformers_adapter import SparseCache, attach, detach, readable
 from model import load_model
 from tests.helpers import random_predictor
 from weights.fetch_llm import fetch_default_llm
@@ -127,7 +127,7 @@ def test_kernels(tmp_path):
 
 
 def test_the_default_model_beyond_the_budget():
-    folder, text = fetch_default_llm(), (FOLDER / "kernels.py").read_text()
+    folder, text = readable(fetch_default_llm()), (FOLDER / "kernels.py").read_text()
     model, _ = load_model(str(folder), torch.float32, torch.device("cpu"))
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :500]
     decoder = SparseDecoder(Config(budget=256), model, load_predictor(DEFAULT_PREDICTOR), 512)
