@@ -19,7 +19,8 @@ takes every tl.num_programs(0)-th tile, so that all share the work. Two rows of 
     source_index_ptr, destination_index_ptr  n integers each: from and to
 
 Hints, from vague to concrete
-1. First count: walk over the n indices in tiles of CHUNK, and add up (tl.sum of int32) how many are >= 0. The last tile is ragged.
+1. First count: walk over the n indices in tiles of CHUNK, and add up how many are >= 0, as int32. The last tile is
+   ragged.
    Then loop: for tile in range(tl.program_id(0), n_copied * TILES, tl.num_programs(0)).
 2. tile // TILES is i, and tile % TILES is the part of the row. tl.load(source_index_ptr + i) with a single integer i
    loads a single number. TILES is a constant: `TILES: tl.constexpr = tl.cdiv(WORDS, TILE)`.
