@@ -742,8 +742,9 @@ class KVCache:
     def __init__(self, c: Config, m: LlamaConfig, capacity, dtype, device, backend):
         self.config, self.backend, self.capacity = c, backend, capacity
         self.device, self.heads = torch.device(device), (m.n_layers, m.n_kv_heads)  # (L, Hk)
-        address = torch.arange(math.prod(self.heads) * capacity, dtype=torch.int32, device=device)
-        self.address = address.view(*self.heads, capacity)  # (L, Hk, capacity): where each block of the text is stored
+        ids = torch.arange(math.prod(self.heads) * capacity, dtype=torch.int32, device=device)
+        self.block_ids = ids.view(*self.heads, capacity)  # (L, Hk, capacity): a number for each block of each head
+        self.address = self.block_ids  # (L, Hk, capacity): where each block of the text is stored
         # (L, Hk, E + capacity): addresses of the blocks that a head attends to: echoes or -1, then the others in order
         self.table = F.pad(self.address, (c.echo_blocks, 0), value=-1)
         counters = torch.zeros(1 + math.prod(self.heads), dtype=torch.int64, device=device)
@@ -751,7 +752,7 @@ class KVCache:
         self.position = counters[:1]  # (1,): of the newest token
         self.lengths = counters[1:].view(self.heads)  # (L, Hk): tokens in the blocks of a row of the table
         self.work = kernels.divide_work(self.lengths, c.block_size)  # (L, programs, 4): of the decode kernel
-        # (L, Hk, capacity + 1): addresses of the blocks that a head does not attend to, echoes apart, else -1
+        # (L, Hk, capacity + 1): ids of the blocks that a head does not attend to, echoes apart, else -1
         self.absent = torch.full((*self.heads, capacity + 1), -1, dtype=torch.int32, device=device)
         self.echoes = torch.zeros((*self.heads, c.echo_blocks), dtype=torch.int64, device=device)  # attended so far
         self.whole = True  # nothing was selected yet, and K and V are one tensor: no table is needed
@@ -858,8 +859,7 @@ class KVCache:
 
     def attend_to(self, attended, table, lengths, left_out, layers=slice(None)):
         """Attend to these lists from now on. The tensors keep their addresses, which a CUDA graph has captured."""
-        ids = torch.arange(self.address.numel(), dtype=torch.int32, device=self.device).view(self.address.shape)
-        self.absent[layers, :, :-1] = torch.where(attended, -1, ids[layers])
+        self.absent[layers, :, :-1] = torch.where(attended, -1, self.block_ids[layers])
         self.table[layers, :, self.config.echo_blocks :] = table
         self.lengths[layers] = lengths
         self.whole, self.left_out = False, left_out
@@ -909,17 +909,15 @@ class WorkingSet:
         more = self.cache.config.interval(n_tokens) + 2 * b  # until the next selection, which may be late
         self.grow(int(self.cache.lengths[layers].max()) + more)
         for layer in range(len(self.longest))[layers]:
-            length = self.cache.lengths[layer, :, None]  # (Hk, 1)
+            length = self.cache.lengths[layer]  # (Hk,)
             table = self.cache.table[layer, :, : kernels.cdiv(int(length.max()), b)]  # (Hk, n)
-            token = torch.arange(table.shape[1] * b)
-            listed = (token < length) & (table >= 0).repeat_interleave(b, 1)  # (Hk, n * b)
+            block, listed = kernels.read_table(table, length, b)  # (Hk, n), (Hk, n * b)
             self.mask[layer] = -torch.inf
-            self.mask[layer, :, : len(token)].masked_fill_(listed, 0.0)
-            block = torch.where(listed[:, ::b], table, -1)  # (Hk, n)
-            block = torch.where(block < 0, block.amax(1, keepdim=True), block).flatten()  # a listed one for the others
+            self.mask[layer, :, : listed.shape[1]].masked_fill_(listed, 0.0)
             for target, blocks in zip(self.kv[:, layer], self.cache.blocks):
-                target[:, : len(token)] = blocks.index_select(0, block).view(len(table), -1, target.shape[2])
-            self.newest[layer], self.longest[layer] = length[:, 0] - 1, int(length.max()) - n_tokens
+                copied = blocks.index_select(0, block.flatten())  # (Hk * n, b, D)
+                target[:, : listed.shape[1]] = copied.view(len(table), -1, target.shape[2])
+            self.newest[layer], self.longest[layer] = length - 1, int(length.max()) - n_tokens
 
     def gather_echoes(self, entries, layers):
         """Copy a token's echoes to their places: entries (L', Hk, E) of the table."""
@@ -1057,9 +1055,9 @@ class OffloadedCache(KVCache):
         if n_tokens > self.written:
             block = torch.arange(self.written // self.config.block_size, self.config.n_blocks(n_tokens))
             block = block.to(self.device)
-            head = torch.arange(math.prod(self.heads), device=self.device)[:, None]  # (L * Hk, 1)
-            source = self.address.flatten(0, 1)[:, block].flatten()  # (L * Hk * blocks,)
-            target = (head * self.capacity + block).flatten().int()
+            source, target = (
+                x[..., block].flatten() for x in (self.address, self.block_ids)
+            )  # (L * Hk * blocks,) each
             kernels.copy_blocks(self.slots.flatten(1), self.host.flatten(0, 2).flatten(1), source, target, self.backend)
             self.written, self.written_back = n_tokens, self.written_back + len(source)
 
@@ -1076,12 +1074,11 @@ class OffloadedCache(KVCache):
 
     def fetch(self, chosen, start, end):
         """Copy the chosen blocks that no slot holds into free slots. Returns where each block is: (L, Hk, capacity)."""
-        block_ids = torch.arange(self.address.numel(), dtype=torch.int32, device=self.device).view(self.address.shape)
         n_wanted = math.prod(self.heads) * self.n_chosen(start, end)
         # The wanted ids, one after another: chosen[...] by its mask would make the host wait for their number.
         rank = torch.where(chosen.flatten(), chosen.flatten().cumsum(0) - 1, n_wanted)
         wanted = torch.empty(n_wanted + 1, dtype=torch.int32, device=self.device)
-        wanted = wanted.scatter_(0, rank, block_ids[..., start:end].flatten())[None, :n_wanted]  # (1, n_wanted)
+        wanted = wanted.scatter_(0, rank, self.block_ids[..., start:end].flatten())[None, :n_wanted]  # (1, n_wanted)
         slots, fetch, held = kernels.assign_slots(wanted, self.held)
         self.held.copy_(held)
         self.fetched += self.copy(fetch, slots)

@@ -624,17 +624,24 @@ MERGE_ELEMENTS = 4096  # of partial results that a program holds at once while i
 
 def sparse_decode_reference(q, k_blocks, v_blocks, table, lengths):
     """See `sparse_decode`. What follows a list in its last block must be finite."""
-    (heads, block_size), dtype = (len(table), k_blocks.shape[1]), torch.promote_types(q.dtype, torch.float32)
-    token = torch.arange(table.shape[1] * block_size, device=table.device)
-    listed = (token < lengths[:, None]) & (table >= 0).repeat_interleave(block_size, 1)  # (Hk, tokens)
-    block = torch.where(listed[:, ::block_size], table, -1)  # (Hk, width)
-    block = torch.where(block < 0, block.amax(1, keepdim=True), block).long()  # a listed one for the others
-    k, v = (blocks[block].flatten(1, 2).to(dtype) for blocks in (k_blocks, v_blocks))  # (Hk, tokens, D) each
-    groups = q.view(heads, -1, q.shape[1]).to(dtype) * q.shape[1] ** -0.5  # (Hk, G, D)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    block, listed = read_table(table, lengths, k_blocks.shape[1])  # (Hk, width), (Hk, tokens)
+    k, v = (blocks[block.long()].flatten(1, 2).to(dtype) for blocks in (k_blocks, v_blocks))  # (Hk, tokens, D) each
+    groups = q.view(len(table), -1, q.shape[1]).to(dtype) * q.shape[1] ** -0.5  # (Hk, G, D)
     logits = (groups @ k.mT).masked_fill(~listed[:, None], float("-inf"))  # (Hk, G, tokens)
     lse = logits.logsumexp(-1)  # (Hk, G)
     p = torch.exp(logits - lse[..., None])  # (Hk, G, tokens)
     return (p @ v).to(q.dtype).view(q.shape), lse.view(-1).float()
+
+
+def read_table(table, lengths, block_size):
+    """The blocks of a table (Hk, n), another listed one in the place of those that are not, and which of their tokens
+    (Hk, n * b) belong to the lists.
+    """
+    token = torch.arange(table.shape[1] * block_size, device=table.device)
+    listed = (token < lengths[:, None]) & (table >= 0).repeat_interleave(block_size, 1)  # (Hk, n * b)
+    block = torch.where(listed[:, ::block_size], table, -1)  # (Hk, n)
+    return torch.where(block < 0, block.amax(1, keepdim=True), block), listed
 
 
 def divide_work(lengths, block_size):
